@@ -1,0 +1,79 @@
+"""The Celery settings, each with its reason, made from `Settings`.
+
+Used by whatever speaks Celery: web (publishes), workers, beat and Flower. Nothing here reads the
+environment; `workers.app` does, as the entry point of the `celery` command.
+"""
+
+from typing import Any
+
+from celery import Celery
+from kombu import Queue
+
+from opscore.canvas import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE
+from opscore.config import Settings
+
+VISIBILITY_TIMEOUT_SECONDS = 12 * 3600
+"""Redis gives a message that was not acknowledged out again after this. It is not our recovery
+(leases are), only a last broom; the claim makes the double harmless."""
+SOCKET_TIMEOUT_SECONDS = 3
+"""Longer than any answer of a Redis that is well; a frozen one must not hang a request."""
+
+
+def celery_settings(settings: Settings) -> dict[str, Any]:
+    """Return the configuration of a Celery app."""
+    sockets = {
+        "socket_timeout": SOCKET_TIMEOUT_SECONDS,
+        "socket_connect_timeout": SOCKET_TIMEOUT_SECONDS,
+        "socket_keepalive": True,
+    }
+    return {
+        "broker_url": settings.redis_url,
+        # Counts the parts of a chord; no result is stored, outputs live in PostgreSQL.
+        "result_backend": settings.redis_url,
+        "task_ignore_result": True,
+        # A chord may wait for an approval, or for an agent that is busy all day.
+        "result_chord_expires": 3 * 86_400,
+        # Ids travel, nothing else: no pickle, ever.
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "result_accept_content": ["json"],
+        "enable_utc": True,
+        "timezone": "UTC",
+        # A message is acknowledged after its work: a killed child gives a quick second visit.
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        # Outcomes are rows; Celery must not repeat what it takes for a failure.
+        "task_acks_on_failure_or_timeout": True,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        # Fair: a worker takes no visit before it has a free child for it.
+        "worker_prefetch_multiplier": 1,
+        "worker_send_task_events": True,  # Flower
+        "task_send_sent_event": False,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,  # a broker may be away for a night
+        "broker_pool_acquire_timeout": 10,
+        "broker_pool_limit": 10,
+        "broker_transport_options": {
+            "visibility_timeout": VISIBILITY_TIMEOUT_SECONDS,
+            "health_check_interval": 25,
+            **sockets,
+        },
+        "redis_socket_timeout": SOCKET_TIMEOUT_SECONDS,
+        "redis_socket_connect_timeout": SOCKET_TIMEOUT_SECONDS,
+        "result_backend_transport_options": {"retry_policy": {"timeout": 5.0}},
+        # Whoever publishes has PostgreSQL behind it: fail fast, the keeper tries again.
+        "task_publish_retry": False,
+        # A typo in a queue's name must fail, not feed a queue nobody reads.
+        "task_create_missing_queues": False,
+        "task_queues": [Queue(name) for name in (AGENTS_QUEUE, IO_QUEUE, CONTROL_QUEUE)],
+        "task_default_queue": AGENTS_QUEUE,
+    }
+
+
+def make_app(settings: Settings) -> Celery:
+    """Return a Celery app for these settings, without contacting anything."""
+    app = Celery("opscore", set_as_current=False)
+    app.conf.update(celery_settings(settings))
+    return app

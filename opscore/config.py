@@ -1,0 +1,195 @@
+"""Every setting: its variable, default, unit and meaning; and how they must relate to each other.
+
+`Settings.from_env(os.environ)` is called by entry points only; nothing here looks at the
+environment by itself, so that a test, or a second stack in the same process, passes its own
+mapping.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
+from urllib.parse import urlsplit
+
+from marshmallow import EXCLUDE, Schema, ValidationError, validate
+from marshmallow import fields as ma
+
+from opscore.errors import ConfigurationError
+
+SECRET_LENGTH = 16
+"""Characters; a shorter key is guessed rather than found."""
+
+
+def _setting(variable: str, parsed_as: ma.Field, doc: str, default: Any = ...) -> Any:
+    """Declare one setting; without `default` it must be given."""
+    metadata = {"variable": variable, "field": parsed_as, "doc": doc}
+    if default is ...:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class _Url(ma.String):
+    """A URL of one of `schemes`, with a host."""
+
+    def __init__(self, *schemes: str, example: str) -> None:
+        super().__init__()
+        self.schemes, self.example = schemes, example
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> str:
+        text = str(super()._deserialize(value, attr, data, **kwargs))
+        try:
+            parts = urlsplit(text)
+            good = parts.scheme in self.schemes and (parts.hostname or parts.scheme == "unix")
+            _ = parts.port
+        except ValueError:
+            good = False
+        if not good:
+            raise ValidationError(f"must be a URL such as {self.example}")
+        return text
+
+
+class _Names(ma.Field[tuple[str, ...]]):
+    """Names separated by commas."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> tuple[str, ...]:
+        return tuple(name.strip() for name in str(value).split(",") if name.strip())
+
+
+def _seconds(low: float, high: float) -> ma.Field[Any]:
+    return ma.Float(validate=validate.Range(low, high))
+
+
+def _count(low: int, high: int) -> ma.Field[Any]:
+    return ma.Integer(validate=validate.Range(low, high))
+
+
+def _secret() -> ma.Field[Any]:
+    return ma.String(
+        validate=validate.Length(
+            min=SECRET_LENGTH, error=f"must have at least {SECRET_LENGTH} characters"
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The settings of one process, checked."""
+
+    database_url: str = _setting(
+        "DATABASE_URL",
+        _Url(
+            "postgresql", "postgres", "postgresql+psycopg2", example="postgresql://user@host/name"
+        ),
+        "PostgreSQL, which holds what is true.",
+    )
+    api_key: str = _setting(
+        "OPSCORE_API_KEY", _secret(), "The key clients send as `Authorization: Bearer`."
+    )
+    redis_url: str = _setting(
+        "REDIS_URL",
+        _Url("redis", "rediss", "unix", example="redis://:password@host:6379/0"),
+        "Redis or Valkey, which carries the visits.",
+        "redis://127.0.0.1:6379/0",
+    )
+    agents: tuple[str, ...] = _setting(
+        "OPSCORE_AGENTS", _Names(), "Modules with agents that a worker imports, by commas.", ()
+    )
+    log_level: str = _setting(
+        "OPSCORE_LOG_LEVEL",
+        ma.String(validate=validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])),
+        "DEBUG, INFO, WARNING or ERROR.",
+        "INFO",
+    )
+    log_format: str = _setting(
+        "OPSCORE_LOG_FORMAT",
+        ma.String(validate=validate.OneOf(["json", "text"])),
+        "json (one object a line) or text.",
+        "json",
+    )
+    lease_seconds: float = _setting(
+        "OPSCORE_LEASE_SECONDS",
+        _seconds(1, 3600),
+        "Seconds after which an attempt whose worker is silent counts as lost.",
+        30.0,
+    )
+    renew_seconds: float = _setting(
+        "OPSCORE_RENEW_SECONDS",
+        _seconds(0.1, 1200),
+        "Seconds between two renewals of a lease; at least three fit into a lease.",
+        10.0,
+    )
+    keeper_seconds: float = _setting(
+        "OPSCORE_KEEPER_SECONDS",
+        _seconds(0.05, 60),
+        "Seconds between two rounds of the keeper.",
+        1.0,
+    )
+    max_lost: int = _setting(
+        "OPSCORE_MAX_LOST",
+        _count(1, 100),
+        "Lost attempts after which a task fails as `worker_lost`: it may be what kills its worker.",
+        3,
+    )
+    rescue_seconds: float = _setting(
+        "OPSCORE_RESCUE_SECONDS",
+        _seconds(1, 3600),
+        "Seconds a task may lie ready without a visit before its run may be published again.",
+        10.0,
+    )
+    max_body_bytes: int = _setting(
+        "OPSCORE_MAX_BODY_BYTES", _count(1024, 2**30), "Bytes of the largest request body.", 2**20
+    )
+    database_pool: int = _setting(
+        "OPSCORE_DATABASE_POOL",
+        _count(1, 1000),
+        "Connections a process may hold to PostgreSQL; a web process needs one a thread.",
+        20,
+    )
+    request_id_header: ClassVar[str] = "X-Request-ID"
+
+    @classmethod
+    def from_env(cls, environment: Mapping[str, str]) -> Self:
+        """Read the settings from `environment`; an empty variable counts as absent.
+
+        Raises:
+            ConfigurationError: naming every fault at once, never a secret's value.
+        """
+        declared = {f.metadata["variable"]: f for f in fields(cls)}
+        given = {name: environment[name] for name in declared if environment.get(name)}
+        schema = Schema.from_dict({name: f.metadata["field"] for name, f in declared.items()})
+        faults = [
+            f"{name} is not set: {f.metadata['doc']}"
+            for name, f in declared.items()
+            if name not in given and _is_required(f)
+        ]
+        try:
+            values = schema(unknown=EXCLUDE).load(given)
+        except ValidationError as error:
+            by_variable: dict[str, list[str]] = error.normalized_messages()
+            faults += [f"{name}: {' '.join(texts)}" for name, texts in by_variable.items()]
+            values = error.valid_data
+        if faults:
+            raise ConfigurationError(faults)
+        settings = cls(**{f.name: values[name] for name, f in declared.items() if name in values})
+        settings._check_relations()
+        return settings
+
+    def _check_relations(self) -> None:
+        if self.lease_seconds < 3 * self.renew_seconds:
+            raise ConfigurationError(
+                [
+                    f"OPSCORE_LEASE_SECONDS ({self.lease_seconds:g}) must be at least three times "
+                    f"OPSCORE_RENEW_SECONDS ({self.renew_seconds:g}): set "
+                    f"OPSCORE_RENEW_SECONDS={self.lease_seconds / 3:g} or a longer lease"
+                ]
+            )
+
+    @property
+    def log_level_number(self) -> int:
+        return logging.getLevelNamesMapping()[self.log_level]
+
+
+def _is_required(declared: Any) -> bool:
+    from dataclasses import MISSING
+
+    return declared.default is MISSING

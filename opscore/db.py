@@ -1,0 +1,83 @@
+"""Connections to PostgreSQL: the only place that opens one.
+
+A `Database` belongs to the process that made it: after a fork the child makes its own, since a
+socket shared by two processes corrupts both. `Tx` is what functions that read or change take;
+whoever opened it commits.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, create_engine
+from sqlalchemy.engine import make_url
+
+Tx = Connection
+
+CONNECT_TIMEOUT_SECONDS = 5
+"""A server that does not answer the handshake by then is away."""
+STATEMENT_TIMEOUT_SECONDS = 60
+"""No statement of ours takes this long; one that does is stuck behind a lock or a dying disk."""
+
+
+class Database:
+    """A pool of connections to one PostgreSQL database, for one process."""
+
+    def __init__(self, url: str, *, pool_size: int = 5, application: str = "opscore") -> None:
+        self._engine = create_engine(
+            driver_url(url),
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=10,
+            # A pre-ping would cost every claim a round trip; a broken connection is found by use,
+            # and every caller of a statement that matters repeats it.
+            pool_pre_ping=False,
+            pool_recycle=1800,
+            json_serializer=dump_json,
+            connect_args={
+                "application_name": application,
+                "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+                "keepalives_idle": 30,
+                "options": f"-c statement_timeout={STATEMENT_TIMEOUT_SECONDS}s"
+                " -c idle_in_transaction_session_timeout=60s -c timezone=UTC",
+            },
+        )
+        self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    @contextmanager
+    def transaction(self) -> Iterator[Tx]:
+        """Commit everything done with the yielded `Tx`, or nothing when an exception leaves."""
+        with self._engine.begin() as tx:
+            yield tx
+
+    @contextmanager
+    def autocommit(self) -> Iterator[Tx]:
+        """Commit each statement by itself: one round trip instead of three."""
+        with self._autocommit.connect() as tx:
+            yield tx
+
+    def close(self) -> None:
+        """Close every pooled connection."""
+        self._engine.dispose()
+
+    def forget(self) -> None:
+        """Drop the pool in a forked child without closing the parent's sockets."""
+        self._engine.dispose(close=False)
+
+
+def driver_url(url: str) -> str:
+    """Name psycopg2 as the driver: SQLAlchemy 2.1 reads plain `postgresql://` as psycopg 3."""
+    parsed = make_url(url.replace("postgres://", "postgresql://", 1))
+    return parsed.set(drivername="postgresql+psycopg2").render_as_string(hide_password=False)
+
+
+def dump_json(value: Any) -> str:
+    """Encode what has been checked as storable JSON; NaN is refused: PostgreSQL has none."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def utc(value: datetime) -> datetime:
+    """Return an aware datetime in UTC."""
+    return value.astimezone(UTC)

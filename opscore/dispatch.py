@@ -1,0 +1,220 @@
+"""The only code that sends messages: publish after a commit, wake, rescue.
+
+Nothing here may lose work by failing: what cannot be sent stays in PostgreSQL, parked or unvisited,
+and the keeper sends it later. So every broker error ends in one log line, and while the broker is
+away a breaker spares everybody the wait for its timeout.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import structlog
+from celery import Celery, Signature
+from kombu.exceptions import OperationalError
+from redis import Redis
+from redis.exceptions import RedisError
+
+from opscore import canvas, engine
+from opscore.config import Settings
+from opscore.db import Database
+from opscore.engine import Finished, Plan, Woken
+from opscore.errors import Unavailable
+from opscore.states import Reason
+
+log = structlog.get_logger()
+
+BREAKER_SECONDS = 5.0
+"""After a failed send nobody tries again for this long."""
+BATCH = 500
+"""Messages sent in one pipeline."""
+PING_SECONDS = 1.0
+
+BrokerErrors = (OperationalError, RedisError, OSError)
+
+
+class Dispatcher:
+    """Sends visits for one process."""
+
+    def __init__(self, app: Celery, database: Database, settings: Settings) -> None:
+        self.app = app
+        self.database = database
+        self.settings = settings
+        self._closed_until = 0.0
+
+    def publish(self, plan: Plan) -> bool:
+        """Send the canvas of what is left of a run; False if the broker did not take it."""
+        return self._publish(plan, canvas.build(plan.nodes))
+
+    def _publish(self, plan: Plan, drawn: canvas.Canvas) -> bool:
+        woken: list[Woken] = []
+        if drawn.beyond:
+            with self.database.transaction() as tx:
+                engine.hold_back(tx, drawn.beyond)
+            with self.database.autocommit() as tx:
+                woken = engine.wake_joins(tx, drawn.beyond)
+        signatures = canvas.signatures(
+            self.app, drawn, plan.nodes, plan.generation, plan.request_id
+        )
+        items = [
+            canvas.visit(
+                self.app, item, plan.generation, timeout_seconds=timeout, request_id=plan.request_id
+            )
+            for item, timeout in plan.items
+        ]
+        sent = self._send([*signatures, *items], run_id=str(plan.run_id))
+        return self.wake(woken) and sent
+
+    def visit_items(self, plan: Plan) -> bool:
+        """Send a visit for each item of a `forEach` that was just expanded."""
+        return self._publish(plan, canvas.build(()))
+
+    def wake(self, woken: Iterable[Woken]) -> bool:
+        """Send the visits of woken tasks: the saved message, a plain one, or a whole segment."""
+        signatures: list[Signature] = []
+        segments: defaultdict[UUID, set[UUID]] = defaultdict(set)
+        dead: dict[UUID, int] = {}
+        for task in woken:
+            if task.message is not None:
+                signatures.append(self.app.signature(task.message))
+            elif task.is_item:
+                signatures.append(self._visit(task))
+            elif task.reason == Reason.DEPENDENCIES:
+                segments[task.run_id].add(task.task_id)
+            else:
+                dead[task.run_id] = task.generation
+        sent = self._send(signatures)
+        for run_id, start in segments.items():
+            sent &= self._publish_segment(run_id, start)
+        for run_id, generation in dead.items():
+            sent &= self.republish(run_id, generation)
+        return sent
+
+    def follow(
+        self,
+        finished: Finished,
+        task_id: UUID,
+        run_id: UUID,
+        *,
+        parent_id: UUID | None = None,
+        agent_id: str | None = None,
+        wakes: bool = True,
+    ) -> None:
+        """Do what an outcome asks for, after its commit.
+
+        `agent_id` is the agent whose slot was freed; `wakes` is false for a task all of whose
+        successors come by the canvas that visited it.
+        """
+        woken: list[Woken] = []
+        with self.database.autocommit() as tx:
+            if finished.ends_run:
+                engine.settle_run(tx, run_id)
+            if parent_id is not None:
+                woken += engine.wake_parent(tx, parent_id)
+            elif wakes and not finished.failed_run:
+                woken += engine.wake_successors(tx, task_id)
+            if agent_id is not None:
+                woken += engine.wake_line(tx, agent_id)
+        if finished.message is not None and not finished.failed_run:
+            self._send([self.app.signature(finished.message)], task_id=str(task_id))
+        self.wake(woken)
+
+    def _visit(self, task: Woken) -> Signature:
+        return canvas.visit(
+            self.app,
+            task.task_id,
+            task.generation,
+            timeout_seconds=task.timeout_seconds,
+            request_id=task.request_id,
+        )
+
+    def _publish_segment(self, run_id: UUID, start: set[UUID]) -> bool:
+        with self.database.transaction() as tx:
+            plan = engine.plan_run(tx, run_id)
+        if plan is None:
+            return True
+        alive = start & {node.id for node in plan.nodes}
+        drawn = canvas.build(plan.nodes, alive)
+        bare = Plan(plan.run_id, plan.generation, plan.request_id, plan.nodes)
+        return self._publish(bare, drawn)
+
+    def republish(self, run_id: UUID, generation: int) -> bool:
+        """Publish what is left of a run under a new generation, unless somebody just did."""
+        if not self.is_open:
+            return False
+        with self.database.transaction() as tx:
+            plan = engine.republish_run(tx, run_id, generation)
+        if plan is None:
+            return True
+        log.info("run.republished", run_id=str(run_id), generation=plan.generation)
+        return self.publish(plan)
+
+    def rescue(self) -> None:
+        """Publish again the runs with a task that could start but whose visit was lost."""
+        with self.database.autocommit() as tx:
+            runs = engine.unvisited_runs(tx, self.settings.rescue_seconds, limit=50)
+        if runs and self.is_open and self._queue_is_empty():
+            for run_id, generation in runs:
+                self.republish(run_id, generation)
+
+    def _queue_is_empty(self) -> bool:
+        """Tell lost from late: while visits lie in the queue, ours may be one of them."""
+        try:
+            with self._redis() as redis:
+                return not any(
+                    redis.llen(queue) for queue in (canvas.AGENTS_QUEUE, canvas.CONTROL_QUEUE)
+                )
+        except RedisError as error:
+            self._break(error)
+            return False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the broker is worth a try now."""
+        return time.monotonic() >= self._closed_until
+
+    def _send(self, signatures: Sequence[Signature], **context: Any) -> bool:
+        if not signatures:
+            return True
+        if not self.is_open:
+            log.warning("dispatch.skipped", messages=len(signatures), **context)
+            return False
+        try:
+            with self.app.producer_or_acquire() as producer:
+                for signature in signatures:
+                    signature.apply_async(producer=producer)
+        except BrokerErrors as error:
+            self._break(error, **context)
+            return False
+        return True
+
+    def _break(self, error: BaseException, **context: Any) -> None:
+        self._closed_until = time.monotonic() + BREAKER_SECONDS
+        log.warning("dispatch.broker_away", error=repr(error)[:300], **context)
+
+    @contextmanager
+    def _redis(self) -> Iterator[Redis]:
+        client = Redis.from_url(
+            self.settings.redis_url,
+            socket_timeout=PING_SECONDS,
+            socket_connect_timeout=PING_SECONDS,
+        )
+        try:
+            yield client
+        finally:
+            client.close()
+
+    def ping(self) -> None:
+        """Ask the broker whether it is there.
+
+        Raises:
+            Unavailable: it did not answer within a second.
+        """
+        try:
+            with self._redis() as redis:
+                redis.ping()
+        except RedisError as error:
+            raise Unavailable("Redis does not answer.") from error

@@ -1,0 +1,1654 @@
+"""Every change to a run, a task or an attempt, and nothing else changes them (I2).
+
+Each change is one guarded statement; a guard that refuses is an answer, not an accident. The event
+that tells of a change is written by the statement that makes it (I3). Callers own the transaction:
+the claim and the ordinary finish are single statements made for autocommit, everything else wants
+`Database.transaction()`. Locks are taken run first, then task, then slot. Decisions use the
+database's clock (I8). Nothing here publishes a message or calls an agent (I4): functions say who
+must be visited next, and `dispatch` does it after the commit.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, TextClause, bindparam, insert, select, text
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.types import Uuid
+from uuid6 import uuid7
+
+from opscore.db import Tx
+from opscore.definition import Definition, TaskSpec
+from opscore.errors import AgentNotFound, InvalidRequest, RunFinished, RunNotFound
+from opscore.models import Agent, Event, Run, Task
+from opscore.states import RUN_ENDED, TASK_ENDED, Reason
+from opscore.workflows import StoredWorkflow
+
+DEADLINE_GRACE_SECONDS = 5
+"""The worker ends an attempt at its timeout; only when it could not does the deadline come."""
+RESERVE_SECONDS = 5
+"""A freed slot is kept this long for the task it woke."""
+WAKE_AGAIN_SECONDS = 30
+"""A woken task that was not claimed by then is woken again: its visit may have been lost."""
+
+
+def _list(statuses: Iterable[str]) -> str:
+    return "(" + ", ".join(f"'{status}'" for status in sorted(statuses)) + ")"
+
+
+_ENDED = _list(TASK_ENDED)
+_RUN_OPEN = (
+    "(r.status IN ('queued', 'running') AND r.cancel_requested_at IS NULL AND r.error IS NULL)"
+)
+_DEPENDENCIES_OVER = f"""NOT EXISTS (
+    SELECT FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.status NOT IN {_ENDED})"""
+_ITEMS_OVER = f"""NOT EXISTS (
+    SELECT FROM tasks c WHERE c.parent_id = t.id AND c.status NOT IN {_ENDED})"""
+
+
+def _sql(statement: str, **types: Any) -> TextClause:
+    """Prepare a statement once; `types` names the parameters that are not plain values."""
+    clause = text(statement)
+    return clause.bindparams(*(bindparam(name, type_=kind) for name, kind in types.items()))
+
+
+_UUIDS = ARRAY(Uuid)
+
+
+# --- Submitting ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An unfinished task as the canvas sees it: `depends_on` names unfinished tasks only."""
+
+    id: UUID
+    depends_on: frozenset[UUID]
+    timeout_seconds: float
+    is_end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is left of a run: the input of a canvas."""
+
+    run_id: UUID
+    generation: int
+    request_id: str | None
+    nodes: tuple[Node, ...]
+    items: tuple[tuple[UUID, float], ...] = ()
+    """Items of expanded `forEach` tasks that need a visit of their own: (task id, timeout)."""
+
+
+Submission = Plan
+
+
+def submit_run(
+    tx: Tx,
+    stored: StoredWorkflow,
+    *,
+    input: Any,
+    agent_id: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    priority: int = 1,
+    request_id: str | None = None,
+) -> Submission:
+    """Write a run, all its tasks and the event. Once this commits, the run is accepted.
+
+    `agent_id` is the agent it was triggered for: it runs the tasks that name nobody, and is
+    preferred where it has the capability asked for; the input is then merged over the first task's
+    parameters.
+
+    Raises:
+        InvalidInput: the input breaks the workflow's inputSchema.
+        InvalidRequest: a task names neither agent nor capability and there is no `agent_id`.
+        AgentNotFound: no agent is registered as `agent_id`.
+    """
+    definition = stored.definition
+    definition.check_input(input)
+    _check_agents(tx, definition, agent_id)
+    run_id = uuid7()
+    tasks = _task_rows(definition, run_id, agent_id, priority)
+    tx.execute(
+        insert(Run).values(
+            id=run_id,
+            workflow_id=stored.workflow_id,
+            version=stored.version,
+            agent_id=agent_id,
+            input=input,
+            labels=dict(labels or {}),
+            priority=priority,
+            request_id=request_id,
+        )
+    )
+    tx.execute(insert(Task), tasks)
+    tx.execute(
+        insert(Event).values(run_id=run_id, type="run.queued", data={"version": stored.version})
+    )
+    nodes = tuple(
+        Node(row["id"], frozenset(row["depends_on"]), row["timeout_seconds"], row["kind"] == "end")
+        for row in tasks
+    )
+    return Plan(run_id, 1, request_id, nodes)
+
+
+def _check_agents(tx: Tx, definition: Definition, agent_id: str | None) -> None:
+    if agent_id is None:
+        if unbound := definition.unbound():
+            sentence = (
+                "The task names neither agentId nor agentCapability: name one, or trigger the"
+            )
+            raise InvalidRequest(
+                {f"/tasks/{task}": [f"{sentence} workflow for an agent."] for task in unbound}
+            )
+    elif tx.execute(select(Agent.agent_id).where(Agent.agent_id == agent_id)).first() is None:
+        raise AgentNotFound(agent_id=agent_id)
+
+
+def _task_rows(
+    definition: Definition, run_id: UUID, agent_id: str | None, priority: int
+) -> list[dict[str, Any]]:
+    """Return the rows of a run's tasks; with several leaves an implicit end joins them."""
+    ids = {spec.id: uuid7() for spec in definition.tasks}
+    rows = {
+        spec.id: _task_row(spec, position, ids, run_id, agent_id, priority)
+        for position, spec in enumerate(definition.tasks)
+    }
+    if len(definition.leaves) > 1:
+        rows[""] = _end_row(definition, ids, run_id, priority)
+    for row in rows.values():
+        for name in row.pop("after"):
+            rows[name]["successors"].append(row["id"])
+    sink = rows["" if "" in rows else definition.leaves[0]]
+    sink["is_sink"] = True
+    sink["reads"] = sorted({*sink["reads"], *output_reads(definition)} - {sink["definition_id"]})
+    return list(rows.values())
+
+
+def output_reads(definition: Definition) -> frozenset[str]:
+    """Return the tasks the run's output is made of: those its expression names, else the leaves."""
+    return (
+        frozenset(definition.leaves) if definition.output is None else definition.output_references
+    )
+
+
+def _task_row(
+    spec: TaskSpec,
+    position: int,
+    ids: Mapping[str, UUID],
+    run_id: UUID,
+    agent_id: str | None,
+    priority: int,
+) -> dict[str, Any]:
+    unbound = spec.agent_id is None and spec.capability is None
+    return _row(
+        run_id,
+        id=ids[spec.id],
+        definition_id=spec.id,
+        kind="agent" if spec.for_each is None else "for_each",
+        position=position,
+        max_parallel=spec.for_each.max_parallel if spec.for_each else None,
+        after=spec.depends_on,
+        depends_on=[ids[name] for name in spec.depends_on],
+        reads=sorted(spec.references),
+        wanted_agent_id=agent_id if unbound else spec.agent_id,
+        wanted_capability=spec.capability,
+        preferred_agent_id=agent_id,
+        timeout_seconds=spec.timeout_seconds,
+        max_attempts=spec.retry.max_attempts,
+        max_wait_seconds=spec.busy.max_wait_seconds,
+        goes_on=spec.on_failure == "continue",
+        priority=priority,
+    )
+
+
+def _end_row(
+    definition: Definition, ids: Mapping[str, UUID], run_id: UUID, priority: int
+) -> dict[str, Any]:
+    return _row(
+        run_id,
+        id=uuid7(),
+        kind="end",
+        position=len(definition.tasks),
+        after=definition.leaves,
+        depends_on=[ids[name] for name in definition.leaves],
+        priority=priority,
+    )
+
+
+def _row(run_id: UUID, **values: Any) -> dict[str, Any]:
+    """Return a whole task row: an insert of many rows wants the same columns in each."""
+    blank: dict[str, Any] = {
+        "run_id": run_id,
+        "definition_id": "",
+        "item": None,
+        "max_parallel": None,
+        "successors": [],
+        "reads": [],
+        "is_sink": False,
+        "wanted_agent_id": None,
+        "wanted_capability": None,
+        "preferred_agent_id": None,
+        "timeout_seconds": 60.0,
+        "max_attempts": 3,
+        "max_wait_seconds": 86_400.0,
+        "goes_on": False,
+        "status": "pending",
+    }
+    return blank | values
+
+
+# --- Claiming -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """This visit holds the task: run it, then record the outcome under `attempt`."""
+
+    task_id: UUID
+    run_id: UUID
+    attempt: int
+    kind: str
+    definition_id: str
+    parent_id: UUID | None
+    index: int | None
+    item: Any
+    merges_input: bool
+    """The first task of a run triggered for an agent: the input is merged over its parameters."""
+    expanded: bool
+    """A `forEach` whose items are over: collect them."""
+    is_sink: bool
+    agent_id: str | None
+    slot: int | None
+    workflow_id: str
+    version: int
+    generation: int
+    tries: int
+    waits: int
+    timeout_seconds: float
+    deadline_at: datetime
+    input: Any
+    tasks: Mapping[str, Any]
+    """Definition id -> `{output, status, error}` of the tasks its expressions read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The task is over, whoever did it: return normally, so that the canvas goes on."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Another visit runs it, or it waits for its time: a newer canvas's visit is kept for later."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class MustWait:
+    """The task cannot start yet: park it."""
+
+    reason: Reason
+    agent_id: str | None
+    waits: int
+    generation: int
+    workflow_id: str
+    version: int
+    definition_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class NoSuchAgent:
+    """The task names an agent nobody registered: it fails at once."""
+
+    agent_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Void:
+    """Nothing to do here any more: drop the message."""
+
+
+Answer = Claimed | Settled | Elsewhere | MustWait | NoSuchAgent | Void
+
+_FREE = """(s.holder IS NULL OR s.lease_expires_at < now())
+    AND (s.reserved_until IS NULL OR s.reserved_until < now())"""
+_RESERVED = "EXISTS (SELECT FROM slots k WHERE k.reserved_for = w.id AND k.reserved_until > now())"
+_AHEAD = f"""w.status = 'waiting' AND w.reason = 'agent_busy' AND w.id <> ready.id
+    AND NOT {_RESERVED}
+    AND (w.priority > ready.priority OR w.priority = ready.priority
+         AND w.waiting_since < coalesce(ready.waiting_since, now()))"""
+
+_CLAIM = _sql(
+    f"""
+WITH t AS MATERIALIZED (
+    SELECT t.*, r.status AS run_status, r.generation, r.workflow_id, r.version, {_RUN_OPEN} AS
+    run_open,
+           r.agent_id IS NOT NULL AND t.position = 0 AS merges_input
+    FROM tasks t JOIN runs r ON r.id = t.run_id
+    WHERE t.id = :task_id
+), over AS (
+    SELECT {_DEPENDENCIES_OVER} AS dependencies FROM t
+), ready AS (
+    SELECT t.* FROM t, over
+    WHERE run_open AND over.dependencies AND (t.status = 'pending' OR t.status = 'waiting' AND
+        CASE t.reason
+            WHEN 'retry' THEN t.wake_at <= now() OR t.woken_at IS NOT NULL
+            WHEN 'children' THEN {_ITEMS_OVER}
+            WHEN 'max_parallel' THEN false
+            ELSE true
+        END)
+), candidate AS (
+    SELECT a.agent_id, a.capacity, a.capabilities,
+           a.agent_id IS NOT DISTINCT FROM ready.preferred_agent_id AS preferred
+    FROM agents a, ready
+    WHERE ready.kind = 'agent' AND CASE
+        WHEN ready.wanted_agent_id IS NOT NULL THEN a.agent_id = ready.wanted_agent_id
+        ELSE ready.wanted_capability = ANY (a.capabilities) END
+), slot AS (
+    -- A free slot, unless somebody older waits for it who has none kept for him.
+    SELECT s.agent_id, s.number
+    FROM candidate c JOIN slots s USING (agent_id) CROSS JOIN ready
+    WHERE s.number <= c.capacity
+      AND (s.holder IS NULL OR s.lease_expires_at < now())
+      AND (s.reserved_for = :task_id AND s.reserved_until > now()
+           OR {_FREE}
+           AND NOT EXISTS (SELECT FROM tasks w WHERE w.wanted_agent_id = c.agent_id AND {_AHEAD})
+           AND NOT EXISTS (SELECT FROM tasks w WHERE w.wanted_agent_id IS NULL
+                           AND w.wanted_capability = ANY (c.capabilities) AND {_AHEAD}))
+    ORDER BY (s.reserved_for = :task_id) DESC NULLS LAST, c.preferred DESC, s.number
+    LIMIT 1
+    FOR UPDATE OF s SKIP LOCKED
+), unlimited AS (
+    SELECT agent_id, NULL::int AS number FROM candidate
+    WHERE capacity IS NULL ORDER BY preferred DESC, agent_id LIMIT 1
+), chosen AS (
+    SELECT * FROM slot
+    UNION ALL SELECT * FROM unlimited WHERE NOT EXISTS (SELECT FROM slot)
+    UNION ALL SELECT NULL, NULL FROM ready WHERE kind <> 'agent'
+), starting AS (
+    UPDATE runs r SET status = 'running', started_at = now()
+    FROM ready, chosen
+    WHERE r.id = ready.run_id AND r.status = 'queued' AND ready.run_status = 'queued'
+    RETURNING r.id
+), claimed AS (
+    UPDATE tasks t
+    SET status = 'running', reason = NULL, attempt = t.attempt + 1, claim_token = :token,
+        agent_id = chosen.agent_id, started_at = coalesce(t.started_at, now()),
+        deadline_at = now() + make_interval(secs => t.timeout_seconds + :grace),
+        lease_expires_at = now() + make_interval(secs => least(:lease, t.timeout_seconds + :grace)),
+        -- An old visit does the work, but a newer canvas's saved one must still go on after it.
+        message = CASE WHEN t.visit_generation > :generation THEN t.message END,
+        visit_generation = greatest(t.visit_generation, :generation),
+        wake_at = NULL, woken_at = NULL
+    FROM chosen LEFT JOIN starting ON true
+    WHERE t.id = :task_id AND t.status IN ('pending', 'waiting')
+    RETURNING t.id, t.run_id, t.attempt, t.kind, t.agent_id, t.lease_expires_at, t.deadline_at,
+              chosen.number
+), held AS (
+    UPDATE slots s
+    SET holder = claimed.id, attempt = claimed.attempt, lease_expires_at = claimed.lease_expires_at,
+        reserved_for = NULL, reserved_until = NULL
+    FROM claimed
+    WHERE s.agent_id = claimed.agent_id AND s.number = claimed.number
+), begun AS (
+    INSERT INTO attempts (task_id, number, agent_id, worker, status)
+    SELECT id, attempt, agent_id, :worker, 'running' FROM claimed WHERE kind = 'agent'
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, 'task.started',
+           jsonb_build_object('attempt', attempt, 'agentId', agent_id, 'worker', cast(:worker AS
+           text))
+    FROM claimed WHERE kind <> 'end'
+), told_run AS (
+    INSERT INTO events (run_id, type) SELECT id, 'run.started' FROM starting
+)
+SELECT t.id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index, t.item, t.items, t.is_sink,
+       t.status, t.reason, t.tries, t.waits, t.timeout_seconds, t.wanted_agent_id, t.workflow_id,
+       t.version, t.generation, t.run_open, over.dependencies, claimed.attempt,
+       coalesce(claimed.deadline_at, t.deadline_at) AS deadline_at, coalesce(claimed.agent_id,
+       t.agent_id) AS agent_id, t.merges_input, t.attempt AS last_attempt, coalesce(claimed.number,
+       (SELECT s.number FROM slots s WHERE t.claim_token = :token
+                                 AND s.holder = t.id AND s.attempt = t.attempt)) AS slot,
+       t.status = 'running' AND t.claim_token = :token AS mine,
+       EXISTS (SELECT FROM ready) AS ready,
+       EXISTS (SELECT FROM chosen) AS chosen,
+       EXISTS (SELECT FROM candidate) AS candidate,
+       (SELECT agent_id FROM candidate ORDER BY preferred DESC LIMIT 1) AS candidate_id,
+       CASE WHEN claimed.id IS NOT NULL OR t.claim_token = :token
+            THEN (SELECT input FROM runs WHERE id = t.run_id) END AS input,
+       CASE WHEN (claimed.id IS NOT NULL OR t.claim_token = :token) AND t.reads <> '{{}}'
+            THEN (SELECT jsonb_object_agg(d.definition_id, jsonb_build_object(
+                      'output', d.output, 'status', d.status, 'error', d.error))
+                  FROM tasks d WHERE d.run_id = t.run_id AND d.index IS NULL
+                  AND d.definition_id = ANY (t.reads)) END AS tasks
+FROM t CROSS JOIN over LEFT JOIN claimed ON true
+""",
+    task_id=Uuid(),
+    token=Uuid(),
+)
+
+
+def claim_task(
+    tx: Tx, task_id: UUID, *, generation: int, token: UUID, worker: str, lease_seconds: float
+) -> Answer | None:
+    """Take the task for this visit if it may start now, with a slot of its agent.
+
+    `token` is the visit's own: asked again with it after a lost answer, the claim answers the same.
+    `generation` is the message's: an older one may still do the work (refusing it could starve a
+    long queue). Returns None when another visit moved the task at the same moment: ask again.
+    """
+    row = tx.execute(
+        _CLAIM,
+        {
+            "task_id": task_id,
+            "generation": generation,
+            "token": token,
+            "worker": worker,
+            "lease": lease_seconds,
+            "grace": DEADLINE_GRACE_SECONDS,
+        },
+    ).one_or_none()
+    if row is None:
+        return Void()
+    if row.attempt is not None or row.mine:
+        return _claimed(row)
+    if row.status in TASK_ENDED:
+        return Settled(row.generation) if row.run_open else Void()
+    if not row.run_open:
+        return Void()
+    if row.ready and row.chosen:
+        return None
+    return _refused(row)
+
+
+def _claimed(row: Row[Any]) -> Claimed:
+    return Claimed(
+        task_id=row.id,
+        run_id=row.run_id,
+        attempt=row.attempt or row.last_attempt,
+        kind=row.kind,
+        definition_id=row.definition_id,
+        parent_id=row.parent_id,
+        index=row.index,
+        item=row.item,
+        merges_input=row.merges_input,
+        expanded=row.items is not None,
+        is_sink=row.is_sink,
+        agent_id=row.agent_id,
+        slot=row.slot,
+        workflow_id=row.workflow_id,
+        version=row.version,
+        generation=row.generation,
+        tries=row.tries,
+        waits=row.waits,
+        timeout_seconds=row.timeout_seconds,
+        deadline_at=row.deadline_at,
+        input=row.input,
+        tasks=row.tasks or {},
+    )
+
+
+def _refused(row: Row[Any]) -> Answer:
+    """Say why a task of an open run cannot start."""
+    if row.status == "running":
+        return Elsewhere(row.generation)
+    if not row.dependencies:
+        reason = Reason.DEPENDENCIES
+    elif not row.ready:
+        return Elsewhere(row.generation)
+    elif row.candidate:
+        reason = Reason.AGENT_BUSY
+    elif row.wanted_agent_id is not None:
+        return NoSuchAgent(row.wanted_agent_id)
+    else:
+        reason = Reason.AGENT_UNAVAILABLE
+    return MustWait(
+        reason,
+        row.candidate_id,
+        row.waits,
+        row.generation,
+        row.workflow_id,
+        row.version,
+        row.definition_id,
+    )
+
+
+# --- Finishing ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt failed."""
+
+    code: str
+    message: str
+    traceback: str | None = None
+    retryable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The outcome is recorded; says what must follow the commit."""
+
+    generation: int
+    ends_run: bool = False
+    """The run may be over now: call `settle_run`."""
+    failed_run: bool = False
+    """The failure ends the run: nothing below the task may start."""
+    message: dict[str, Any] | None = None
+    """A newer canvas's visit that came meanwhile: publish it, so that its canvas goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """The task waits now; its visit is saved with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """The attempt is no longer this worker's: drop its outcome."""
+
+
+_FINISH = """
+WITH {before} done AS (
+    UPDATE tasks t
+    SET status = 'completed', output = :output, finished_at = now(),
+        lease_expires_at = NULL, deadline_at = NULL, waiting_since = NULL
+    {source}
+    WHERE t.id = :task_id AND t.attempt = :attempt AND t.status = 'running'
+    RETURNING t.id, t.run_id, t.kind, t.message, t.ends_run, t.is_sink
+), closed AS (
+    UPDATE attempts a SET status = 'completed', finished_at = now() FROM done
+    WHERE a.task_id = done.id AND a.number = :attempt
+), freed AS (
+    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM done
+    WHERE s.agent_id = :agent_id AND s.number = :slot
+      AND s.holder = :task_id AND s.attempt = :attempt
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, 'task.completed', jsonb_build_object('attempt', cast(:attempt AS int))
+    FROM done WHERE kind <> 'end'
+) {after}
+SELECT done.message, done.ends_run, r.generation
+FROM done JOIN runs r ON r.id = done.run_id
+"""
+_FINISH_SINK = {
+    "before": "run AS (SELECT id FROM runs WHERE id = :run_id FOR UPDATE),",
+    "source": "FROM run",
+    "after": f""", settled AS (
+    UPDATE runs r SET status = 'completed', output = :run_output, finished_at = now() FROM done
+    WHERE r.id = done.run_id AND r.status = 'running' AND {_RUN_OPEN}
+    RETURNING r.id
+), told_run AS (
+    INSERT INTO events (run_id, type) SELECT id, 'run.completed' FROM settled
+)""",
+}
+
+
+def _finish(parts: Mapping[str, str], **types: Any) -> TextClause:
+    return _sql(_FINISH.format(**parts), task_id=Uuid(), output=JSONB(), **types)
+
+
+_FINISH_TASK = _finish({"before": "", "source": "", "after": ""})
+_FINISH_LAST = _finish(_FINISH_SINK, run_id=Uuid(), run_output=JSONB())
+
+
+def complete_attempt(
+    tx: Tx, claimed: Claimed, output: Any, run_output: Any = None
+) -> Finished | Fenced:
+    """Record success: status, output, event, the slot freed, and the run settled if this was its
+    sink.
+
+    Both outputs are storable JSON.
+    """
+    parameters = {
+        "task_id": claimed.task_id,
+        "attempt": claimed.attempt,
+        "agent_id": claimed.agent_id,
+        "slot": claimed.slot,
+        "output": output,
+    }
+    if claimed.is_sink:
+        parameters |= {"run_id": claimed.run_id, "run_output": run_output}
+    statement = _FINISH_LAST if claimed.is_sink else _FINISH_TASK
+    row = tx.execute(statement, parameters).one_or_none()
+    if row is None:
+        return _repeated(tx, claimed)
+    return Finished(row.generation, ends_run=row.ends_run, message=row.message)
+
+
+_RECORDED = _sql(
+    f"""
+SELECT r.generation, t.ends_run, t.message, t.status, t.goes_on
+FROM tasks t JOIN runs r ON r.id = t.run_id
+WHERE t.id = :task_id AND t.attempt = :attempt AND t.status IN {_ENDED}
+  AND NOT EXISTS (SELECT FROM attempts a WHERE a.task_id = t.id AND a.number = t.attempt
+                  AND a.status IN ('lost', 'cancelled'))
+""",
+    task_id=Uuid(),
+)
+
+
+def _repeated(tx: Tx, claimed: Claimed) -> Finished | Fenced:
+    """Tell an outcome whose answer was lost on the way from one that came too late."""
+    row = tx.execute(
+        _RECORDED, {"task_id": claimed.task_id, "attempt": claimed.attempt}
+    ).one_or_none()
+    if row is None:
+        return Fenced()
+    failed_run = row.status == "failed" and not row.goes_on
+    return Finished(row.generation, row.ends_run, failed_run, row.message)
+
+
+_RETRY = _sql(
+    """
+WITH later AS (
+    UPDATE tasks t
+    SET status = 'waiting', reason = 'retry', tries = tries + 1, waits = 0, waiting_since = NULL,
+        message = coalesce(t.message, :message),
+        wake_at = now() + make_interval(secs => :delay), woken_at = NULL,
+        lease_expires_at = NULL, deadline_at = NULL
+    WHERE t.id = :task_id AND t.attempt = :attempt AND t.status = 'running'
+      AND t.tries + 1 < t.max_attempts AND NOT t.ends_run
+    RETURNING t.id, t.run_id, t.wake_at
+), closed AS (
+    UPDATE attempts a SET status = 'failed', error = :error, finished_at = now() FROM later
+    WHERE a.task_id = later.id AND a.number = :attempt
+), freed AS (
+    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM later
+    WHERE s.holder = later.id AND s.attempt = :attempt
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, 'task.retrying', jsonb_build_object(
+        'attempt', cast(:attempt AS int), 'wakeAt', wake_at, 'error', cast(:error AS jsonb) -
+        'traceback')
+    FROM later
+)
+SELECT id FROM later
+""",
+    task_id=Uuid(),
+    message=JSONB(none_as_null=True),
+    error=JSONB(),
+)
+
+
+def fail_attempt(
+    tx: Tx,
+    claimed: Claimed,
+    failure: Failure,
+    *,
+    delay_seconds: float,
+    message: dict[str, Any],
+) -> Finished | Parked | Fenced:
+    """Record a failure: park the task for its next attempt, or let it fail for good.
+
+    For good, under `onFailure: fail`, nothing of the run starts any more: what has not started is
+    cancelled, and the run fails when its running attempts have ended.
+    """
+    error = _error(failure)
+    parameters = {
+        "task_id": claimed.task_id,
+        "attempt": claimed.attempt,
+        "message": message,
+        "delay": delay_seconds,
+        "error": error,
+    }
+    if failure.retryable and tx.execute(_RETRY, parameters).first() is not None:
+        return Parked()
+    ended = _end_task(tx, claimed.task_id, claimed.run_id, error, attempt=claimed.attempt)
+    return ended or _repeated(tx, claimed)
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A task that was moved by somebody other than its worker."""
+
+    run_id: UUID
+    parent_id: UUID | None
+    finished: Finished | None
+    """None if it goes back to wait."""
+
+
+def fail_unclaimed(tx: Tx, task_id: UUID, failure: Failure) -> Gone | None:
+    """Let a task fail that never started, such as one that waited too long; None if it moved on."""
+    row = tx.execute(select(Task.run_id, Task.parent_id).where(Task.id == task_id)).one_or_none()
+    if row is None:
+        return None
+    finished = _end_task(tx, task_id, row.run_id, _error(failure))
+    return None if finished is None else Gone(row.run_id, row.parent_id, finished)
+
+
+def no_such_agent(agent_id: str) -> Failure:
+    """Return the failure of a task that names an agent nobody registered."""
+    return Failure("agent_not_found", f"No agent is registered as {agent_id!r}.")
+
+
+def overdue_failure(reason: str) -> Failure:
+    """Return the failure of a task that waited longer than its `busy.maxWaitSeconds`."""
+    if reason == Reason.AGENT_UNAVAILABLE:
+        return Failure("agent_unavailable", "No agent with the capability could take it in time.")
+    return Failure("agent_busy_timeout", "The agent stayed busy for longer than maxWaitSeconds.")
+
+
+def _error(failure: Failure) -> dict[str, Any]:
+    error = {"code": failure.code, "message": failure.message}
+    return error | ({"traceback": failure.traceback} if failure.traceback else {})
+
+
+_END_TASK = _sql(
+    f"""
+WITH ended AS (
+    UPDATE tasks t
+    SET status = CASE WHEN r.cancel_requested_at IS NULL AND cast(:error AS jsonb) IS NOT NULL
+                      THEN 'failed' ELSE 'cancelled' END,
+        reason = CASE WHEN r.cancel_requested_at IS NOT NULL THEN 'run_cancelled'
+                      WHEN cast(:error AS jsonb) IS NULL THEN 'upstream_failed' END,
+        error = cast(:error AS jsonb) - 'traceback', finished_at = now(),
+        lease_expires_at = NULL, deadline_at = NULL, waiting_since = NULL, wake_at = NULL
+    FROM runs r
+    WHERE t.id = :task_id AND r.id = t.run_id
+      AND CASE WHEN cast(:attempt AS int) IS NULL THEN t.status IN ('pending', 'waiting')
+               ELSE t.attempt = :attempt AND t.status = 'running' END
+    RETURNING t.id, t.run_id, t.definition_id, t.index, t.parent_id, t.goes_on, t.ends_run,
+    t.message,
+              t.is_sink, t.status, r.generation, {_RUN_OPEN} AS run_open
+), closed AS (
+    UPDATE attempts a
+    SET status = CASE WHEN cast(:error AS jsonb) IS NULL THEN 'cancelled' ELSE 'failed' END,
+        error = :error, finished_at = now()
+    FROM ended WHERE a.task_id = ended.id AND a.number = :attempt
+), freed AS (
+    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM ended
+    WHERE s.holder = ended.id AND s.attempt = :attempt
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, 'task.' || status,
+           jsonb_build_object('attempt', cast(:attempt AS int), 'error', cast(:error AS jsonb) -
+           'traceback')
+    FROM ended
+)
+SELECT * FROM ended
+""",
+    task_id=Uuid(),
+    error=JSONB(none_as_null=True),
+)
+
+
+def _end_task(
+    tx: Tx,
+    task_id: UUID,
+    run_id: UUID,
+    error: dict[str, Any] | None,
+    *,
+    attempt: int | None = None,
+) -> Finished | None:
+    """Fail a task for good and, unless it goes on, begin to fail its run.
+
+    Without an error the task is given up with a run that is ending already.
+    """
+    _lock_run(tx, run_id)
+    row = tx.execute(
+        _END_TASK, {"task_id": task_id, "error": error, "attempt": attempt}
+    ).one_or_none()
+    if row is None:
+        return None
+    failed_run = row.status == "failed" and not row.goes_on
+    if failed_run and row.run_open and error is not None:
+        _fail_run(tx, row, error)
+    sink_went_on = row.status == "failed" and row.goes_on and row.is_sink
+    if sink_went_on and row.run_open:
+        _complete_run(tx, run_id)
+    return Finished(row.generation, row.ends_run or failed_run, failed_run, row.message)
+
+
+def _lock_run(tx: Tx, run_id: UUID) -> None:
+    tx.execute(select(Run.id).where(Run.id == run_id).with_for_update())
+
+
+_FAIL_RUN = _sql(
+    "UPDATE runs r SET error = :error WHERE r.id = :run_id AND r.error IS NULL",
+    run_id=Uuid(),
+    error=JSONB(),
+)
+_FAIL_PARENT = _sql(
+    """
+WITH failed AS (
+    UPDATE tasks t SET status = 'failed', reason = NULL, finished_at = now(), error = :error,
+        wake_at = NULL
+    WHERE t.id = :task_id AND t.status = 'waiting'
+    RETURNING t.id, t.run_id
+)
+INSERT INTO events (run_id, task_id, type, data)
+SELECT run_id, id, 'task.failed', jsonb_build_object('error', cast(:error AS jsonb)) FROM failed
+""",
+    task_id=Uuid(),
+    error=JSONB(),
+)
+_CLOSE = _sql(
+    """
+WITH closing AS (
+    UPDATE tasks t
+    SET status = CASE t.status WHEN 'running' THEN 'running' ELSE 'cancelled' END,
+        reason = CASE t.status WHEN 'running' THEN t.reason ELSE :reason END,
+        finished_at = CASE t.status WHEN 'running' THEN NULL ELSE now() END,
+        wake_at = NULL, ends_run = true
+    WHERE t.run_id = :run_id
+      AND (t.status IN ('pending', 'waiting') OR t.status = 'running' AND NOT t.ends_run)
+    RETURNING t.id, t.run_id, t.status, t.kind
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, 'task.cancelled', jsonb_build_object('reason', cast(:reason AS text))
+    FROM closing WHERE status = 'cancelled' AND kind <> 'end'
+)
+SELECT id FROM closing
+""",
+    run_id=Uuid(),
+)
+
+
+def _fail_run(tx: Tx, row: Row[Any], error: dict[str, Any]) -> None:
+    """Mark the run as failing and cancel what has not started; the caller holds the run's lock."""
+    brief = {"code": error["code"], "message": error["message"]}
+    if row.parent_id is not None:
+        item = {"code": "item_failed", "message": f"Item {row.index} failed: {error['message']}"}
+        tx.execute(_FAIL_PARENT, {"task_id": row.parent_id, "error": item})
+    where = {"taskId": str(row.id), "taskDefinitionId": row.definition_id}
+    tx.execute(_FAIL_RUN, {"run_id": row.run_id, "error": brief | where})
+    _close_tasks(tx, row.run_id, "upstream_failed")
+
+
+def _close_tasks(tx: Tx, run_id: UUID, reason: str) -> None:
+    """Cancel what has not started; who is running learns that the run ends with it.
+
+    Repeated, because a `forEach` that expands at this moment holds its row until its items are
+    written, and a statement that waited for that row does not see them; the next one does.
+    """
+    while tx.execute(_CLOSE, {"run_id": run_id, "reason": reason}).all():
+        pass
+
+
+_COMPLETE_RUN = _sql(
+    f"""
+WITH settled AS (
+    UPDATE runs r SET status = 'completed', finished_at = now()
+    WHERE r.id = :run_id AND r.status = 'running' AND {_RUN_OPEN}
+    RETURNING r.id
+)
+INSERT INTO events (run_id, type) SELECT id, 'run.completed' FROM settled
+""",
+    run_id=Uuid(),
+)
+
+
+def _complete_run(tx: Tx, run_id: UUID) -> None:
+    """Complete a run whose sink failed but goes on; there is nothing to make an output of."""
+    tx.execute(_COMPLETE_RUN, {"run_id": run_id})
+
+
+def fail_run_output(tx: Tx, claimed: Claimed, output: Any, failure: Failure) -> Finished | Fenced:
+    """Record the sink's success, and fail the run because its output expression failed."""
+    _lock_run(tx, claimed.run_id)
+    error = _error(failure)
+    marked = tx.execute(
+        _sql(
+            """
+            UPDATE runs r SET error = :error FROM tasks t
+            WHERE r.id = :run_id AND r.error IS NULL
+              AND t.id = :task_id AND t.attempt = :attempt AND t.status = 'running'
+            """,
+            error=JSONB(),
+            run_id=Uuid(),
+            task_id=Uuid(),
+        ),
+        {
+            "error": error,
+            "run_id": claimed.run_id,
+            "task_id": claimed.task_id,
+            "attempt": claimed.attempt,
+        },
+    )
+    finished = complete_attempt(tx, claimed, output)
+    if isinstance(finished, Finished) and marked.rowcount:
+        return Finished(finished.generation, True, True, finished.message)
+    return finished
+
+
+_RELEASE = _sql(
+    """
+WITH later AS (
+    UPDATE tasks t
+    SET status = 'waiting', reason = :reason, waits = waits + 1,
+        waiting_since = coalesce(t.waiting_since, now()),
+        message = coalesce(t.message, :message),
+        wake_at = now() + make_interval(secs => :delay), woken_at = NULL,
+        lease_expires_at = NULL, deadline_at = NULL
+    WHERE t.id = :task_id AND t.attempt = :attempt AND t.status = 'running' AND NOT t.ends_run
+    RETURNING t.id, t.run_id, t.wake_at, t.agent_id
+), closed AS (
+    UPDATE attempts a SET status = 'cancelled', finished_at = now(),
+        error = jsonb_build_object('code', cast(:reason AS text), 'message', 'The agent took no
+        work.')
+    FROM later WHERE a.task_id = later.id AND a.number = :attempt
+), freed AS (
+    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM later
+    WHERE s.holder = later.id AND s.attempt = :attempt
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, 'task.waiting',
+           jsonb_build_object('reason', cast(:reason AS text), 'wakeAt', wake_at, 'agentId',
+           agent_id)
+    FROM later
+)
+SELECT id FROM later
+""",
+    task_id=Uuid(),
+    message=JSONB(none_as_null=True),
+)
+
+
+def release_attempt(
+    tx: Tx,
+    claimed: Claimed,
+    reason: Reason,
+    *,
+    delay_seconds: float,
+    message: dict[str, Any],
+) -> Finished | Parked | Fenced:
+    """Give a claimed task back because its agent took no work; that uses up no attempt."""
+    parameters = {
+        "task_id": claimed.task_id,
+        "attempt": claimed.attempt,
+        "reason": str(reason),
+        "message": message,
+        "delay": delay_seconds,
+    }
+    if tx.execute(_RELEASE, parameters).first() is not None:
+        return Parked()
+    return abandon_attempt(tx, claimed)
+
+
+def abandon_attempt(tx: Tx, claimed: Claimed) -> Finished | Fenced:
+    """Give up an attempt that has nothing to show because its run is ending."""
+    ended = _end_task(tx, claimed.task_id, claimed.run_id, None, attempt=claimed.attempt)
+    return ended or Fenced()
+
+
+# --- forEach ------------------------------------------------------------------------------------
+
+_EXPAND = _sql(
+    """
+WITH expanded AS (
+    UPDATE tasks t
+    SET status = 'waiting', reason = 'children', items = :count,
+        message = coalesce(t.message, :message),
+        lease_expires_at = NULL, deadline_at = NULL, wake_at = NULL, woken_at = NULL
+    WHERE t.id = :task_id AND t.attempt = :attempt AND t.status = 'running' AND NOT t.ends_run
+    RETURNING t.*
+), items AS (
+    INSERT INTO tasks (id, run_id, definition_id, kind, position, parent_id, index, item,
+    depends_on,
+        successors, reads, wanted_agent_id, wanted_capability, preferred_agent_id, timeout_seconds,
+        max_attempts, max_wait_seconds, goes_on, priority, status, reason)
+    SELECT i.id, e.run_id, e.definition_id, 'agent', e.position, e.id, i.index - 1, i.item, '{}',
+        '{}', e.reads, e.wanted_agent_id, e.wanted_capability, e.preferred_agent_id,
+        e.timeout_seconds, e.max_attempts, e.max_wait_seconds, e.goes_on, e.priority, CASE WHEN
+        i.index <= coalesce(e.max_parallel, i.index) THEN 'pending' ELSE 'waiting' END, CASE WHEN
+        i.index <= coalesce(e.max_parallel, i.index) THEN NULL ELSE 'max_parallel' END
+    FROM expanded e, ROWS FROM (unnest(:ids), jsonb_array_elements(:values))
+        WITH ORDINALITY AS i(id, item, index)
+    RETURNING id, status, index, timeout_seconds
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, 'task.expanded', jsonb_build_object('items', items) FROM expanded
+)
+SELECT items.id, items.timeout_seconds FROM items WHERE status = 'pending' ORDER BY index
+""",
+    task_id=Uuid(),
+    ids=_UUIDS,
+    values=JSONB(),
+    message=JSONB(none_as_null=True),
+)
+
+
+def expand_task(
+    tx: Tx, claimed: Claimed, values: Sequence[Any], message: dict[str, Any]
+) -> list[tuple[UUID, float]] | None:
+    """Write a row per item and park the `forEach` until they are over.
+
+    Returns the (id, timeout) of the items to visit now: all of them, or the first `maxParallel`;
+    None when the attempt is no longer this worker's or the run ends.
+    """
+    rows = tx.execute(
+        _EXPAND,
+        {
+            "task_id": claimed.task_id,
+            "attempt": claimed.attempt,
+            "count": len(values),
+            "ids": [uuid7() for _ in values],
+            "values": list(values),
+            "message": message,
+        },
+    ).all()
+    return [(row.id, row.timeout_seconds) for row in rows] or None
+
+
+def item_outputs(tx: Tx, task_id: UUID) -> list[Any]:
+    """Return the outputs of an expanded `forEach`'s items, in item order."""
+    query = select(Task.output).where(Task.parent_id == task_id).order_by(Task.index)
+    return list(tx.execute(query).scalars())
+
+
+_RELEASE_ITEMS = _sql(
+    f"""
+WITH parent AS (
+    SELECT id, max_parallel FROM tasks
+    WHERE id = :parent_id AND status = 'waiting' AND max_parallel IS NOT NULL FOR UPDATE
+), room AS (
+    SELECT parent.max_parallel - count(c.id) AS places
+    FROM parent LEFT JOIN tasks c ON c.parent_id = parent.id AND c.status NOT IN {_ENDED}
+        AND (c.status <> 'waiting' OR c.reason <> 'max_parallel')
+    GROUP BY parent.max_parallel
+), next AS (
+    SELECT c.id FROM tasks c JOIN parent ON c.parent_id = parent.id
+    WHERE c.status = 'waiting' AND c.reason = 'max_parallel'
+    ORDER BY c.index LIMIT (SELECT greatest(places, 0) FROM room)
+)
+UPDATE tasks t SET status = 'pending', reason = NULL FROM next, runs r
+WHERE t.id = next.id AND t.status = 'waiting' AND r.id = t.run_id
+RETURNING t.id, t.run_id, t.kind, t.parent_id, t.message, t.timeout_seconds, t.reason,
+          r.generation, r.request_id
+""",
+    parent_id=Uuid(),
+)
+
+
+# --- Parking and waking -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Woken:
+    """A task to visit again: by its saved message, or, if it has none, as `reason` says."""
+
+    task_id: UUID
+    run_id: UUID
+    generation: int
+    """The run's, now."""
+    request_id: str | None
+    message: dict[str, Any] | None
+    reason: str | None
+    is_item: bool
+    timeout_seconds: float
+
+
+_WOKEN = """t.id, t.run_id, t.kind, t.parent_id, t.message, t.timeout_seconds, t.reason,
+          r.generation, r.request_id"""
+
+
+def _woken(rows: Iterable[Row[Any]]) -> list[Woken]:
+    return [
+        Woken(
+            task_id=row.id,
+            run_id=row.run_id,
+            generation=row.generation,
+            request_id=row.request_id,
+            message=row.message,
+            reason=row.reason,
+            is_item=row.parent_id is not None,
+            timeout_seconds=row.timeout_seconds,
+        )
+        for row in rows
+    ]
+
+
+_PARK = _sql(
+    """
+WITH before AS (
+    SELECT reason FROM tasks WHERE id = :task_id
+), parked AS (
+    UPDATE tasks t
+    SET status = 'waiting', reason = :reason, message = :message, visit_generation = :generation,
+        waits = CASE WHEN :busy THEN t.waits + 1 ELSE 0 END,
+        waiting_since = CASE WHEN :busy THEN coalesce(t.waiting_since, now()) END,
+        wake_at = now() + make_interval(secs => :delay), woken_at = NULL
+    WHERE t.id = :task_id AND t.status IN ('pending', 'waiting')
+      AND t.visit_generation <= :generation
+    RETURNING t.id, t.run_id, t.wake_at, t.waiting_since, t.max_wait_seconds
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, 'task.waiting', jsonb_build_object(
+        'reason', cast(:reason AS text), 'wakeAt', wake_at, 'agentId', cast(:agent_id AS text))
+    FROM parked, before WHERE before.reason IS DISTINCT FROM :reason
+)
+SELECT id, waiting_since + make_interval(secs => max_wait_seconds) < now() AS overdue FROM parked
+""",
+    task_id=Uuid(),
+    message=JSONB(),
+)
+
+
+def park_task(
+    tx: Tx,
+    task_id: UUID,
+    wait: MustWait,
+    *,
+    delay_seconds: float | None,
+    message: dict[str, Any],
+    generation: int,
+) -> bool | None:
+    """Put an unclaimed task to wait, with its message saved.
+
+    Who parks runs the matching wake after the commit, or it may wait for what came at the same
+    moment. Returns whether it has now waited longer than it may; None when it moved meanwhile:
+    visit it again.
+    """
+    row = tx.execute(
+        _PARK,
+        {
+            "task_id": task_id,
+            "reason": str(wait.reason),
+            "busy": wait.reason in (Reason.AGENT_BUSY, Reason.AGENT_UNAVAILABLE),
+            "agent_id": wait.agent_id,
+            "message": message,
+            "generation": generation,
+            "delay": delay_seconds,
+        },
+    ).one_or_none()
+    return None if row is None else bool(row.overdue)
+
+
+_KEEP_MESSAGE = _sql(
+    """
+UPDATE tasks t SET message = :message, visit_generation = :generation
+WHERE t.id = :task_id AND t.status IN ('waiting', 'running') AND t.visit_generation < :generation
+RETURNING t.id
+""",
+    task_id=Uuid(),
+    message=JSONB(),
+)
+
+
+def keep_message(tx: Tx, task_id: UUID, message: dict[str, Any], generation: int) -> bool:
+    """Save a newer canvas's visit with a task that runs or waits, to be published when it is over.
+
+    False when the task ended meanwhile or has a message as new: visit it again.
+    """
+    parameters = {"task_id": task_id, "message": message, "generation": generation}
+    return tx.execute(_KEEP_MESSAGE, parameters).first() is not None
+
+
+_WAKE_JOINS = f"""
+UPDATE tasks t SET woken_at = now(), wake_at = now() + make_interval(secs => {WAKE_AGAIN_SECONDS})
+FROM runs r
+WHERE {{which}} AND r.id = t.run_id
+  AND t.status = 'waiting' AND t.reason = 'dependencies' AND t.woken_at IS NULL
+  AND {_DEPENDENCIES_OVER}
+RETURNING {_WOKEN}
+"""
+_WAKE_THESE = _sql(_WAKE_JOINS.format(which="t.id = ANY (:task_ids)"), task_ids=_UUIDS)
+_WAKE_SUCCESSORS = _sql(
+    _WAKE_JOINS.format(
+        which="t.id = ANY (ARRAY(SELECT unnest(successors) FROM tasks WHERE id = :task_id))"
+    ),
+    task_id=Uuid(),
+)
+_WAKE_PARENT = _sql(
+    f"""
+UPDATE tasks t SET woken_at = now(), wake_at = now() + make_interval(secs => {WAKE_AGAIN_SECONDS})
+FROM runs r
+WHERE t.id = :task_id AND r.id = t.run_id
+  AND t.status = 'waiting' AND t.reason = 'children' AND t.woken_at IS NULL AND {_ITEMS_OVER}
+RETURNING {_WOKEN}
+""",
+    task_id=Uuid(),
+)
+
+
+def wake_joins(tx: Tx, task_ids: Sequence[UUID]) -> list[Woken]:
+    """Wake those of the tasks that wait for dependencies which are all over."""
+    return _woken(tx.execute(_WAKE_THESE, {"task_ids": list(task_ids)}))
+
+
+def wake_successors(tx: Tx, task_id: UUID) -> list[Woken]:
+    """Wake the tasks after this one whose last dependency it was."""
+    return _woken(tx.execute(_WAKE_SUCCESSORS, {"task_id": task_id}))
+
+
+def wake_parent(tx: Tx, parent_id: UUID) -> list[Woken]:
+    """Wake a `forEach` whose items are over, or release the next items under its `maxParallel`."""
+    parents = _woken(tx.execute(_WAKE_PARENT, {"task_id": parent_id}))
+    return parents or _woken(tx.execute(_RELEASE_ITEMS, {"parent_id": parent_id}))
+
+
+_WAKE_LINE = _sql(
+    f"""
+WITH free AS MATERIALIZED (
+    SELECT s.number FROM slots s JOIN agents a USING (agent_id)
+    WHERE s.agent_id = :agent_id AND s.number <= a.capacity AND {_FREE}
+    ORDER BY s.number FOR UPDATE OF s SKIP LOCKED
+), line AS MATERIALIZED (
+    SELECT w.id FROM tasks w, agents a
+    WHERE a.agent_id = :agent_id AND w.status = 'waiting' AND w.reason = 'agent_busy'
+      AND (w.wanted_agent_id = :agent_id
+           OR w.wanted_agent_id IS NULL AND w.wanted_capability = ANY (a.capabilities))
+      AND NOT {_RESERVED}
+    ORDER BY w.priority DESC, w.waiting_since, w.id
+    LIMIT (SELECT count(*) FROM free) FOR UPDATE OF w SKIP LOCKED
+), pairs AS (
+    SELECT f.number, l.id
+    FROM (SELECT number, row_number() OVER (ORDER BY number) AS n FROM free) f
+    JOIN (SELECT id, row_number() OVER () AS n FROM line) l USING (n)
+), kept AS (
+    UPDATE slots s SET reserved_for = pairs.id,
+        reserved_until = now() + make_interval(secs => {RESERVE_SECONDS})
+    FROM pairs WHERE s.agent_id = :agent_id AND s.number = pairs.number
+)
+UPDATE tasks t SET woken_at = now(), wake_at = now() + make_interval(secs => {WAKE_AGAIN_SECONDS})
+FROM pairs, runs r
+WHERE t.id = pairs.id AND r.id = t.run_id AND t.status = 'waiting'
+RETURNING {_WOKEN}
+"""
+)
+
+
+def wake_line(tx: Tx, agent_id: str) -> list[Woken]:
+    """Wake the longest-waiting tasks for the agent's free slots, and keep the slots for them."""
+    return _woken(tx.execute(_WAKE_LINE, {"agent_id": agent_id}))
+
+
+_LINES = _sql(
+    f"""
+SELECT a.agent_id FROM agents a WHERE EXISTS (SELECT FROM slots s WHERE s.agent_id = a.agent_id AND
+s.number <= a.capacity AND {_FREE})
+  AND EXISTS (
+    SELECT FROM tasks w WHERE w.status = 'waiting' AND w.reason = 'agent_busy'
+      AND (w.wanted_agent_id = a.agent_id
+           OR w.wanted_agent_id IS NULL AND w.wanted_capability = ANY (a.capabilities)))
+"""
+)
+
+
+def agents_to_wake(tx: Tx) -> list[str]:
+    """Return the agents that have a free slot while somebody waits for one."""
+    return list(tx.execute(_LINES).scalars())
+
+
+_WAKE_DUE = _sql(
+    f"""
+WITH due AS MATERIALIZED (
+    SELECT t.id, CASE t.reason
+        WHEN 'dependencies' THEN {_DEPENDENCIES_OVER}
+        WHEN 'children' THEN {_ITEMS_OVER}
+        WHEN 'agent_busy' THEN EXISTS (
+            SELECT FROM agents a WHERE a.capacity IS NULL AND (a.agent_id = t.wanted_agent_id
+                OR t.wanted_agent_id IS NULL AND t.wanted_capability = ANY (a.capabilities)))
+        WHEN 'agent_unavailable' THEN true
+        ELSE t.reason = 'retry' END AS ready
+    FROM tasks t
+    WHERE t.status = 'waiting' AND t.wake_at <= now()
+    ORDER BY t.wake_at LIMIT :limit FOR UPDATE OF t SKIP LOCKED
+), moved AS (
+    UPDATE tasks t
+    SET wake_at = now() + make_interval(secs => {WAKE_AGAIN_SECONDS}),
+        woken_at = CASE WHEN due.ready THEN now() ELSE t.woken_at END
+    FROM due, runs r
+    WHERE t.id = due.id AND t.status = 'waiting' AND r.id = t.run_id
+    RETURNING {_WOKEN}, due.ready,
+        t.waiting_since + make_interval(secs => t.max_wait_seconds) < now() AS overdue
+)
+SELECT * FROM moved WHERE ready OR overdue
+"""
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """Parked tasks whose moment has come, and those that have waited longer than they may."""
+
+    woken: list[Woken]
+    overdue: list[tuple[UUID, str]]
+    """(task id, what it waited for)."""
+
+
+def wake_due(tx: Tx, limit: int) -> Due:
+    """Wake parked tasks past their moment if what they wait for could now be had."""
+    rows = tx.execute(_WAKE_DUE, {"limit": limit}).all()
+    return Due(
+        _woken(row for row in rows if not row.overdue),
+        [(row.id, row.reason) for row in rows if row.overdue],
+    )
+
+
+_WAKE_FORGOTTEN = _sql(_WAKE_JOINS.format(which="t.wake_at IS NULL"))
+
+
+_PARENTS_OVER = _sql(
+    f"""
+SELECT t.id FROM tasks t
+WHERE t.status = 'waiting' AND t.reason = 'children' AND t.wake_at IS NULL
+  AND ({_ITEMS_OVER} OR t.max_parallel IS NOT NULL)
+"""
+)
+
+
+def wake_forgotten(tx: Tx) -> list[Woken]:
+    """Wake joins and `forEach` tasks whose last one died between its commit and its wake."""
+    woken = _woken(tx.execute(_WAKE_FORGOTTEN))
+    for parent_id in tx.execute(_PARENTS_OVER).scalars().all():
+        woken += wake_parent(tx, parent_id)
+    return woken
+
+
+# --- Cancelling and settling --------------------------------------------------------------------
+
+
+def cancel_run(tx: Tx, run_id: UUID) -> None:
+    """Cancel a run: no task of it starts once this commits; running attempts are told.
+
+    Call `settle_run` after the commit. Asking again while it ends changes nothing.
+
+    Raises:
+        RunNotFound: there is no such run.
+        RunFinished: it is over already.
+    """
+    row = tx.execute(
+        select(Run.status, Run.cancel_requested_at).where(Run.id == run_id).with_for_update()
+    ).one_or_none()
+    if row is None:
+        raise RunNotFound(run_id=run_id)
+    if row.status in RUN_ENDED:
+        raise RunFinished(status=row.status)
+    if row.cancel_requested_at is None:
+        tx.execute(_REQUEST_CANCEL, {"run_id": run_id})
+        _close_tasks(tx, run_id, "run_cancelled")
+
+
+_REQUEST_CANCEL = _sql(
+    """
+WITH asked AS (
+    UPDATE runs r SET cancel_requested_at = now() WHERE r.id = :run_id RETURNING r.id
+)
+INSERT INTO events (run_id, type) SELECT id, 'run.cancel_requested' FROM asked
+""",
+    run_id=Uuid(),
+)
+_SETTLE = _sql(
+    f"""
+WITH settled AS (
+    UPDATE runs r
+    SET status = CASE WHEN r.cancel_requested_at IS NULL THEN 'failed' ELSE 'cancelled' END,
+        finished_at = now()
+    WHERE r.id = :run_id AND r.status IN ('queued', 'running')
+      AND (r.error IS NOT NULL OR r.cancel_requested_at IS NOT NULL)
+      AND NOT EXISTS (SELECT FROM tasks t WHERE t.run_id = r.id AND t.status NOT IN {_ENDED})
+    RETURNING r.id, r.status
+)
+INSERT INTO events (run_id, type) SELECT id, 'run.' || status FROM settled RETURNING run_id
+""",
+    run_id=Uuid(),
+)
+
+
+def settle_run(tx: Tx, run_id: UUID) -> bool:
+    """End a run that fails or is cancelled once nothing of it runs any more."""
+    return tx.execute(_SETTLE, {"run_id": run_id}).first() is not None
+
+
+_ENDING = _sql(
+    f"""
+SELECT r.id FROM runs r WHERE r.status IN ('queued', 'running') AND (r.error IS NOT NULL OR
+r.cancel_requested_at IS NOT NULL)
+  AND NOT EXISTS (SELECT FROM tasks t WHERE t.run_id = r.id AND t.status NOT IN {_ENDED})
+LIMIT :limit
+"""
+)
+
+
+def runs_to_settle(tx: Tx, limit: int) -> list[UUID]:
+    """Return runs with nothing left to end, whose last finisher died before settling them."""
+    return list(tx.execute(_ENDING, {"limit": limit}).scalars())
+
+
+# --- Leases -------------------------------------------------------------------------------------
+
+_RENEW = _sql(
+    """
+WITH renewed AS (
+    UPDATE tasks t
+    SET lease_expires_at = least(now() + make_interval(secs => :lease), t.deadline_at)
+    FROM unnest(cast(:ids AS uuid[]), cast(:attempts AS int[])) AS held (id, attempt)
+    WHERE t.id = held.id AND t.attempt = held.attempt AND t.status = 'running'
+    RETURNING t.id, t.run_id, t.attempt, t.lease_expires_at
+), slots AS (
+    UPDATE slots s SET lease_expires_at = renewed.lease_expires_at FROM renewed
+    WHERE s.holder = renewed.id AND s.attempt = renewed.attempt
+)
+SELECT renewed.id, r.cancel_requested_at IS NOT NULL AS cancelled
+FROM renewed JOIN runs r ON r.id = renewed.run_id
+""",
+    ids=_UUIDS,
+)
+
+
+def renew_leases(tx: Tx, held: Mapping[UUID, int], lease_seconds: float) -> dict[UUID, bool]:
+    """Extend the leases of these attempts (task id -> attempt), never beyond their deadline.
+
+    Returns task id -> whether its run was cancelled; an attempt that is missing was lost.
+    """
+    if not held:
+        return {}
+    rows = tx.execute(
+        _RENEW, {"ids": list(held), "attempts": list(held.values()), "lease": lease_seconds}
+    )
+    return {row.id: row.cancelled for row in rows}
+
+
+def expired_attempts(tx: Tx, limit: int) -> list[UUID]:
+    """Return the tasks whose running attempt let its lease run out."""
+    query = select(Task.id).where(Task.status == "running", text("lease_expires_at < now()"))
+    return list(tx.execute(query.order_by(Task.lease_expires_at).limit(limit)).scalars())
+
+
+_LOSE = _sql(
+    """
+WITH gone AS (
+    UPDATE tasks t
+    SET status = 'waiting', reason = 'retry', waits = 0, waiting_since = NULL,
+        lost = t.lost + CASE WHEN t.deadline_at < now() THEN 0 ELSE 1 END,
+        tries = t.tries + CASE WHEN t.deadline_at < now() THEN 1 ELSE 0 END,
+        wake_at = now(), woken_at = NULL, lease_expires_at = NULL, deadline_at = NULL
+    WHERE t.id = :task_id AND t.status = 'running' AND t.lease_expires_at < now() AND NOT t.ends_run
+      AND CASE WHEN t.deadline_at < now() THEN t.tries + 1 < t.max_attempts
+               ELSE t.lost + 1 < :max_lost END
+    RETURNING t.id, t.run_id, t.parent_id, t.attempt
+), closed AS (
+    UPDATE attempts a SET status = 'lost', finished_at = now(),
+        error = jsonb_build_object('code', 'worker_lost', 'message', 'The worker went silent.')
+    FROM gone WHERE a.task_id = gone.id AND a.number = gone.attempt
+), freed AS (
+    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM gone
+    WHERE s.holder = gone.id AND s.attempt = gone.attempt
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, 'task.lost', jsonb_build_object('attempt', attempt) FROM gone
+)
+SELECT run_id, parent_id FROM gone
+""",
+    task_id=Uuid(),
+)
+_EXPIRED = _sql(
+    """
+SELECT t.run_id, t.parent_id, t.attempt, t.lost, t.ends_run, t.deadline_at < now() AS timed_out,
+t.timeout_seconds FROM tasks t WHERE t.id = :task_id AND t.status = 'running' AND t.lease_expires_at
+< now() """,
+    task_id=Uuid(),
+)
+
+
+def lose_attempt(tx: Tx, task_id: UUID, max_lost: int) -> Gone | None:
+    """Take an expired attempt from its silent worker: it counts as lost and the task goes back to
+    wait.
+
+    The `max_lost`-th time, or past its deadline with no attempt left, the task fails for good. None
+    if it was finished or renewed meanwhile.
+    """
+    back = tx.execute(_LOSE, {"task_id": task_id, "max_lost": max_lost}).one_or_none()
+    if back is not None:
+        return Gone(back.run_id, back.parent_id, None)
+    row = tx.execute(_EXPIRED, {"task_id": task_id}).one_or_none()
+    if row is None:
+        return None
+    if row.timed_out:
+        error = _error(Failure("timeout", f"No answer within {row.timeout_seconds:g} seconds."))
+    else:
+        message = f"Its worker went silent {row.lost + 1} times; the task may be what kills it."
+        error = _error(Failure("worker_lost", message))
+    finished = _end_task(tx, task_id, row.run_id, error, attempt=row.attempt)
+    return None if finished is None else Gone(row.run_id, row.parent_id, finished)
+
+
+# --- Publishing again ---------------------------------------------------------------------------
+
+_REPUBLISH = _sql(
+    f"""
+UPDATE runs r SET generation = r.generation + 1, generation_at = now()
+WHERE r.id = :run_id AND r.generation = :generation AND {_RUN_OPEN}
+RETURNING r.generation
+""",
+    run_id=Uuid(),
+)
+_NODES = _sql(
+    f"""
+SELECT t.id, t.timeout_seconds, t.kind, r.generation, r.request_id,
+       ARRAY(SELECT d.id FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.status NOT IN {_ENDED})
+           AS depends_on
+FROM tasks t JOIN runs r ON r.id = t.run_id
+WHERE t.run_id = :run_id AND t.index IS NULL AND t.status NOT IN {_ENDED} AND {_RUN_OPEN}
+ORDER BY t.position
+""",
+    run_id=Uuid(),
+)
+_LOOSE_ITEMS = _sql(
+    """
+SELECT t.id, t.timeout_seconds FROM tasks t
+WHERE t.run_id = :run_id AND t.index IS NOT NULL AND t.status = 'pending' ORDER BY t.index
+""",
+    run_id=Uuid(),
+)
+
+
+def republish_run(tx: Tx, run_id: UUID, generation: int) -> Plan | None:
+    """Raise the run's generation and return what is left of it; older canvases fade out (I7).
+
+    None if the run is over or somebody raised its generation (from `generation`) already.
+    """
+    raised = tx.execute(_REPUBLISH, {"run_id": run_id, "generation": generation}).first()
+    return None if raised is None else plan_run(tx, run_id)
+
+
+def plan_run(tx: Tx, run_id: UUID) -> Plan | None:
+    """Return what is left of an open run, under its present generation."""
+    rows = tx.execute(_NODES, {"run_id": run_id}).all()
+    if not rows:
+        return None
+    nodes = tuple(
+        Node(row.id, frozenset(row.depends_on), row.timeout_seconds, row.kind == "end")
+        for row in rows
+    )
+    loose = tx.execute(_LOOSE_ITEMS, {"run_id": run_id})
+    items = tuple((row.id, row.timeout_seconds) for row in loose)
+    return Plan(run_id, rows[0].generation, rows[0].request_id, nodes, items)
+
+
+_HOLD_BACK = _sql(
+    """
+UPDATE tasks t
+SET status = 'waiting', reason = 'dependencies', message = NULL,
+    wake_at = NULL, woken_at = NULL
+WHERE t.id = ANY (:task_ids)
+  AND (t.status = 'pending' OR t.status = 'waiting' AND t.reason = 'dependencies')
+""",
+    task_ids=_UUIDS,
+)
+
+
+def hold_back(tx: Tx, task_ids: Sequence[UUID]) -> None:
+    """Let tasks wait for their dependencies without a message: waking them builds their segment.
+
+    Call `wake_joins` after the commit: the last dependency may have finished at the same moment.
+    """
+    tx.execute(_HOLD_BACK, {"task_ids": list(task_ids)})
+
+
+_UNVISITED = _sql(
+    f"""
+SELECT DISTINCT t.run_id, r.generation
+FROM tasks t JOIN runs r ON r.id = t.run_id
+WHERE t.status = 'pending' AND {_RUN_OPEN} AND {_DEPENDENCIES_OVER}
+  AND greatest(r.generation_at, t.created_at, (
+        SELECT max(d.finished_at) FROM tasks d WHERE d.id = ANY (t.depends_on)))
+      < now() - make_interval(secs => :after * power(2, least(r.generation, 7) - 1))
+LIMIT :limit
+"""
+)
+
+
+def unvisited_runs(tx: Tx, after_seconds: float, limit: int) -> list[tuple[UUID, int]]:
+    """Return (run, generation) of runs with a task that could start and lay unvisited for long.
+
+    Whether its visit is lost or merely late is for the caller to find out; the time doubles with
+    each generation, so that a slow queue is never flooded.
+    """
+    rows = tx.execute(_UNVISITED, {"after": after_seconds, "limit": limit})
+    return [(row.run_id, row.generation) for row in rows]
+
+
+# --- What an attempt says while it runs ---------------------------------------------------------
+
+LOG_LINES_KEPT = 1000
+"""Lines kept of an attempt; the oldest are cut."""
+
+_LOG = _sql(
+    """
+INSERT INTO attempt_logs (task_id, attempt, line, at, message, fields)
+SELECT :task_id, :attempt, e.line, e.at, e.message, e.fields
+FROM jsonb_to_recordset(:entries) AS e (line int, at timestamptz, message text, fields jsonb)
+ON CONFLICT DO NOTHING
+""",
+    task_id=Uuid(),
+    entries=JSONB(),
+)
+_CUT_LOG = _sql(
+    "DELETE FROM attempt_logs WHERE task_id = :task_id AND attempt = :attempt AND line <= :line",
+    task_id=Uuid(),
+)
+_PROGRESS = _sql(
+    """
+UPDATE attempts SET progress = :fraction, progress_message = :message
+WHERE task_id = :task_id AND number = :attempt
+""",
+    task_id=Uuid(),
+)
+
+
+def write_log(tx: Tx, task_id: UUID, attempt: int, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Append what an agent logged: `{line, at, message, fields}` each, `line` counted from 1."""
+    if not entries:
+        return
+    where = {"task_id": task_id, "attempt": attempt}
+    tx.execute(_LOG, where | {"entries": [dict(entry) for entry in entries]})
+    newest = max(entry["line"] for entry in entries)
+    if newest > LOG_LINES_KEPT:
+        tx.execute(_CUT_LOG, where | {"line": newest - LOG_LINES_KEPT})
+
+
+def write_progress(
+    tx: Tx, task_id: UUID, attempt: int, fraction: float, message: str | None
+) -> None:
+    """Record how far an attempt says it is, from 0 to 1."""
+    parameters = {"task_id": task_id, "attempt": attempt, "fraction": fraction, "message": message}
+    tx.execute(_PROGRESS, parameters)

@@ -1,0 +1,156 @@
+"""The error tree: every error opscore raises on purpose, one `code` and one sentence each.
+
+    OpsCoreError
+    ├── ConfigurationError      a process refuses to start
+    ├── Invalid                 a document or value cannot be accepted; says where and why
+    │   ├── InvalidDefinition
+    │   ├── InvalidInput
+    │   └── InvalidRequest
+    ├── NotFound                AgentNotFound, RunNotFound, TaskNotFound, WorkflowNotFound
+    ├── Conflict                RunFinished
+    ├── Unavailable             a server we need is away
+    └── AgentSignal             AgentBusy, RetryLater, GiveUp: what an agent may raise on purpose
+
+The HTTP status of each lives in `web/errors.py` and nowhere else.
+"""
+
+from collections.abc import Mapping, Sequence
+from inspect import cleandoc
+from typing import Any, ClassVar
+
+Errors = Mapping[str, Sequence[str]]
+"""JSON Pointer of the faulty place -> sentences about it."""
+
+
+class OpsCoreError(Exception):
+    """Something went wrong inside opscore."""
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str | None = None, **data: Any) -> None:
+        self.data = data
+        super().__init__(message or cleandoc(type(self).__doc__ or "").format(**data))
+
+
+class ConfigurationError(OpsCoreError):
+    """The settings cannot be used."""
+
+    code = "invalid_configuration"
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("The settings cannot be used:\n" + "\n".join(f"  - {f}" for f in faults))
+
+
+class Invalid(OpsCoreError):
+    """The request cannot be accepted as it is."""
+
+    code = "invalid"
+
+    def __init__(self, errors: Errors, message: str | None = None) -> None:
+        self.errors = {pointer: list(sentences) for pointer, sentences in errors.items()}
+        super().__init__(message)
+
+
+class InvalidDefinition(Invalid):
+    """The workflow definition has faults."""
+
+    code = "invalid_definition"
+
+
+class InvalidInput(Invalid):
+    """The input does not match the workflow's inputSchema."""
+
+    code = "invalid_input"
+
+
+class InvalidRequest(Invalid):
+    """The request does not match its schema."""
+
+    code = "invalid_request"
+
+
+class NotFound(OpsCoreError):
+    """There is no such thing."""
+
+    code = "not_found"
+
+
+class AgentNotFound(NotFound):
+    """There is no agent {agent_id!r}; GET /v1/opscore/agents lists those there are."""
+
+    code = "agent_not_found"
+
+
+class RunNotFound(NotFound):
+    """There is no run {run_id}."""
+
+    code = "run_not_found"
+
+
+class TaskNotFound(NotFound):
+    """There is no task {task_id}."""
+
+    code = "task_not_found"
+
+
+class WorkflowNotFound(NotFound):
+    """There is no workflow {workflow_id!r}."""
+
+    code = "workflow_not_found"
+
+
+class Conflict(OpsCoreError):
+    """The present state does not allow this."""
+
+    code = "conflict"
+
+
+class RunFinished(Conflict):
+    """The run is over: its status is {status}."""
+
+    code = "run_finished"
+
+
+class Unavailable(OpsCoreError):
+    """A server that is needed does not answer; try again shortly."""
+
+    code = "unavailable"
+
+
+class AgentSignal(OpsCoreError):
+    """What an agent may raise on purpose."""
+
+    code = "agent_signal"
+
+
+class AgentBusy(AgentSignal):
+    """The agent cannot take work now; waiting for it uses up no attempt.
+
+    `retry_after` is in seconds; without it the task's own `busy` backoff decides.
+    """
+
+    code = "agent_busy"
+
+    def __init__(self, retry_after: float | None = None) -> None:
+        self.retry_after = retry_after
+        super().__init__("The agent is busy.")
+
+
+class RetryLater(AgentSignal):
+    """The attempt failed and should be tried again after `seconds`, if attempts are left."""
+
+    code = "retry_later"
+
+    def __init__(self, seconds: float, reason: str = "The agent asked to be tried again.") -> None:
+        self.seconds = seconds
+        super().__init__(reason)
+
+
+class GiveUp(AgentSignal):
+    """The task cannot succeed; do not try it again."""
+
+    code = "gave_up"
+
+    def __init__(self, reason: str = "The agent gave up.") -> None:
+        super().__init__(reason)

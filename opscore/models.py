@@ -1,0 +1,382 @@
+"""Every table, index and CHECK, in one file.
+
+Statuses are text with a CHECK (a native enum is awkward to extend); CHECKs also tie timestamps to
+the status, so that a statement that forgets one fails in the test that runs it. Durations are
+seconds.
+"""
+
+import uuid
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Float,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    MetaData,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from opscore.states import (
+    RUN_ENDED,
+    TASK_ENDED,
+    AttemptStatus,
+    Reason,
+    RunStatus,
+    TaskStatus,
+)
+
+Json = Any
+
+
+def _among(column: str, values: Any) -> str:
+    return f"{column} IN ({', '.join(repr(str(v)) for v in sorted(values))})"
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy's own spelling
+        str: Text,
+        datetime: DateTime(timezone=True),
+        uuid.UUID: Uuid,
+        float: Float,
+        dict[str, Any]: JSONB,
+        list[str]: ARRAY(Text),
+        list[uuid.UUID]: ARRAY(Uuid),
+    }
+
+
+class Workflow(Base):
+    """One version of a workflow; never changed once written."""
+
+    __tablename__ = "workflows"
+
+    workflow_id: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str | None]
+    definition: Mapped[dict[str, Any]]
+    digest: Mapped[str]
+    """SHA-256 of the document: the same document again is the same version."""
+    inline: Mapped[bool] = mapped_column(server_default=text("false"))
+    """Came with a trigger and was never created: it is not what `latest` means."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+    __table_args__ = (
+        CheckConstraint("version >= 1", name="version"),
+        Index(None, "workflow_id", "digest"),
+    )
+
+
+class Agent(Base):
+    """A named provider of capabilities."""
+
+    __tablename__ = "agents"
+
+    agent_id: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    name: Mapped[str]
+    version: Mapped[str]
+    capabilities: Mapped[list[str]]
+    capacity: Mapped[int | None]
+    """How many attempts at once; null means no limit, and then there are no slots."""
+    registered_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+    __table_args__ = (
+        CheckConstraint(_among("kind", ["function"]), name="kind"),
+        CheckConstraint("capacity >= 1", name="capacity"),
+    )
+
+
+class Slot(Base):
+    """One unit of an agent's capacity: free, held by an attempt, or kept for a woken task."""
+
+    __tablename__ = "slots"
+
+    agent_id: Mapped[str] = mapped_column(
+        ForeignKey("agents.agent_id", ondelete="CASCADE"), primary_key=True
+    )
+    number: Mapped[int] = mapped_column(primary_key=True)
+    holder: Mapped[uuid.UUID | None]
+    """The task whose attempt holds it."""
+    attempt: Mapped[int | None]
+    lease_expires_at: Mapped[datetime | None]
+    reserved_for: Mapped[uuid.UUID | None] = mapped_column(index=True)
+    """The woken task it is kept for until `reserved_until`."""
+    reserved_until: Mapped[datetime | None]
+
+    __table_args__ = (
+        CheckConstraint("number >= 1", name="number"),
+        CheckConstraint(
+            "(holder IS NULL) = (attempt IS NULL) AND (holder IS NULL) = "
+            "(lease_expires_at IS NULL)",
+            name="holder",
+        ),
+        CheckConstraint("(reserved_for IS NULL) = (reserved_until IS NULL)", name="reserved"),
+    )
+
+
+class Run(Base):
+    """One execution of one workflow version with one input."""
+
+    __tablename__ = "runs"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    workflow_id: Mapped[str]
+    version: Mapped[int]
+    agent_id: Mapped[str | None]
+    """The agent it was triggered for, if any."""
+    status: Mapped[str] = mapped_column(server_default=RunStatus.QUEUED)
+    reason: Mapped[str | None]
+    generation: Mapped[int] = mapped_column(server_default=text("1"))
+    """Raised by every publication of a canvas; only the newest goes on."""
+    generation_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    priority: Mapped[int] = mapped_column(server_default=text("1"))
+    """0 low, 1 normal, 2 high: who is first among those who wait."""
+    labels: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
+    input: Mapped[Json] = mapped_column(JSONB)
+    output: Mapped[Json] = mapped_column(JSONB(none_as_null=True), nullable=True)
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    """`{code, message, taskId?}`; set while it still runs, it means: ends as failed, start
+    nothing."""
+    request_id: Mapped[str | None]
+    cancel_requested_at: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["workflow_id", "version"], ["workflows.workflow_id", "workflows.version"]
+        ),
+        CheckConstraint(_among("status", RunStatus), name="status"),
+        CheckConstraint(
+            f"({_among('status', RUN_ENDED)}) = (finished_at IS NOT NULL)", name="finished"
+        ),
+        CheckConstraint("status <> 'queued' OR started_at IS NULL", name="queued"),
+        CheckConstraint(
+            "status NOT IN ('running', 'completed') OR started_at IS NOT NULL", name="started"
+        ),
+        CheckConstraint("status <> 'failed' OR error IS NOT NULL", name="failed"),
+        CheckConstraint(
+            "status <> 'cancelled' OR cancel_requested_at IS NOT NULL", name="cancelled"
+        ),
+        CheckConstraint("priority BETWEEN 0 AND 2", name="priority"),
+        CheckConstraint("generation >= 1", name="generation"),
+        Index(None, "created_at", "id"),
+        Index(None, "workflow_id", "created_at", "id"),
+        Index(
+            "ix_runs_open",
+            "generation_at",
+            postgresql_where=text(f"NOT {_among('status', RUN_ENDED)}"),
+        ),
+    )
+
+
+class Task(Base):
+    """One node of a workflow within one run; also one row per item of a `forEach`."""
+
+    __tablename__ = "tasks"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    run_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
+    definition_id: Mapped[str]
+    """The definition's taskId; empty for the implicit end."""
+    kind: Mapped[str]
+    """`agent`, `for_each` (the parent of items) or `end` (the implicit last task)."""
+    position: Mapped[int]
+    """Its place in the definition's topological order."""
+    parent_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("tasks.id", ondelete="CASCADE"))
+    index: Mapped[int | None]
+    item: Mapped[Json] = mapped_column(JSONB(none_as_null=False), nullable=True)
+    items: Mapped[int | None]
+    """How many items a `forEach` was expanded into; null before that."""
+    max_parallel: Mapped[int | None]
+
+    depends_on: Mapped[list[uuid.UUID]]
+    successors: Mapped[list[uuid.UUID]]
+    reads: Mapped[list[str]]
+    """Definition ids of the tasks whose outputs its expressions read."""
+    is_sink: Mapped[bool] = mapped_column(server_default=text("false"))
+
+    wanted_agent_id: Mapped[str | None]
+    wanted_capability: Mapped[str | None]
+    preferred_agent_id: Mapped[str | None]
+    agent_id: Mapped[str | None]
+    """The agent of the newest attempt."""
+    timeout_seconds: Mapped[float]
+    max_attempts: Mapped[int]
+    max_wait_seconds: Mapped[float]
+    goes_on: Mapped[bool]
+    """`onFailure: continue`: its failure does not end the run."""
+    priority: Mapped[int]
+
+    status: Mapped[str]
+    reason: Mapped[str | None]
+    output: Mapped[Json] = mapped_column(JSONB(none_as_null=True), nullable=True)
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+
+    attempt: Mapped[int] = mapped_column(server_default=text("0"))
+    """The number of the newest attempt: the fence."""
+    tries: Mapped[int] = mapped_column(server_default=text("0"))
+    """Attempts that failed; `max_attempts` of them are the end."""
+    lost: Mapped[int] = mapped_column(server_default=text("0"))
+    """Attempts whose worker went silent."""
+    claim_token: Mapped[uuid.UUID | None]
+    lease_expires_at: Mapped[datetime | None]
+    deadline_at: Mapped[datetime | None]
+    ends_run: Mapped[bool] = mapped_column(server_default=text("false"))
+    """The run ends when its running attempts have: whoever finishes this one settles the run."""
+
+    message: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    """The parked visit, a Celery signature with its place in the canvas."""
+    visit_generation: Mapped[int] = mapped_column(server_default=text("0"))
+    """The newest generation whose visit claimed the task or lies in `message`."""
+    waiting_since: Mapped[datetime | None]
+    """Its place in line: kept while it waits for the same kind of thing."""
+    waits: Mapped[int] = mapped_column(server_default=text("0"))
+    """How often in a row it was parked as busy; the exponent of the backoff."""
+    wake_at: Mapped[datetime | None]
+    woken_at: Mapped[datetime | None]
+    """When its newest wake was decided; null again with every park."""
+
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        CheckConstraint(_among("kind", ["agent", "for_each", "end"]), name="kind"),
+        CheckConstraint(_among("status", TaskStatus), name="status"),
+        CheckConstraint(
+            f"({_among('status', TASK_ENDED)}) = (finished_at IS NOT NULL)", name="finished"
+        ),
+        CheckConstraint("(status = 'running') = (lease_expires_at IS NOT NULL)", name="lease"),
+        CheckConstraint("status <> 'running' OR started_at IS NOT NULL", name="started"),
+        CheckConstraint(
+            f"status <> 'waiting' OR ({_among('reason', Reason)}) IS TRUE", name="reason"
+        ),
+        CheckConstraint("status <> 'failed' OR error IS NOT NULL", name="failed"),
+        CheckConstraint("(parent_id IS NULL) = (index IS NULL)", name="item"),
+        Index(None, "run_id", "position", "index"),
+        Index(
+            "ix_tasks_items",
+            "parent_id",
+            "index",
+            unique=True,
+            postgresql_where=text("parent_id IS NOT NULL"),
+        ),
+        Index("ix_tasks_leases", "lease_expires_at", postgresql_where=text("status = 'running'")),
+        Index("ix_tasks_wakes", "wake_at", postgresql_where=text("status = 'waiting'")),
+        Index("ix_tasks_pending", "run_id", postgresql_where=text("status = 'pending'")),
+        Index(
+            "ix_tasks_line_agent",
+            "wanted_agent_id",
+            text("priority DESC"),
+            "waiting_since",
+            postgresql_where=text("status = 'waiting' AND reason = 'agent_busy'"),
+        ),
+        Index(
+            "ix_tasks_line_capability",
+            "wanted_capability",
+            text("priority DESC"),
+            "waiting_since",
+            postgresql_where=text(
+                "status = 'waiting' AND reason = 'agent_busy' AND wanted_agent_id IS NULL"
+            ),
+        ),
+    )
+
+
+class Attempt(Base):
+    """One try at a task by one worker."""
+
+    __tablename__ = "attempts"
+
+    task_id: Mapped[uuid.UUID] = mapped_column(
+        ForeignKey("tasks.id", ondelete="CASCADE"), primary_key=True
+    )
+    number: Mapped[int] = mapped_column(primary_key=True)
+    agent_id: Mapped[str | None]
+    worker: Mapped[str]
+    status: Mapped[str]
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    """`{code, message, traceback?}`."""
+    progress: Mapped[float | None]
+    progress_message: Mapped[str | None]
+    started_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        CheckConstraint(_among("status", AttemptStatus), name="status"),
+        CheckConstraint("(status = 'running') = (finished_at IS NULL)", name="finished"),
+        CheckConstraint("number >= 1", name="number"),
+        CheckConstraint("progress BETWEEN 0 AND 1", name="progress"),
+    )
+
+
+class AttemptLog(Base):
+    """A line an agent wrote with `context.log`."""
+
+    __tablename__ = "attempt_logs"
+
+    task_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    line: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime]
+    message: Mapped[str]
+    fields: Mapped[dict[str, Any]]
+
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["task_id", "attempt"], ["attempts.task_id", "attempts.number"], ondelete="CASCADE"
+        ),
+    )
+
+
+class Event(Base):
+    """An append-only fact about a run, written in the transaction of the change it tells."""
+
+    __tablename__ = "events"
+
+    seq: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    run_id: Mapped[uuid.UUID]
+    """No foreign key: its check would lock the run's row for every change of every task."""
+    task_id: Mapped[uuid.UUID | None]
+    type: Mapped[str]
+    data: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
+    at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    transaction: Mapped[int] = mapped_column(
+        BigInteger, server_default=text("pg_current_xact_id()::text::bigint")
+    )
+    """Sequences commit out of order: who resumes reads below the oldest transaction still open."""
+
+    __table_args__ = (Index(None, "run_id", "seq"),)
+
+
+class Lease(Base):
+    """A role only one process may act in at a time, such as the keeper's."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    holder: Mapped[str]
+    expires_at: Mapped[datetime]

@@ -1,0 +1,134 @@
+"""The store of workflow definitions: immutable versions, found again compiled.
+
+A document that is the newest version's own again makes no new version. A definition that came
+inline with a trigger is kept too, since its runs must mean the same next month, but it is never
+`latest`.
+"""
+
+import hashlib
+import json
+import re
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Row, func, insert, select, text
+
+from opscore.db import Tx
+from opscore.definition import Definition, parse
+from opscore.errors import InvalidDefinition, WorkflowNotFound
+from opscore.models import Workflow
+
+CACHED_DEFINITIONS = 256
+"""Compiled definitions a process keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWorkflow:
+    """A definition with the name and version it is stored under."""
+
+    workflow_id: str
+    version: int
+    definition: Definition
+
+
+_compiled: OrderedDict[tuple[str, int, str], Definition] = OrderedDict()
+
+
+def create_workflow(
+    tx: Tx, definition: Definition, *, inline: bool = False
+) -> tuple[StoredWorkflow, bool]:
+    """Store a definition as the next version; True if one was written.
+
+    Its id is the document's, else made from its name.
+
+    Raises:
+        InvalidDefinition: it has neither id nor name.
+    """
+    workflow_id = _workflow_id(definition)
+    digest = _digest(definition)
+    # Two creations at once count up one after the other.
+    tx.execute(
+        text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"),
+        {"key": f"workflow:{workflow_id}"},
+    )
+    same = _same_version(tx, workflow_id, digest, inline)
+    if same is not None:
+        return StoredWorkflow(workflow_id, same, definition), False
+    version = 1 + (
+        tx.execute(
+            select(func.max(Workflow.version)).where(Workflow.workflow_id == workflow_id)
+        ).scalar()
+        or 0
+    )
+    tx.execute(
+        insert(Workflow).values(
+            workflow_id=workflow_id,
+            version=version,
+            name=definition.name,
+            definition=dict(definition.document),
+            digest=digest,
+            inline=inline,
+        )
+    )
+    return StoredWorkflow(workflow_id, version, definition), True
+
+
+def find_workflow(tx: Tx, workflow_id: str, version: int | None = None) -> StoredWorkflow:
+    """Return a version of a workflow, the newest by default.
+
+    Raises:
+        WorkflowNotFound: no such workflow, or no such version of it.
+    """
+    query = select(Workflow.version, Workflow.digest).where(Workflow.workflow_id == workflow_id)
+    if version is None:
+        query = query.where(~Workflow.inline).order_by(Workflow.version.desc()).limit(1)
+    else:
+        query = query.where(Workflow.version == version)
+    row = tx.execute(query).one_or_none()
+    if row is None:
+        named = workflow_id if version is None else f"{workflow_id} version {version}"
+        raise WorkflowNotFound(workflow_id=named)
+    return StoredWorkflow(workflow_id, row.version, _compile(tx, workflow_id, row))
+
+
+def _compile(tx: Tx, workflow_id: str, row: Row[Any]) -> Definition:
+    key = (workflow_id, row.version, row.digest)
+    if key not in _compiled:
+        document = tx.execute(
+            select(Workflow.definition).where(
+                Workflow.workflow_id == workflow_id, Workflow.version == row.version
+            )
+        ).scalar_one()
+        _compiled[key] = parse(document)
+        while len(_compiled) > CACHED_DEFINITIONS:
+            _compiled.popitem(last=False)
+    return _compiled[key]
+
+
+def _same_version(tx: Tx, workflow_id: str, digest: str, inline: bool) -> int | None:
+    """Return the version that is this document: any inline one, but only the newest created."""
+    query = (
+        select(Workflow.version, Workflow.digest)
+        .where(Workflow.workflow_id == workflow_id, Workflow.inline == inline)
+        .order_by(Workflow.version.desc())
+        .limit(1)
+    )
+    if inline:
+        query = query.where(Workflow.digest == digest)
+    newest = tx.execute(query).one_or_none()
+    return newest.version if newest is not None and newest.digest == digest else None
+
+
+def _workflow_id(definition: Definition) -> str:
+    if definition.id is not None:
+        return definition.id
+    slug = re.sub(r"[^a-z0-9]+", "-", (definition.name or "").lower()).strip("-")
+    if not slug:
+        raise InvalidDefinition({"/id": ["Give the workflow an id, or a name to make one from."]})
+    return f"wf_{slug}"[:64]
+
+
+def _digest(definition: Definition) -> str:
+    canonical = json.dumps(definition.document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

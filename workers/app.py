@@ -1,0 +1,98 @@
+"""The Celery app of a worker, and what each of its processes holds.
+
+`celery -A workers.app:app ...` is the entry point: the environment is read when the app is first
+configured, not at import. A connection belongs to one process: after a fork the child makes its
+own.
+"""
+
+import os
+from functools import cached_property
+from typing import Any
+
+import structlog
+from celery import Celery, signals
+
+from celeryconfig import celery_settings
+from opscore import logs, migrations, workflows
+from opscore.agentkit import Registry, load_agents
+from opscore.agents import register_functions
+from opscore.config import Settings
+from opscore.db import Database
+from opscore.definition import Definition
+from opscore.dispatch import Dispatcher
+from workers.keeper import Keeper
+from workers.leases import Leases
+
+log = structlog.get_logger()
+
+
+class Process:
+    """What one worker process holds: its settings, connections, agents and leases."""
+
+    def __init__(self, celery: Celery) -> None:
+        self.celery = celery
+        self._definitions: dict[tuple[str, int], Definition] = {}
+
+    @cached_property
+    def settings(self) -> Settings:
+        return Settings.from_env(os.environ)
+
+    @cached_property
+    def database(self) -> Database:
+        return Database(
+            self.settings.database_url, pool_size=self.settings.database_pool, application="worker"
+        )
+
+    @cached_property
+    def dispatcher(self) -> Dispatcher:
+        return Dispatcher(self.celery, self.database, self.settings)
+
+    @cached_property
+    def leases(self) -> Leases:
+        return Leases(self.database, self.settings)
+
+    @cached_property
+    def agents(self) -> Registry:
+        return load_agents(self.settings.agents)
+
+    def definition(self, workflow_id: str, version: int) -> Definition:
+        """Return a workflow version compiled; versions never change, so one look-up lasts."""
+        key = (workflow_id, version)
+        if key not in self._definitions:
+            with self.database.autocommit() as tx:
+                found = workflows.find_workflow(tx, workflow_id, version)
+            if len(self._definitions) >= workflows.CACHED_DEFINITIONS:
+                self._definitions.clear()
+            self._definitions[key] = found.definition
+        return self._definitions[key]
+
+    def after_fork(self) -> None:
+        """Start anew in a child: sockets and threads of the parent are not ours."""
+        for name in ("database", "dispatcher", "leases"):
+            self.__dict__.pop(name, None)
+
+
+app = Celery("opscore", include=["workers.tasks"])
+app.add_defaults(lambda: celery_settings(process.settings))
+app.steps["worker"].add(Keeper)
+process = Process(app)
+
+
+@signals.setup_logging.connect
+def configure_logging(**_: Any) -> None:
+    """Log as every opscore process does; Celery then leaves logging alone."""
+    logs.configure(process.settings.log_level, process.settings.log_format)
+
+
+@signals.worker_init.connect
+def offer_agents(**_: Any) -> None:
+    """Import the agents and make them known, before any child is forked."""
+    migrations.check(process.settings.database_url)
+    with process.database.transaction() as tx:
+        register_functions(tx, process.agents.values())
+    log.info("worker.agents", agents=sorted(process.agents))
+
+
+@signals.worker_process_init.connect
+def start_child(**_: Any) -> None:
+    process.after_fork()

@@ -1,0 +1,160 @@
+"""The keeper: the loop that wakes, rescues and tidies.
+
+A thread in every worker's main process, with its own connection; a row lease lets one act at a
+time, so that a frozen holder is replaced in seconds. It needs neither beat nor Redis nor a worker
+slot.
+"""
+
+import os
+import socket
+import threading
+from typing import Any
+from uuid import uuid4
+
+import structlog
+from celery import bootsteps
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from opscore import engine
+from opscore.config import Settings
+from opscore.db import Database
+from opscore.dispatch import Dispatcher
+
+log = structlog.get_logger()
+
+LEASE_SECONDS = 5
+"""The keeper's own lease: after this a silent keeper is replaced."""
+RESCUE_EVERY = 5
+"""Rounds between two looks for lost visits."""
+LIMIT = 500
+"""Rows a round handles of each kind; the next round goes on."""
+
+_LEAD = text(
+    """
+INSERT INTO leases (name, holder, expires_at)
+VALUES ('keeper', :holder, now() + make_interval(secs => :seconds))
+ON CONFLICT (name) DO UPDATE
+SET holder = excluded.holder, expires_at = excluded.expires_at
+WHERE leases.holder = excluded.holder OR leases.expires_at < now()
+RETURNING holder
+"""
+)
+_RESIGN = text("DELETE FROM leases WHERE name = 'keeper' AND holder = :holder")
+
+
+class Round:
+    """One pass of upkeep after another, by whoever holds the keeper's lease."""
+
+    def __init__(self, database: Database, dispatcher: Dispatcher, settings: Settings) -> None:
+        self.database = database
+        self.dispatcher = dispatcher
+        self.settings = settings
+        self.holder = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        self.count = 0
+
+    def run(self) -> bool:
+        """Do one round; False if another keeper leads."""
+        with self.database.autocommit() as tx:
+            led = tx.execute(_LEAD, {"holder": self.holder, "seconds": LEASE_SECONDS}).first()
+        if led is None:
+            return False
+        self.expire()
+        self.settle()
+        if self.dispatcher.is_open:
+            self.wake()
+            if self.count % RESCUE_EVERY == 0:
+                self.rescue()
+        self.count += 1
+        return True
+
+    def resign(self) -> None:
+        """Let another keeper lead at once."""
+        with self.database.autocommit() as tx:
+            tx.execute(_RESIGN, {"holder": self.holder})
+
+    def expire(self) -> None:
+        """Take expired attempts from workers that went silent."""
+        with self.database.autocommit() as tx:
+            expired = engine.expired_attempts(tx, LIMIT)
+        for task_id in expired:
+            with self.database.transaction() as tx:
+                gone = engine.lose_attempt(tx, task_id, self.settings.max_lost)
+            if gone is not None:
+                log.warning("attempt.lost", task_id=str(task_id))
+                self._follow(task_id, gone)
+
+    def wake(self) -> None:
+        """Wake parked tasks whose moment has come, and the lines of agents with a free slot."""
+        with self.database.autocommit() as tx:
+            due = engine.wake_due(tx, LIMIT)
+            woken = due.woken
+            for agent_id in engine.agents_to_wake(tx):
+                woken += engine.wake_line(tx, agent_id)
+        self.dispatcher.wake(woken)
+        for task_id, reason in due.overdue:
+            with self.database.transaction() as tx:
+                gone = engine.fail_unclaimed(tx, task_id, engine.overdue_failure(reason))
+            if gone is not None:
+                self._follow(task_id, gone)
+
+    def _follow(self, task_id: Any, gone: engine.Gone) -> None:
+        if gone.finished is not None:
+            self.dispatcher.follow(gone.finished, task_id, gone.run_id, parent_id=gone.parent_id)
+
+    def settle(self) -> None:
+        """End runs whose last finisher died before it could."""
+        with self.database.autocommit() as tx:
+            for run_id in engine.runs_to_settle(tx, LIMIT):
+                engine.settle_run(tx, run_id)
+
+    def rescue(self) -> None:
+        """Find tasks that could move but whose visit was lost."""
+        with self.database.autocommit() as tx:
+            woken = engine.wake_forgotten(tx)
+        self.dispatcher.wake(woken)
+        self.dispatcher.rescue()
+
+
+class Keeper(bootsteps.StartStopStep):
+    """Runs the rounds in a thread of the worker's main process, after its first fork."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self.ended = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def start(self, worker: Any) -> None:
+        self.thread = threading.Thread(target=self._loop, args=(worker.app,), daemon=True)
+        self.thread.start()
+
+    def stop(self, worker: Any) -> None:
+        self.ended.set()
+        if self.thread is not None:
+            self.thread.join(timeout=LEASE_SECONDS)
+
+    def _loop(self, app: Any) -> None:
+        from workers.app import process
+
+        settings = process.settings
+        database = Database(settings.database_url, pool_size=2, application="keeper")
+        rounds = Round(database, Dispatcher(app, database, settings), settings)
+        while not self.ended.wait(settings.keeper_seconds):
+            try:
+                rounds.run()
+            except SQLAlchemyError as error:
+                log.warning("keeper.database_away", error=repr(error)[:300])
+            except Exception:
+                # The loop must outlive any single row's trouble; the next round meets it again.
+                log.exception("keeper.round_failed")
+        self._resign(rounds, database)
+
+    @staticmethod
+    def _resign(rounds: Round, database: Database) -> None:
+        try:
+            rounds.resign()
+        except SQLAlchemyError:
+            log.info("keeper.lease_left_to_expire")
+        database.close()

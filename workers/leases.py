@@ -1,0 +1,116 @@
+"""Keeping the leases of the attempts this process runs, and storing what they say meanwhile.
+
+A daemon thread, so that it outlives a warm shutdown and ends with the process: as long as an
+attempt runs here, its lease is renewed here (I5), though never beyond its deadline.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import monotonic
+from uuid import UUID
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from opscore import engine
+from opscore.agentkit import Context
+from opscore.config import Settings
+from opscore.db import Database
+
+log = structlog.get_logger()
+
+FLUSH_SECONDS = 1.0
+"""How long a line an agent logged may take to be seen."""
+
+
+@dataclass(slots=True)
+class _Held:
+    attempt: int
+    context: Context
+    lines: int = 0
+
+
+class Leases:
+    """The attempts of this process."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database = database
+        self._settings = settings
+        self._held: dict[UUID, _Held] = {}
+        self._lock = threading.Lock()
+        self._flushing = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._renewed_at = monotonic()
+
+    @contextmanager
+    def hold(self, task_id: UUID, context: Context) -> Iterator[None]:
+        """Renew the lease while the block runs; what the attempt said is stored when it leaves."""
+        held = _Held(context.attempt, context)
+        with self._lock:
+            self._held[task_id] = held
+            self._start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held.pop(task_id, None)
+            self._flush(task_id, held)
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._renewed_at = monotonic()
+            self._thread = threading.Thread(target=self._loop, name="leases", daemon=True)
+            self._thread.start()
+
+    def _loop(self) -> None:
+        pause = threading.Event()
+        while True:
+            pause.wait(min(FLUSH_SECONDS, self._settings.renew_seconds))
+            with self._lock:
+                held = dict(self._held)
+            for task_id, attempt in held.items():
+                self._flush(task_id, attempt)
+            if held and monotonic() - self._renewed_at >= self._settings.renew_seconds:
+                self._renew(held)
+
+    def _renew(self, held: dict[UUID, _Held]) -> None:
+        """Renew all leases at once; a lost or cancelled attempt's agent is told to stop."""
+        try:
+            with self._database.autocommit() as tx:
+                attempts = {task_id: one.attempt for task_id, one in held.items()}
+                answers = engine.renew_leases(tx, attempts, self._settings.lease_seconds)
+        except SQLAlchemyError as error:
+            log.warning("lease.renewal_failed", error=repr(error)[:300])
+            return
+        self._renewed_at = monotonic()
+        for task_id, one in held.items():
+            if answers.get(task_id, True):
+                one.context.cancel()
+
+    def _flush(self, task_id: UUID, held: _Held) -> None:
+        """Store what the attempt said; failing costs a line of its log, never its outcome."""
+        with self._flushing:
+            entries, progress = held.context.drain()
+            if not entries and progress is None:
+                return
+            lines = [
+                {
+                    "line": held.lines + number,
+                    "at": entry.at.isoformat(),
+                    "message": entry.message,
+                    "fields": dict(entry.fields),
+                }
+                for number, entry in enumerate(entries, 1)
+            ]
+            held.lines += len(lines)
+            try:
+                with self._database.transaction() as tx:
+                    engine.write_log(tx, task_id, held.attempt, lines)
+                    if progress is not None:
+                        engine.write_progress(
+                            tx, task_id, held.attempt, progress.fraction, progress.message
+                        )
+            except SQLAlchemyError as error:
+                log.warning("attempt.log_failed", task_id=str(task_id), error=repr(error)[:300])

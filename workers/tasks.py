@@ -1,0 +1,429 @@
+"""What a visit does: one task function, read from top to bottom.
+
+A visit claims its task, runs the agent under the lease, records the outcome, and only then lets
+Celery carry the canvas on. What it returns or raises is Celery's business alone: the truth is
+written already.
+
+    returns     the task is over; the canvas goes on
+    Retry       the task waits in PostgreSQL, its message saved with it (Flower shows RETRY)
+    Ignore      nothing to do here, or a newer canvas drives the run
+    TaskFailed  the task failed and nothing below it may run (Flower shows FAILURE)
+"""
+
+import json
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
+
+import structlog
+from celery import Task
+from celery.exceptions import Ignore, Retry
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from opscore import agentkit, engine
+from opscore.agentkit import Busy, Completed, Context, Failed
+from opscore.canvas import RUN_TASK
+from opscore.db import Tx
+from opscore.definition import Definition, TaskSpec
+from opscore.engine import Claimed, Failure, Finished, MustWait, Parked
+from opscore.expressions import ExpressionError, Template
+from opscore.states import Reason
+from workers.app import app, process
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+DATABASE_PATIENCE_SECONDS = 5.0
+"""The longest pause between two tries at a database that is away."""
+
+
+class TaskFailed(Exception):
+    """The task failed for good, and its run with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One message: whose turn it is, of which canvas, and how to come back."""
+
+    task: "Task[Any, Any]"
+    task_id: UUID
+    generation: int
+    wakes: bool
+    """Some successor of the task does not come by this canvas: finishing, it must be woken."""
+    token: UUID
+
+    def message(self) -> dict[str, Any]:
+        """Return the message with its place in the canvas, to be published again one day."""
+        signature: dict[str, Any] = json.loads(json.dumps(self.task.signature_from_request()))
+        return signature
+
+
+@app.task(bind=True, name=RUN_TASK, throws=(TaskFailed,))
+def run_task(self: "Task[Any, Any]", task_id: str, generation: int) -> None:
+    """See whether the task can be moved, and move it."""
+    headers = self.request.headers or {}
+    visit = Visit(self, UUID(task_id), generation, bool(headers.get("opscore_wakes")), uuid4())
+    with structlog.contextvars.bound_contextvars(
+        task_id=task_id, request_id=headers.get("opscore_request_id")
+    ):
+        _visit(visit)
+
+
+def _visit(visit: Visit) -> None:
+    """Claim, and do what the answer says; ask again while others move the task meanwhile."""
+    while True:
+        answer = _insist(lambda tx: _claim(tx, visit))
+        if isinstance(answer, Claimed):
+            return _run(visit, answer)
+        if isinstance(answer, engine.Settled):
+            return _go_on_after(visit, answer.generation)
+        if isinstance(answer, engine.NoSuchAgent):
+            return _give_up(visit, engine.no_such_agent(answer.agent_id))
+        if isinstance(answer, engine.Elsewhere):
+            _leave_to_the_other(visit)
+        elif isinstance(answer, MustWait):
+            _park(visit, answer)
+        elif isinstance(answer, engine.Void):
+            raise Ignore
+
+
+def _claim(tx: Tx, visit: Visit) -> engine.Answer | None:
+    return engine.claim_task(
+        tx,
+        visit.task_id,
+        generation=visit.generation,
+        token=visit.token,
+        worker=visit.task.request.hostname or "?",
+        lease_seconds=process.settings.lease_seconds,
+    )
+
+
+def _insist(statement: Callable[[Tx], T]) -> T:
+    """Run a statement that is safe to repeat until the database has answered it.
+
+    Giving up would lose an outcome; waiting costs a worker slot, and without the database no slot
+    is worth anything. Whoever was fenced meanwhile is told so by the statement.
+    """
+    pause = 0.05
+    while True:
+        try:
+            with process.database.autocommit() as tx:
+                return statement(tx)
+        except (DBAPIError, PoolTimeout) as error:
+            if not _is_away(error):
+                raise
+            log.warning("database.away", error=repr(error)[:300])
+        time.sleep(pause * random.uniform(0.5, 1))
+        pause = min(pause * 2, DATABASE_PATIENCE_SECONDS)
+
+
+def _insist_together(statements: Callable[[Tx], T]) -> T:
+    """Like `_insist`, for several statements in one transaction."""
+
+    def together(tx: Tx) -> T:
+        with process.database.transaction() as inner:
+            return statements(inner)
+
+    return _insist(together)
+
+
+def _is_away(error: DBAPIError | PoolTimeout) -> bool:
+    """Tell a database that is away, or busy with itself, from a statement it refuses."""
+    if isinstance(error, PoolTimeout) or error.connection_invalidated:
+        return True
+    code = getattr(error.orig, "pgcode", None)
+    return code is None or code[:2] in ("08", "40", "53", "55", "57")
+
+
+# --- Running ------------------------------------------------------------------------------------
+
+
+def _run(visit: Visit, claimed: Claimed) -> None:
+    """Do the work of a claimed task and record what came of it."""
+    with structlog.contextvars.bound_contextvars(
+        run_id=str(claimed.run_id), attempt=claimed.attempt
+    ):
+        definition = process.definition(claimed.workflow_id, claimed.version)
+        spec = None if claimed.kind == "end" else definition.task(claimed.definition_id)
+        try:
+            if spec is None:
+                return _complete(visit, claimed, definition, None)
+            if claimed.kind == "for_each":
+                return _run_for_each(visit, claimed, definition, spec)
+            parameters = _parameters(claimed, spec)
+        except ExpressionError as error:
+            failed = Failed("expression_error", str(error), retryable=False)
+            return _record_failure(visit, claimed, spec, failed)
+        outcome = _call(claimed, parameters)
+        match outcome:
+            case Completed(output):
+                _complete(visit, claimed, definition, output)
+            case Failed():
+                _record_failure(visit, claimed, spec, outcome)
+            case Busy(retry_after):
+                _release(visit, claimed, spec, Reason.AGENT_BUSY, retry_after)
+            case None:
+                _release(visit, claimed, spec, Reason.AGENT_UNAVAILABLE, None)
+
+
+def _call(claimed: Claimed, parameters: Mapping[str, Any]) -> agentkit.Outcome | None:
+    """Call the agent under the lease, outside any transaction; None if it is not loaded here."""
+    agent = process.agents.get(claimed.agent_id or "")
+    if agent is None:
+        log.warning("agent.not_loaded", agent_id=claimed.agent_id)
+        return None
+    context = Context(
+        run_id=str(claimed.run_id),
+        task_id=str(claimed.task_id),
+        attempt=claimed.attempt,
+        deadline=claimed.deadline_at,
+    )
+    log.info("task.started", agent_id=claimed.agent_id)
+    with process.leases.hold(claimed.task_id, context):
+        return agentkit.call(agent, parameters, context, claimed.timeout_seconds)
+
+
+def _scope(claimed: Claimed) -> dict[str, Any]:
+    run = {"id": str(claimed.run_id), "workflowId": claimed.workflow_id}
+    scope = {"input": claimed.input, "tasks": claimed.tasks, "run": run}
+    if claimed.index is not None:
+        scope |= {"item": claimed.item, "index": claimed.index}
+    return scope
+
+
+def _parameters(claimed: Claimed, spec: TaskSpec) -> dict[str, Any]:
+    """Render the parameters; the first task of a triggered run gets the input merged over them."""
+    parameters: dict[str, Any] = spec.parameters.render(_scope(claimed))
+    if claimed.merges_input and isinstance(claimed.input, dict):
+        parameters = parameters | claimed.input
+    return parameters
+
+
+def _run_for_each(visit: Visit, claimed: Claimed, definition: Definition, spec: TaskSpec) -> None:
+    """Expand into items and park, or, when they are over, collect their outputs."""
+    if claimed.expanded:
+        outputs = _insist(lambda tx: engine.item_outputs(tx, claimed.task_id))
+        return _complete(visit, claimed, definition, outputs)
+    assert spec.for_each is not None
+    values = _items(spec.for_each.items, claimed)
+    if not values:
+        return _complete(visit, claimed, definition, [])
+    message = visit.message()
+    items = _insist(lambda tx: engine.expand_task(tx, claimed, values, message))
+    if items is None:
+        return _after_fence(visit, claimed)
+    request_id = (visit.task.request.headers or {}).get("opscore_request_id")
+    plan = engine.Plan(claimed.run_id, claimed.generation, request_id, (), tuple(items))
+    process.dispatcher.visit_items(plan)
+    _wake_now(lambda tx: engine.wake_parent(tx, claimed.task_id))
+    raise Retry(message=str(Reason.CHILDREN))
+
+
+def _items(template: Template, claimed: Claimed) -> list[Any]:
+    values = template.render(_scope(claimed))
+    if not isinstance(values, list):
+        raise ExpressionError(f"forEach.items must give a list, not {_kind(values)}.")
+    return values
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _after_fence(visit: Visit, claimed: Claimed) -> None:
+    """Drop what this visit has: the attempt was lost, or the run is ending."""
+    log.warning("attempt.fenced", attempt=claimed.attempt)
+    finished = _insist_together(lambda tx: engine.abandon_attempt(tx, claimed))
+    if isinstance(finished, Finished):
+        process.dispatcher.follow(finished, claimed.task_id, claimed.run_id, wakes=False)
+    raise Ignore
+
+
+# --- Recording ----------------------------------------------------------------------------------
+
+
+def _complete(visit: Visit, claimed: Claimed, definition: Definition, output: Any) -> None:
+    """Record success, and the run's output with it if this is its last task."""
+    run_output = None
+    if claimed.is_sink:
+        try:
+            run_output = _run_output(claimed, definition, output)
+        except ExpressionError as error:
+            failure = Failure("expression_error", str(error), retryable=False)
+            finished = _insist_together(
+                lambda tx: engine.fail_run_output(tx, claimed, output, failure)
+            )
+            return _after(visit, claimed, finished)
+    finished = _insist(lambda tx: engine.complete_attempt(tx, claimed, output, run_output))
+    log.info("task.completed")
+    _after(visit, claimed, finished)
+
+
+def _run_output(claimed: Claimed, definition: Definition, output: Any) -> Any:
+    tasks = dict(claimed.tasks)
+    if claimed.definition_id:
+        done = {"output": output, "status": "completed", "error": None}
+        tasks[claimed.definition_id] = done
+    if definition.output is not None:
+        return definition.output.render(_scope(claimed) | {"tasks": tasks})
+    if len(definition.leaves) == 1:
+        return output
+    return {leaf: tasks[leaf]["output"] for leaf in definition.leaves}
+
+
+def _record_failure(visit: Visit, claimed: Claimed, spec: TaskSpec | None, failed: Failed) -> None:
+    """Record a failure: the task is tried again later, or fails for good."""
+    failure = Failure(failed.code, failed.message, failed.traceback, failed.retryable)
+    delay = failed.retry_after
+    if delay is None and spec is not None:
+        retry = spec.retry
+        delay = backoff(retry.backoff_seconds, retry.max_backoff_seconds, claimed.tries)
+    message = visit.message()
+    recorded = _insist_together(
+        lambda tx: engine.fail_attempt(
+            tx, claimed, failure, delay_seconds=delay or 0, message=message
+        )
+    )
+    log.info("task.failed", code=failed.code, parked=isinstance(recorded, Parked))
+    _after(visit, claimed, recorded, failed.message)
+
+
+def _release(
+    visit: Visit, claimed: Claimed, spec: TaskSpec, reason: Reason, retry_after: float | None
+) -> None:
+    """Give the task back: its agent took no work, which is not a failure."""
+    delay = retry_after
+    if delay is None:
+        delay = backoff(spec.busy.backoff_seconds, spec.busy.max_backoff_seconds, claimed.waits)
+    message = visit.message()
+    recorded = _insist_together(
+        lambda tx: engine.release_attempt(tx, claimed, reason, delay_seconds=delay, message=message)
+    )
+    _after(visit, claimed, recorded)
+
+
+def _after(
+    visit: Visit,
+    claimed: Claimed,
+    recorded: Finished | Parked | engine.Fenced,
+    complaint: str = "",
+) -> None:
+    """Wake whom the outcome concerns, and tell Celery how the canvas goes on."""
+    agent_id = claimed.agent_id if claimed.slot is not None else None
+    match recorded:
+        case engine.Fenced():
+            log.warning("attempt.fenced", attempt=claimed.attempt)
+            raise Ignore
+        case Parked():
+            if agent_id is not None:
+                _wake_now(lambda tx: engine.wake_line(tx, agent_id))
+            raise Retry(message="parked")
+        case Finished():
+            is_old = visit.generation < recorded.generation
+            _follow(visit, claimed, recorded, agent_id, is_old)
+            if recorded.failed_run:
+                raise TaskFailed(complaint)
+            if is_old:
+                raise Ignore
+
+
+def _follow(
+    visit: Visit, claimed: Claimed, finished: Finished, agent_id: str | None, is_old: bool
+) -> None:
+    """Do what must follow the commit, if anything; most tasks have nothing to wake."""
+    wakes = visit.wakes or is_old
+    busy = agent_id is not None or claimed.parent_id is not None
+    if wakes or busy or finished.ends_run or finished.message is not None:
+        process.dispatcher.follow(
+            finished,
+            claimed.task_id,
+            claimed.run_id,
+            parent_id=claimed.parent_id,
+            agent_id=agent_id,
+            wakes=wakes,
+        )
+
+
+# --- Not running --------------------------------------------------------------------------------
+
+
+def backoff(base: float, cap: float, exponent: int) -> float:
+    """Return seconds to wait: exponential, capped, with full jitter.
+
+    Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+    """
+    return random.uniform(0, min(cap, base * 2 ** min(exponent, 30)))
+
+
+def _go_on_after(visit: Visit, generation: int) -> None:
+    """Somebody did the task: let this canvas go on, unless a newer one drives the run."""
+    if visit.wakes or visit.generation < generation:
+        _wake_now(lambda tx: engine.wake_successors(tx, visit.task_id))
+    if visit.generation < generation:
+        raise Ignore
+
+
+def _leave_to_the_other(visit: Visit) -> None:
+    """Save a newer canvas's visit with the task; a duplicate is dropped."""
+    message = visit.message()
+    if _insist(lambda tx: engine.keep_message(tx, visit.task_id, message, visit.generation)):
+        raise Retry(message="elsewhere")
+    raise Ignore
+
+
+def _park(visit: Visit, wait: MustWait) -> None:
+    """Put the task to wait, unless it moved meanwhile: then it is visited again."""
+    message, delay = visit.message(), _busy_delay(wait)
+    overdue = _insist(
+        lambda tx: engine.park_task(
+            tx,
+            visit.task_id,
+            wait,
+            delay_seconds=delay,
+            message=message,
+            generation=visit.generation,
+        )
+    )
+    if overdue is None:
+        return
+    if overdue:
+        _give_up(visit, engine.overdue_failure(wait.reason))
+        raise Ignore
+    if wait.reason == Reason.DEPENDENCIES:
+        _wake_now(lambda tx: engine.wake_joins(tx, [visit.task_id]))
+    elif wait.agent_id is not None:
+        agent_id = wait.agent_id
+        _wake_now(lambda tx: engine.wake_line(tx, agent_id))
+    raise Retry(message=str(wait.reason))
+
+
+def _busy_delay(wait: MustWait) -> float | None:
+    """Return seconds until a task that waits for an agent is looked at again; none for a join."""
+    if wait.reason == Reason.DEPENDENCIES:
+        return None
+    definition = process.definition(wait.workflow_id, wait.version)
+    busy = definition.task(wait.definition_id).busy
+    return backoff(busy.backoff_seconds, busy.max_backoff_seconds, wait.waits)
+
+
+def _give_up(visit: Visit, failure: Failure) -> None:
+    """Fail a task that never started."""
+    gone = _insist_together(lambda tx: engine.fail_unclaimed(tx, visit.task_id, failure))
+    if gone is None or gone.finished is None:
+        raise Ignore
+    process.dispatcher.follow(gone.finished, visit.task_id, gone.run_id, parent_id=gone.parent_id)
+    if gone.finished.failed_run:
+        raise TaskFailed(failure.message)
+    if visit.generation < gone.finished.generation:
+        raise Ignore
+
+
+def _wake_now(statement: Callable[[Tx], list[engine.Woken]]) -> None:
+    """Wake after our own commit: what we wait for may have come at the same moment."""
+    process.dispatcher.wake(_insist(statement))
