@@ -183,7 +183,7 @@ class Dispatcher:
             log.warning("dispatch.skipped", messages=len(signatures), **context)
             return False
         try:
-            with self.app.producer_or_acquire() as producer:
+            with self.app.producer_or_acquire() as producer, producer.batch(BATCH):
                 for signature in signatures:
                     signature.apply_async(producer=producer)
         except BrokerErrors as error:

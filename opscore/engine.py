@@ -14,12 +14,12 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, TextClause, bindparam, insert, select, text
+from sqlalchemy import Row, insert, select, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.types import Uuid
 from uuid6 import uuid7
 
-from opscore.db import Tx
+from opscore.db import Prepared, Tx
 from opscore.definition import Definition, TaskSpec
 from opscore.errors import AgentNotFound, InvalidRequest, RunFinished, RunNotFound
 from opscore.models import Agent, Event, Run, Task
@@ -46,12 +46,6 @@ _DEPENDENCIES_OVER = f"""NOT EXISTS (
     SELECT FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.status NOT IN {_ENDED})"""
 _ITEMS_OVER = f"""NOT EXISTS (
     SELECT FROM tasks c WHERE c.parent_id = t.id AND c.status NOT IN {_ENDED})"""
-
-
-def _sql(statement: str, **types: Any) -> TextClause:
-    """Prepare a statement once; `types` names the parameters that are not plain values."""
-    clause = text(statement)
-    return clause.bindparams(*(bindparam(name, type_=kind) for name, kind in types.items()))
 
 
 _UUIDS = ARRAY(Uuid)
@@ -323,7 +317,7 @@ _AHEAD = f"""w.status = 'waiting' AND w.reason = 'agent_busy' AND w.id <> ready.
     AND (w.priority > ready.priority OR w.priority = ready.priority
          AND w.waiting_since < coalesce(ready.waiting_since, now()))"""
 
-_CLAIM = _sql(
+_CLAIM = Prepared(
     f"""
 WITH t AS MATERIALIZED (
     SELECT t.*, r.status AS run_status, r.generation, r.workflow_id, r.version, {_RUN_OPEN} AS
@@ -442,8 +436,8 @@ def claim_task(
     `generation` is the message's: an older one may still do the work (refusing it could starve a
     long queue). Returns None when another visit moved the task at the same moment: ask again.
     """
-    row = tx.execute(
-        _CLAIM,
+    row = _CLAIM(
+        tx,
         {
             "task_id": task_id,
             "generation": generation,
@@ -590,8 +584,8 @@ _FINISH_SINK = {
 }
 
 
-def _finish(parts: Mapping[str, str], **types: Any) -> TextClause:
-    return _sql(_FINISH.format(**parts), task_id=Uuid(), output=JSONB(), **types)
+def _finish(parts: Mapping[str, str], **types: Any) -> Prepared:
+    return Prepared(_FINISH.format(**parts), task_id=Uuid(), output=JSONB(), **types)
 
 
 _FINISH_TASK = _finish({"before": "", "source": "", "after": ""})
@@ -616,13 +610,13 @@ def complete_attempt(
     if claimed.is_sink:
         parameters |= {"run_id": claimed.run_id, "run_output": run_output}
     statement = _FINISH_LAST if claimed.is_sink else _FINISH_TASK
-    row = tx.execute(statement, parameters).one_or_none()
+    row = statement(tx, parameters).one_or_none()
     if row is None:
         return _repeated(tx, claimed)
     return Finished(row.generation, ends_run=row.ends_run, message=row.message)
 
 
-_RECORDED = _sql(
+_RECORDED = Prepared(
     f"""
 SELECT r.generation, t.ends_run, t.message, t.status, t.goes_on
 FROM tasks t JOIN runs r ON r.id = t.run_id
@@ -636,16 +630,14 @@ WHERE t.id = :task_id AND t.attempt = :attempt AND t.status IN {_ENDED}
 
 def _repeated(tx: Tx, claimed: Claimed) -> Finished | Fenced:
     """Tell an outcome whose answer was lost on the way from one that came too late."""
-    row = tx.execute(
-        _RECORDED, {"task_id": claimed.task_id, "attempt": claimed.attempt}
-    ).one_or_none()
+    row = _RECORDED(tx, {"task_id": claimed.task_id, "attempt": claimed.attempt}).one_or_none()
     if row is None:
         return Fenced()
     failed_run = row.status == "failed" and not row.goes_on
     return Finished(row.generation, row.ends_run, failed_run, row.message)
 
 
-_RETRY = _sql(
+_RETRY = Prepared(
     """
 WITH later AS (
     UPDATE tasks t
@@ -698,7 +690,7 @@ def fail_attempt(
         "delay": delay_seconds,
         "error": error,
     }
-    if failure.retryable and tx.execute(_RETRY, parameters).first() is not None:
+    if failure.retryable and _RETRY(tx, parameters).first() is not None:
         return Parked()
     ended = _end_task(tx, claimed.task_id, claimed.run_id, error, attempt=claimed.attempt)
     return ended or _repeated(tx, claimed)
@@ -740,7 +732,7 @@ def _error(failure: Failure) -> dict[str, Any]:
     return error | ({"traceback": failure.traceback} if failure.traceback else {})
 
 
-_END_TASK = _sql(
+_END_TASK = Prepared(
     f"""
 WITH ended AS (
     UPDATE tasks t
@@ -792,9 +784,7 @@ def _end_task(
     Without an error the task is given up with a run that is ending already.
     """
     _lock_run(tx, run_id)
-    row = tx.execute(
-        _END_TASK, {"task_id": task_id, "error": error, "attempt": attempt}
-    ).one_or_none()
+    row = _END_TASK(tx, {"task_id": task_id, "error": error, "attempt": attempt}).one_or_none()
     if row is None:
         return None
     failed_run = row.status == "failed" and not row.goes_on
@@ -810,12 +800,12 @@ def _lock_run(tx: Tx, run_id: UUID) -> None:
     tx.execute(select(Run.id).where(Run.id == run_id).with_for_update())
 
 
-_FAIL_RUN = _sql(
+_FAIL_RUN = Prepared(
     "UPDATE runs r SET error = :error WHERE r.id = :run_id AND r.error IS NULL",
     run_id=Uuid(),
     error=JSONB(),
 )
-_FAIL_PARENT = _sql(
+_FAIL_PARENT = Prepared(
     """
 WITH failed AS (
     UPDATE tasks t SET status = 'failed', reason = NULL, finished_at = now(), error = :error,
@@ -829,7 +819,7 @@ SELECT run_id, id, 'task.failed', jsonb_build_object('error', cast(:error AS jso
     task_id=Uuid(),
     error=JSONB(),
 )
-_CLOSE = _sql(
+_CLOSE = Prepared(
     """
 WITH closing AS (
     UPDATE tasks t
@@ -856,9 +846,9 @@ def _fail_run(tx: Tx, row: Row[Any], error: dict[str, Any]) -> None:
     brief = {"code": error["code"], "message": error["message"]}
     if row.parent_id is not None:
         item = {"code": "item_failed", "message": f"Item {row.index} failed: {error['message']}"}
-        tx.execute(_FAIL_PARENT, {"task_id": row.parent_id, "error": item})
+        _FAIL_PARENT(tx, {"task_id": row.parent_id, "error": item})
     where = {"taskId": str(row.id), "taskDefinitionId": row.definition_id}
-    tx.execute(_FAIL_RUN, {"run_id": row.run_id, "error": brief | where})
+    _FAIL_RUN(tx, {"run_id": row.run_id, "error": brief | where})
     _close_tasks(tx, row.run_id, "upstream_failed")
 
 
@@ -868,11 +858,11 @@ def _close_tasks(tx: Tx, run_id: UUID, reason: str) -> None:
     Repeated, because a `forEach` that expands at this moment holds its row until its items are
     written, and a statement that waited for that row does not see them; the next one does.
     """
-    while tx.execute(_CLOSE, {"run_id": run_id, "reason": reason}).all():
+    while _CLOSE(tx, {"run_id": run_id, "reason": reason}).all():
         pass
 
 
-_COMPLETE_RUN = _sql(
+_COMPLETE_RUN = Prepared(
     f"""
 WITH settled AS (
     UPDATE runs r SET status = 'completed', finished_at = now()
@@ -887,24 +877,27 @@ INSERT INTO events (run_id, type) SELECT id, 'run.completed' FROM settled
 
 def _complete_run(tx: Tx, run_id: UUID) -> None:
     """Complete a run whose sink failed but goes on; there is nothing to make an output of."""
-    tx.execute(_COMPLETE_RUN, {"run_id": run_id})
+    _COMPLETE_RUN(tx, {"run_id": run_id})
+
+
+_MARK_RUN = Prepared(
+    """
+UPDATE runs r SET error = :error FROM tasks t
+WHERE r.id = :run_id AND r.error IS NULL
+  AND t.id = :task_id AND t.attempt = :attempt AND t.status = 'running'
+""",
+    error=JSONB(),
+    run_id=Uuid(),
+    task_id=Uuid(),
+)
 
 
 def fail_run_output(tx: Tx, claimed: Claimed, output: Any, failure: Failure) -> Finished | Fenced:
     """Record the sink's success, and fail the run because its output expression failed."""
     _lock_run(tx, claimed.run_id)
     error = _error(failure)
-    marked = tx.execute(
-        _sql(
-            """
-            UPDATE runs r SET error = :error FROM tasks t
-            WHERE r.id = :run_id AND r.error IS NULL
-              AND t.id = :task_id AND t.attempt = :attempt AND t.status = 'running'
-            """,
-            error=JSONB(),
-            run_id=Uuid(),
-            task_id=Uuid(),
-        ),
+    marked = _MARK_RUN(
+        tx,
         {
             "error": error,
             "run_id": claimed.run_id,
@@ -918,7 +911,7 @@ def fail_run_output(tx: Tx, claimed: Claimed, output: Any, failure: Failure) -> 
     return finished
 
 
-_RELEASE = _sql(
+_RELEASE = Prepared(
     """
 WITH later AS (
     UPDATE tasks t
@@ -967,7 +960,7 @@ def release_attempt(
         "message": message,
         "delay": delay_seconds,
     }
-    if tx.execute(_RELEASE, parameters).first() is not None:
+    if _RELEASE(tx, parameters).first() is not None:
         return Parked()
     return abandon_attempt(tx, claimed)
 
@@ -980,7 +973,7 @@ def abandon_attempt(tx: Tx, claimed: Claimed) -> Finished | Fenced:
 
 # --- forEach ------------------------------------------------------------------------------------
 
-_EXPAND = _sql(
+_EXPAND = Prepared(
     """
 WITH expanded AS (
     UPDATE tasks t
@@ -999,7 +992,7 @@ WITH expanded AS (
         e.timeout_seconds, e.max_attempts, e.max_wait_seconds, e.goes_on, e.priority, CASE WHEN
         i.index <= coalesce(e.max_parallel, i.index) THEN 'pending' ELSE 'waiting' END, CASE WHEN
         i.index <= coalesce(e.max_parallel, i.index) THEN NULL ELSE 'max_parallel' END
-    FROM expanded e, ROWS FROM (unnest(:ids), jsonb_array_elements(:values))
+    FROM expanded e, ROWS FROM (unnest(cast(:ids AS uuid[])), jsonb_array_elements(cast(:values AS jsonb)))
         WITH ORDINALITY AS i(id, item, index)
     RETURNING id, status, index, timeout_seconds
 ), told AS (
@@ -1023,8 +1016,8 @@ def expand_task(
     Returns the (id, timeout) of the items to visit now: all of them, or the first `maxParallel`;
     None when the attempt is no longer this worker's or the run ends.
     """
-    rows = tx.execute(
-        _EXPAND,
+    rows = _EXPAND(
+        tx,
         {
             "task_id": claimed.task_id,
             "attempt": claimed.attempt,
@@ -1043,7 +1036,7 @@ def item_outputs(tx: Tx, task_id: UUID) -> list[Any]:
     return list(tx.execute(query).scalars())
 
 
-_RELEASE_ITEMS = _sql(
+_RELEASE_ITEMS = Prepared(
     f"""
 WITH parent AS (
     SELECT id, max_parallel FROM tasks
@@ -1105,7 +1098,7 @@ def _woken(rows: Iterable[Row[Any]]) -> list[Woken]:
     ]
 
 
-_PARK = _sql(
+_PARK = Prepared(
     """
 WITH before AS (
     SELECT reason FROM tasks WHERE id = :task_id
@@ -1146,8 +1139,8 @@ def park_task(
     moment. Returns whether it has now waited longer than it may; None when it moved meanwhile:
     visit it again.
     """
-    row = tx.execute(
-        _PARK,
+    row = _PARK(
+        tx,
         {
             "task_id": task_id,
             "reason": str(wait.reason),
@@ -1161,7 +1154,7 @@ def park_task(
     return None if row is None else bool(row.overdue)
 
 
-_KEEP_MESSAGE = _sql(
+_KEEP_MESSAGE = Prepared(
     """
 UPDATE tasks t SET message = :message, visit_generation = :generation
 WHERE t.id = :task_id AND t.status IN ('waiting', 'running') AND t.visit_generation < :generation
@@ -1178,7 +1171,7 @@ def keep_message(tx: Tx, task_id: UUID, message: dict[str, Any], generation: int
     False when the task ended meanwhile or has a message as new: visit it again.
     """
     parameters = {"task_id": task_id, "message": message, "generation": generation}
-    return tx.execute(_KEEP_MESSAGE, parameters).first() is not None
+    return _KEEP_MESSAGE(tx, parameters).first() is not None
 
 
 _WAKE_JOINS = f"""
@@ -1189,14 +1182,14 @@ WHERE {{which}} AND r.id = t.run_id
   AND {_DEPENDENCIES_OVER}
 RETURNING {_WOKEN}
 """
-_WAKE_THESE = _sql(_WAKE_JOINS.format(which="t.id = ANY (:task_ids)"), task_ids=_UUIDS)
-_WAKE_SUCCESSORS = _sql(
+_WAKE_THESE = Prepared(_WAKE_JOINS.format(which="t.id = ANY (:task_ids)"), task_ids=_UUIDS)
+_WAKE_SUCCESSORS = Prepared(
     _WAKE_JOINS.format(
         which="t.id = ANY (ARRAY(SELECT unnest(successors) FROM tasks WHERE id = :task_id))"
     ),
     task_id=Uuid(),
 )
-_WAKE_PARENT = _sql(
+_WAKE_PARENT = Prepared(
     f"""
 UPDATE tasks t SET woken_at = now(), wake_at = now() + make_interval(secs => {WAKE_AGAIN_SECONDS})
 FROM runs r
@@ -1210,21 +1203,21 @@ RETURNING {_WOKEN}
 
 def wake_joins(tx: Tx, task_ids: Sequence[UUID]) -> list[Woken]:
     """Wake those of the tasks that wait for dependencies which are all over."""
-    return _woken(tx.execute(_WAKE_THESE, {"task_ids": list(task_ids)}))
+    return _woken(_WAKE_THESE(tx, {"task_ids": list(task_ids)}))
 
 
 def wake_successors(tx: Tx, task_id: UUID) -> list[Woken]:
     """Wake the tasks after this one whose last dependency it was."""
-    return _woken(tx.execute(_WAKE_SUCCESSORS, {"task_id": task_id}))
+    return _woken(_WAKE_SUCCESSORS(tx, {"task_id": task_id}))
 
 
 def wake_parent(tx: Tx, parent_id: UUID) -> list[Woken]:
     """Wake a `forEach` whose items are over, or release the next items under its `maxParallel`."""
-    parents = _woken(tx.execute(_WAKE_PARENT, {"task_id": parent_id}))
-    return parents or _woken(tx.execute(_RELEASE_ITEMS, {"parent_id": parent_id}))
+    parents = _woken(_WAKE_PARENT(tx, {"task_id": parent_id}))
+    return parents or _woken(_RELEASE_ITEMS(tx, {"parent_id": parent_id}))
 
 
-_WAKE_LINE = _sql(
+_WAKE_LINE = Prepared(
     f"""
 WITH free AS MATERIALIZED (
     SELECT s.number FROM slots s JOIN agents a USING (agent_id)
@@ -1257,10 +1250,10 @@ RETURNING {_WOKEN}
 
 def wake_line(tx: Tx, agent_id: str) -> list[Woken]:
     """Wake the longest-waiting tasks for the agent's free slots, and keep the slots for them."""
-    return _woken(tx.execute(_WAKE_LINE, {"agent_id": agent_id}))
+    return _woken(_WAKE_LINE(tx, {"agent_id": agent_id}))
 
 
-_LINES = _sql(
+_LINES = Prepared(
     f"""
 SELECT a.agent_id FROM agents a WHERE EXISTS (SELECT FROM slots s WHERE s.agent_id = a.agent_id AND
 s.number <= a.capacity AND {_FREE})
@@ -1274,10 +1267,10 @@ s.number <= a.capacity AND {_FREE})
 
 def agents_to_wake(tx: Tx) -> list[str]:
     """Return the agents that have a free slot while somebody waits for one."""
-    return list(tx.execute(_LINES).scalars())
+    return list(_LINES(tx).scalars())
 
 
-_WAKE_DUE = _sql(
+_WAKE_DUE = Prepared(
     f"""
 WITH due AS MATERIALIZED (
     SELECT t.id, CASE t.reason
@@ -1316,17 +1309,17 @@ class Due:
 
 def wake_due(tx: Tx, limit: int) -> Due:
     """Wake parked tasks past their moment if what they wait for could now be had."""
-    rows = tx.execute(_WAKE_DUE, {"limit": limit}).all()
+    rows = _WAKE_DUE(tx, {"limit": limit}).all()
     return Due(
         _woken(row for row in rows if not row.overdue),
         [(row.id, row.reason) for row in rows if row.overdue],
     )
 
 
-_WAKE_FORGOTTEN = _sql(_WAKE_JOINS.format(which="t.wake_at IS NULL"))
+_WAKE_FORGOTTEN = Prepared(_WAKE_JOINS.format(which="t.wake_at IS NULL"))
 
 
-_PARENTS_OVER = _sql(
+_PARENTS_OVER = Prepared(
     f"""
 SELECT t.id FROM tasks t
 WHERE t.status = 'waiting' AND t.reason = 'children' AND t.wake_at IS NULL
@@ -1337,8 +1330,8 @@ WHERE t.status = 'waiting' AND t.reason = 'children' AND t.wake_at IS NULL
 
 def wake_forgotten(tx: Tx) -> list[Woken]:
     """Wake joins and `forEach` tasks whose last one died between its commit and its wake."""
-    woken = _woken(tx.execute(_WAKE_FORGOTTEN))
-    for parent_id in tx.execute(_PARENTS_OVER).scalars().all():
+    woken = _woken(_WAKE_FORGOTTEN(tx))
+    for parent_id in _PARENTS_OVER(tx).scalars().all():
         woken += wake_parent(tx, parent_id)
     return woken
 
@@ -1363,11 +1356,11 @@ def cancel_run(tx: Tx, run_id: UUID) -> None:
     if row.status in RUN_ENDED:
         raise RunFinished(status=row.status)
     if row.cancel_requested_at is None:
-        tx.execute(_REQUEST_CANCEL, {"run_id": run_id})
+        _REQUEST_CANCEL(tx, {"run_id": run_id})
         _close_tasks(tx, run_id, "run_cancelled")
 
 
-_REQUEST_CANCEL = _sql(
+_REQUEST_CANCEL = Prepared(
     """
 WITH asked AS (
     UPDATE runs r SET cancel_requested_at = now() WHERE r.id = :run_id RETURNING r.id
@@ -1376,7 +1369,7 @@ INSERT INTO events (run_id, type) SELECT id, 'run.cancel_requested' FROM asked
 """,
     run_id=Uuid(),
 )
-_SETTLE = _sql(
+_SETTLE = Prepared(
     f"""
 WITH settled AS (
     UPDATE runs r
@@ -1395,10 +1388,10 @@ INSERT INTO events (run_id, type) SELECT id, 'run.' || status FROM settled RETUR
 
 def settle_run(tx: Tx, run_id: UUID) -> bool:
     """End a run that fails or is cancelled once nothing of it runs any more."""
-    return tx.execute(_SETTLE, {"run_id": run_id}).first() is not None
+    return _SETTLE(tx, {"run_id": run_id}).first() is not None
 
 
-_ENDING = _sql(
+_ENDING = Prepared(
     f"""
 SELECT r.id FROM runs r WHERE r.status IN ('queued', 'running') AND (r.error IS NOT NULL OR
 r.cancel_requested_at IS NOT NULL)
@@ -1410,12 +1403,12 @@ LIMIT :limit
 
 def runs_to_settle(tx: Tx, limit: int) -> list[UUID]:
     """Return runs with nothing left to end, whose last finisher died before settling them."""
-    return list(tx.execute(_ENDING, {"limit": limit}).scalars())
+    return list(_ENDING(tx, {"limit": limit}).scalars())
 
 
 # --- Leases -------------------------------------------------------------------------------------
 
-_RENEW = _sql(
+_RENEW = Prepared(
     """
 WITH renewed AS (
     UPDATE tasks t
@@ -1441,9 +1434,7 @@ def renew_leases(tx: Tx, held: Mapping[UUID, int], lease_seconds: float) -> dict
     """
     if not held:
         return {}
-    rows = tx.execute(
-        _RENEW, {"ids": list(held), "attempts": list(held.values()), "lease": lease_seconds}
-    )
+    rows = _RENEW(tx, {"ids": list(held), "attempts": list(held.values()), "lease": lease_seconds})
     return {row.id: row.cancelled for row in rows}
 
 
@@ -1453,7 +1444,7 @@ def expired_attempts(tx: Tx, limit: int) -> list[UUID]:
     return list(tx.execute(query.order_by(Task.lease_expires_at).limit(limit)).scalars())
 
 
-_LOSE = _sql(
+_LOSE = Prepared(
     """
 WITH gone AS (
     UPDATE tasks t
@@ -1480,7 +1471,7 @@ SELECT run_id, parent_id FROM gone
 """,
     task_id=Uuid(),
 )
-_EXPIRED = _sql(
+_EXPIRED = Prepared(
     """
 SELECT t.run_id, t.parent_id, t.attempt, t.lost, t.ends_run, t.deadline_at < now() AS timed_out,
 t.timeout_seconds FROM tasks t WHERE t.id = :task_id AND t.status = 'running' AND t.lease_expires_at
@@ -1496,10 +1487,10 @@ def lose_attempt(tx: Tx, task_id: UUID, max_lost: int) -> Gone | None:
     The `max_lost`-th time, or past its deadline with no attempt left, the task fails for good. None
     if it was finished or renewed meanwhile.
     """
-    back = tx.execute(_LOSE, {"task_id": task_id, "max_lost": max_lost}).one_or_none()
+    back = _LOSE(tx, {"task_id": task_id, "max_lost": max_lost}).one_or_none()
     if back is not None:
         return Gone(back.run_id, back.parent_id, None)
-    row = tx.execute(_EXPIRED, {"task_id": task_id}).one_or_none()
+    row = _EXPIRED(tx, {"task_id": task_id}).one_or_none()
     if row is None:
         return None
     if row.timed_out:
@@ -1513,7 +1504,7 @@ def lose_attempt(tx: Tx, task_id: UUID, max_lost: int) -> Gone | None:
 
 # --- Publishing again ---------------------------------------------------------------------------
 
-_REPUBLISH = _sql(
+_REPUBLISH = Prepared(
     f"""
 UPDATE runs r SET generation = r.generation + 1, generation_at = now()
 WHERE r.id = :run_id AND r.generation = :generation AND {_RUN_OPEN}
@@ -1521,7 +1512,7 @@ RETURNING r.generation
 """,
     run_id=Uuid(),
 )
-_NODES = _sql(
+_NODES = Prepared(
     f"""
 SELECT t.id, t.timeout_seconds, t.kind, r.generation, r.request_id,
        ARRAY(SELECT d.id FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.status NOT IN {_ENDED})
@@ -1532,7 +1523,7 @@ ORDER BY t.position
 """,
     run_id=Uuid(),
 )
-_LOOSE_ITEMS = _sql(
+_LOOSE_ITEMS = Prepared(
     """
 SELECT t.id, t.timeout_seconds FROM tasks t
 WHERE t.run_id = :run_id AND t.index IS NOT NULL AND t.status = 'pending' ORDER BY t.index
@@ -1546,25 +1537,25 @@ def republish_run(tx: Tx, run_id: UUID, generation: int) -> Plan | None:
 
     None if the run is over or somebody raised its generation (from `generation`) already.
     """
-    raised = tx.execute(_REPUBLISH, {"run_id": run_id, "generation": generation}).first()
+    raised = _REPUBLISH(tx, {"run_id": run_id, "generation": generation}).first()
     return None if raised is None else plan_run(tx, run_id)
 
 
 def plan_run(tx: Tx, run_id: UUID) -> Plan | None:
     """Return what is left of an open run, under its present generation."""
-    rows = tx.execute(_NODES, {"run_id": run_id}).all()
+    rows = _NODES(tx, {"run_id": run_id}).all()
     if not rows:
         return None
     nodes = tuple(
         Node(row.id, frozenset(row.depends_on), row.timeout_seconds, row.kind == "end")
         for row in rows
     )
-    loose = tx.execute(_LOOSE_ITEMS, {"run_id": run_id})
+    loose = _LOOSE_ITEMS(tx, {"run_id": run_id})
     items = tuple((row.id, row.timeout_seconds) for row in loose)
     return Plan(run_id, rows[0].generation, rows[0].request_id, nodes, items)
 
 
-_HOLD_BACK = _sql(
+_HOLD_BACK = Prepared(
     """
 UPDATE tasks t
 SET status = 'waiting', reason = 'dependencies', message = NULL,
@@ -1581,10 +1572,10 @@ def hold_back(tx: Tx, task_ids: Sequence[UUID]) -> None:
 
     Call `wake_joins` after the commit: the last dependency may have finished at the same moment.
     """
-    tx.execute(_HOLD_BACK, {"task_ids": list(task_ids)})
+    _HOLD_BACK(tx, {"task_ids": list(task_ids)})
 
 
-_UNVISITED = _sql(
+_UNVISITED = Prepared(
     f"""
 SELECT DISTINCT t.run_id, r.generation
 FROM tasks t JOIN runs r ON r.id = t.run_id
@@ -1603,7 +1594,7 @@ def unvisited_runs(tx: Tx, after_seconds: float, limit: int) -> list[tuple[UUID,
     Whether its visit is lost or merely late is for the caller to find out; the time doubles with
     each generation, so that a slow queue is never flooded.
     """
-    rows = tx.execute(_UNVISITED, {"after": after_seconds, "limit": limit})
+    rows = _UNVISITED(tx, {"after": after_seconds, "limit": limit})
     return [(row.run_id, row.generation) for row in rows]
 
 
@@ -1612,7 +1603,7 @@ def unvisited_runs(tx: Tx, after_seconds: float, limit: int) -> list[tuple[UUID,
 LOG_LINES_KEPT = 1000
 """Lines kept of an attempt; the oldest are cut."""
 
-_LOG = _sql(
+_LOG = Prepared(
     """
 INSERT INTO attempt_logs (task_id, attempt, line, at, message, fields)
 SELECT :task_id, :attempt, e.line, e.at, e.message, e.fields
@@ -1622,11 +1613,11 @@ ON CONFLICT DO NOTHING
     task_id=Uuid(),
     entries=JSONB(),
 )
-_CUT_LOG = _sql(
+_CUT_LOG = Prepared(
     "DELETE FROM attempt_logs WHERE task_id = :task_id AND attempt = :attempt AND line <= :line",
     task_id=Uuid(),
 )
-_PROGRESS = _sql(
+_PROGRESS = Prepared(
     """
 UPDATE attempts SET progress = :fraction, progress_message = :message
 WHERE task_id = :task_id AND number = :attempt
@@ -1640,10 +1631,10 @@ def write_log(tx: Tx, task_id: UUID, attempt: int, entries: Sequence[Mapping[str
     if not entries:
         return
     where = {"task_id": task_id, "attempt": attempt}
-    tx.execute(_LOG, where | {"entries": [dict(entry) for entry in entries]})
+    _LOG(tx, where | {"entries": [dict(entry) for entry in entries]})
     newest = max(entry["line"] for entry in entries)
     if newest > LOG_LINES_KEPT:
-        tx.execute(_CUT_LOG, where | {"line": newest - LOG_LINES_KEPT})
+        _CUT_LOG(tx, where | {"line": newest - LOG_LINES_KEPT})
 
 
 def write_progress(
@@ -1651,4 +1642,4 @@ def write_progress(
 ) -> None:
     """Record how far an attempt says it is, from 0 to 1."""
     parameters = {"task_id": task_id, "attempt": attempt, "fraction": fraction, "message": message}
-    tx.execute(_PROGRESS, parameters)
+    _PROGRESS(tx, parameters)

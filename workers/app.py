@@ -5,6 +5,7 @@ configured, not at import. A connection belongs to one process: after a fork the
 own.
 """
 
+import logging
 import os
 from functools import cached_property
 from typing import Any
@@ -82,6 +83,9 @@ process = Process(app)
 def configure_logging(**_: Any) -> None:
     """Log as every opscore process does; Celery then leaves logging alone."""
     logs.configure(process.settings.log_level, process.settings.log_format)
+    for chatty in ("celery.worker.strategy", "celery.app.trace"):
+        # One line per transition is ours to write; Celery would add two per message.
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 @signals.worker_init.connect
