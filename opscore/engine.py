@@ -572,7 +572,7 @@ SELECT done.message, done.ends_run, r.generation
 FROM done JOIN runs r ON r.id = done.run_id
 """
 _FINISH_SINK = {
-    "before": "run AS (SELECT id FROM runs WHERE id = :run_id FOR UPDATE),",
+    "before": "run AS (SELECT id FROM runs WHERE id = :run_id FOR NO KEY UPDATE),",
     "source": "FROM run",
     "after": f""", settled AS (
     UPDATE runs r SET status = 'completed', output = :run_output, finished_at = now() FROM done
@@ -797,7 +797,12 @@ def _end_task(
 
 
 def _lock_run(tx: Tx, run_id: UUID) -> None:
-    tx.execute(select(Run.id).where(Run.id == run_id).with_for_update())
+    """Let one change at a time decide the run's fate.
+
+    Not FOR UPDATE: an expanding `forEach`, which holds its task, key-shares the run for the foreign
+    key of its items, and the two would lock each other.
+    """
+    tx.execute(select(Run.id).where(Run.id == run_id).with_for_update(key_share=True))
 
 
 _FAIL_RUN = Prepared(
@@ -1349,7 +1354,9 @@ def cancel_run(tx: Tx, run_id: UUID) -> None:
         RunFinished: it is over already.
     """
     row = tx.execute(
-        select(Run.status, Run.cancel_requested_at).where(Run.id == run_id).with_for_update()
+        select(Run.status, Run.cancel_requested_at)
+        .where(Run.id == run_id)
+        .with_for_update(key_share=True)
     ).one_or_none()
     if row is None:
         raise RunNotFound(run_id=run_id)

@@ -1,0 +1,669 @@
+"""Every change of a run, a task or an attempt: what moves, and what is refused."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import text
+
+from opscore import agents, engine, workflows
+from opscore.db import Database, Tx
+from opscore.definition import parse
+from opscore.engine import (
+    Claimed,
+    Elsewhere,
+    Failure,
+    Fenced,
+    Finished,
+    MustWait,
+    NoSuchAgent,
+    Parked,
+    Settled,
+    Void,
+)
+from opscore.errors import AgentNotFound, InvalidInput, InvalidRequest, RunFinished, RunNotFound
+from opscore.states import TASK_ARROWS, TASK_ENDED, Reason, TaskStatus
+
+
+class Desk:
+    """One run under test: its tasks by definition id, and short ways to move them."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        with database.transaction() as tx:
+            agents.register_functions(tx, [agent("echo"), agent("single", capacity=1)])
+
+    def submit(self, *tasks: dict[str, Any], input: Any = None, **document: Any) -> engine.Plan:
+        document = {"id": "w", "tasks": list(tasks), **document}
+        with self.database.transaction() as tx:
+            stored, _ = workflows.create_workflow(tx, parse(document))
+            self.plan = engine.submit_run(tx, stored, input=input or {})
+        return self.plan
+
+    def id(self, name: str, index: int | None = None) -> UUID:
+        rows = self.rows("SELECT id, definition_id, index FROM tasks WHERE run_id = :run")
+        return next(r.id for r in rows if (r.definition_id, r.index) == (name, index))
+
+    def task(self, name: str, index: int | None = None) -> Any:
+        (row,) = self.rows("SELECT * FROM tasks WHERE id = :id", id=self.id(name, index))
+        return row
+
+    def run(self) -> Any:
+        (row,) = self.rows("SELECT * FROM runs WHERE id = :run")
+        return row
+
+    def rows(self, statement: str, **parameters: Any) -> list[Any]:
+        with self.database.autocommit() as tx:
+            return list(tx.execute(text(statement), {"run": self.plan.run_id} | parameters))
+
+    def alter(self, statement: str, **parameters: Any) -> None:
+        with self.database.transaction() as tx:
+            tx.execute(text(statement), {"run": self.plan.run_id} | parameters)
+
+    def claim(self, name: str, index: int | None = None, **options: Any) -> Any:
+        options = {"generation": 1, "token": uuid4(), "worker": "w", "lease_seconds": 30} | options
+        with self.database.autocommit() as tx:
+            return engine.claim_task(tx, self.id(name, index), **options)
+
+    def complete(self, claimed: Claimed, output: Any = None, run_output: Any = None) -> Any:
+        with self.database.autocommit() as tx:
+            return engine.complete_attempt(tx, claimed, output, run_output)
+
+    def fail(self, claimed: Claimed, *, retryable: bool = True, delay: float = 0) -> Any:
+        failure = Failure("broken", "it broke", "Traceback ...", retryable)
+        with self.database.transaction() as tx:
+            return engine.fail_attempt(tx, claimed, failure, delay_seconds=delay, message={"m": 1})
+
+    def park(self, name: str, wait: MustWait, generation: int = 1) -> bool | None:
+        with self.database.autocommit() as tx:
+            return engine.park_task(
+                tx,
+                self.id(name),
+                wait,
+                delay_seconds=5,
+                message={"of": name},
+                generation=generation,
+            )
+
+    def do(self, name: str, output: Any = None) -> Finished:
+        finished = self.complete(self.claim(name), output)
+        assert isinstance(finished, Finished)
+        return finished
+
+    def events(self) -> list[str]:
+        return [
+            r.type for r in self.rows("SELECT type FROM events WHERE run_id = :run ORDER BY seq")
+        ]
+
+    @contextmanager
+    def tx(self) -> Iterator[Tx]:
+        with self.database.transaction() as tx:
+            yield tx
+
+
+def agent(agent_id: str, capacity: int | None = None, capabilities: tuple[str, ...] = ()) -> Any:
+    return SimpleNamespace(
+        agent_id=agent_id, name=agent_id, version="1", capabilities=capabilities, capacity=capacity
+    )
+
+
+def task(name: str, agent_id: str = "echo", **more: Any) -> dict[str, Any]:
+    return {"taskId": name, "agentId": agent_id, **more}
+
+
+@pytest.fixture
+def desk(database: Database) -> Desk:
+    return Desk(database)
+
+
+# --- Submitting
+
+
+def test_a_submitted_run_has_all_its_tasks_pending_and_an_event(desk: Desk) -> None:
+    desk.submit(task("a"), task("b"), input={"x": 1})
+    assert desk.run().status == "queued" and desk.run().input == {"x": 1}
+    assert [desk.task(n).status for n in "ab"] == ["pending", "pending"]
+    assert desk.task("b").depends_on == [desk.id("a")] and desk.task("b").is_sink
+    assert desk.events() == ["run.queued"]
+
+
+def test_several_leaves_are_joined_by_an_implicit_end_which_is_the_only_sink(desk: Desk) -> None:
+    desk.submit(task("a", dependsOn=[]), task("b", dependsOn=[]))
+    rows = desk.rows("SELECT kind FROM tasks WHERE run_id = :run AND is_sink")
+    assert [row.kind for row in rows] == ["end"]
+
+
+def test_input_that_breaks_the_schema_writes_nothing(desk: Desk) -> None:
+    desk.submit(task("a"))
+    schema = {"type": "object", "required": ["x"]}
+    with pytest.raises(InvalidInput):
+        desk.submit(task("a"), inputSchema=schema, id="strict")
+    assert desk.rows("SELECT count(*) AS n FROM runs")[0].n == 1
+
+
+def test_a_task_that_names_nobody_needs_an_agent_to_be_triggered_for(desk: Desk) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        desk.submit({"taskId": "a"})
+    assert "/tasks/a" in refused.value.errors
+
+
+def test_a_run_for_an_unknown_agent_is_refused(desk: Desk) -> None:
+    with desk.tx() as tx:
+        stored, _ = workflows.create_workflow(tx, parse({"id": "w", "tasks": [{"taskId": "a"}]}))
+        with pytest.raises(AgentNotFound):
+            engine.submit_run(tx, stored, input={}, agent_id="nobody")
+
+
+# --- Claiming
+
+
+def test_the_first_claim_starts_the_run_and_the_attempt(desk: Desk) -> None:
+    desk.submit(task("a"))
+    claimed = desk.claim("a")
+    assert isinstance(claimed, Claimed) and claimed.attempt == 1
+    assert desk.run().status == "running" and desk.task("a").status == "running"
+    assert desk.events() == ["run.queued", "run.started", "task.started"] or desk.events() == [
+        "run.queued",
+        "task.started",
+        "run.started",
+    ]
+    (attempt,) = desk.rows("SELECT * FROM attempts")
+    assert (attempt.number, attempt.status, attempt.worker) == (1, "running", "w")
+
+
+def test_the_same_visit_asking_again_gets_the_same_claim(desk: Desk) -> None:
+    desk.submit(task("a", "single"))
+    token = uuid4()
+    assert desk.claim("a", token=token) == desk.claim("a", token=token)
+
+
+def test_a_task_that_runs_is_elsewhere_for_any_other_visit(desk: Desk) -> None:
+    desk.submit(task("a"))
+    desk.claim("a")
+    assert desk.claim("a") == Elsewhere(1)
+
+
+def test_a_task_that_is_over_is_settled(desk: Desk) -> None:
+    desk.submit(task("a"), task("b"))
+    desk.do("a")
+    assert desk.claim("a") == Settled(1)
+
+
+def test_a_visit_of_an_older_generation_may_still_do_the_work(desk: Desk) -> None:
+    plan = desk.submit(task("a"))
+    with desk.tx() as tx:
+        engine.republish_run(tx, plan.run_id, 1)
+    claimed = desk.claim("a", generation=1)
+    assert isinstance(claimed, Claimed) and claimed.generation == 2
+
+
+def test_a_claim_sees_the_outputs_its_expressions_read_and_no_others(desk: Desk) -> None:
+    desk.submit(
+        task("a"), task("b"), task("c", parameters={"x": "${tasks.a.output.n}"}), input={"i": 1}
+    )
+    desk.do("a", {"n": 7})
+    desk.do("b", {"n": 8})
+    claimed = desk.claim("c")
+    assert claimed.tasks["a"] == {"output": {"n": 7}, "status": "completed", "error": None}
+    assert "b" not in claimed.tasks and claimed.input == {"i": 1}
+
+
+def test_a_task_with_open_dependencies_must_wait(desk: Desk) -> None:
+    desk.submit(task("a"), task("b"))
+    answer = desk.claim("b")
+    assert isinstance(answer, MustWait) and answer.reason == Reason.DEPENDENCIES
+
+
+def test_an_agent_nobody_registered_is_said_at_once(desk: Desk) -> None:
+    desk.submit(task("a", "nobody"))
+    assert desk.claim("a") == NoSuchAgent("nobody")
+
+
+def test_a_capability_nobody_has_is_waited_for(desk: Desk) -> None:
+    desk.submit({"taskId": "a", "agentCapability": "rare"})
+    answer = desk.claim("a")
+    assert isinstance(answer, MustWait) and answer.reason == Reason.AGENT_UNAVAILABLE
+
+
+def test_a_capability_is_served_by_an_agent_that_has_it(desk: Desk) -> None:
+    with desk.tx() as tx:
+        agents.register_functions(tx, [agent("expert", 1, ("rare",))])
+    desk.submit({"taskId": "a", "agentCapability": "rare"})
+    assert desk.claim("a").agent_id == "expert"
+
+
+def test_a_visit_of_no_task_is_void(desk: Desk) -> None:
+    desk.submit(task("a"))
+    with desk.database.autocommit() as tx:
+        answer = engine.claim_task(
+            tx, uuid4(), generation=1, token=uuid4(), worker="w", lease_seconds=1
+        )
+    assert answer == Void()
+
+
+# --- Slots
+
+
+def test_a_slot_is_held_by_one_attempt_and_freed_by_its_outcome(desk: Desk) -> None:
+    desk.submit(task("a", "single", dependsOn=[]), task("b", "single", dependsOn=[]))
+    first = desk.claim("a")
+    answer = desk.claim("b")
+    assert isinstance(answer, MustWait) and answer.reason == Reason.AGENT_BUSY
+    desk.complete(first)
+    assert isinstance(desk.claim("b"), Claimed)
+
+
+def test_a_freed_slot_is_kept_for_who_waits_longest_and_no_newcomer_takes_it(desk: Desk) -> None:
+    desk.submit(*(task(n, "single", dependsOn=[]) for n in "abcd"))
+    first = desk.claim("a")
+    for name in "bc":
+        assert desk.park(name, desk.claim(name)) is False
+    desk.complete(first)
+    with desk.database.autocommit() as tx:
+        (woken,) = engine.wake_line(tx, "single")
+    assert woken.message == {"of": "b"}
+    assert isinstance(desk.claim("d"), MustWait), "a newcomer"
+    assert isinstance(desk.claim("c"), MustWait), "the second in line"
+    assert isinstance(desk.claim("b"), Claimed)
+
+
+def test_a_newcomer_does_not_overtake_who_waits_without_a_reservation(desk: Desk) -> None:
+    desk.submit(*(task(n, "single", dependsOn=[]) for n in "abc"))
+    first = desk.claim("a")
+    desk.park("b", desk.claim("b"))
+    desk.complete(first)
+    assert isinstance(desk.claim("c"), MustWait)
+    assert isinstance(desk.claim("b"), Claimed), "whose turn it is needs no reservation"
+
+
+def test_a_high_priority_waits_in_front(desk: Desk) -> None:
+    desk.submit(*(task(n, "single", dependsOn=[]) for n in "abc"))
+    first = desk.claim("a")
+    for name in "bc":
+        desk.park(name, desk.claim(name))
+    desk.alter("UPDATE tasks SET priority = 2 WHERE id = :id", id=desk.id("c"))
+    desk.complete(first)
+    with desk.database.autocommit() as tx:
+        assert [woken.message for woken in engine.wake_line(tx, "single")] == [{"of": "c"}]
+
+
+def test_the_slot_of_a_silent_worker_is_free_when_its_lease_is_over(desk: Desk) -> None:
+    desk.submit(*(task(n, "single", dependsOn=[]) for n in "ab"))
+    desk.claim("a")
+    desk.alter("UPDATE slots SET lease_expires_at = now() - interval '1 s'")
+    assert isinstance(desk.claim("b"), Claimed)
+
+
+def test_a_smaller_capacity_lets_running_attempts_end_and_admits_no_more(desk: Desk) -> None:
+    with desk.tx() as tx:
+        agents.register_functions(tx, [agent("pair", 2)])
+    desk.submit(*(task(n, "pair", dependsOn=[]) for n in "abc"))
+    first, second = desk.claim("a"), desk.claim("b")
+    with desk.tx() as tx:
+        agents.register_functions(tx, [agent("pair", 1)])
+    desk.complete(first if first.slot == 2 else second)
+    assert isinstance(desk.claim("c"), MustWait)
+
+
+# --- Finishing
+
+
+def test_the_last_task_settles_the_run_with_its_output(desk: Desk) -> None:
+    desk.submit(task("a"), task("b"))
+    desk.do("a", 1)
+    desk.complete(desk.claim("b"), 2, {"sum": 3})
+    assert (desk.run().status, desk.run().output) == ("completed", {"sum": 3})
+    assert desk.events()[-2:] in (
+        ["task.completed", "run.completed"],
+        ["run.completed", "task.completed"],
+    )
+
+
+def test_an_outcome_written_twice_is_written_once_and_answered_alike(desk: Desk) -> None:
+    desk.submit(task("a"))
+    claimed = desk.claim("a")
+    assert desk.complete(claimed, 1) == desk.complete(claimed, 1)
+    assert desk.events().count("task.completed") == 1
+
+
+def test_a_worker_that_lost_its_lease_can_write_nothing(desk: Desk) -> None:
+    desk.submit(task("a"))
+    stale = desk.claim("a")
+    expire(desk)
+    fresh = desk.claim("a")
+    assert fresh.attempt == 2
+    assert desk.complete(stale, "late") == Fenced()
+    assert desk.fail(stale) == Fenced()
+    assert isinstance(desk.complete(fresh, "good"), Finished)
+    assert desk.task("a").output == "good"
+    statuses = desk.rows("SELECT number, status FROM attempts ORDER BY number")
+    assert [(r.number, r.status) for r in statuses] == [(1, "lost"), (2, "completed")]
+
+
+def test_a_retryable_failure_parks_the_task_until_its_moment(desk: Desk) -> None:
+    desk.submit(task("a"))
+    assert desk.fail(desk.claim("a"), delay=60) == Parked()
+    row = desk.task("a")
+    assert (row.status, row.reason, row.tries, row.message) == ("waiting", "retry", 1, {"m": 1})
+    assert desk.claim("a") == Elsewhere(1), "no visit starts it before its time"
+    desk.alter("UPDATE tasks SET wake_at = now()")
+    with desk.database.autocommit() as tx:
+        (woken,) = engine.wake_due(tx, 10).woken
+    assert woken.message == {"m": 1}
+    assert desk.claim("a").attempt == 2
+
+
+def test_the_last_allowed_attempt_fails_the_task_and_cancels_what_has_not_started(
+    desk: Desk,
+) -> None:
+    desk.submit(task("a", retry={"maxAttempts": 2}), task("b"))
+    desk.fail(desk.claim("a"))
+    finished = desk.fail(desk.claim("a"))
+    assert isinstance(finished, Finished) and finished.failed_run and finished.ends_run
+    assert desk.run().status == "running", "settled after the commit"
+    with desk.tx() as tx:
+        assert engine.settle_run(tx, desk.plan.run_id)
+    assert desk.run().status == "failed" and desk.run().error["code"] == "broken"
+    assert (desk.task("b").status, desk.task("b").reason) == ("cancelled", "upstream_failed")
+    assert "traceback" not in desk.task("a").error
+
+
+def test_a_failing_run_waits_for_its_running_attempts_and_keeps_their_outcome(desk: Desk) -> None:
+    desk.submit(task("a", dependsOn=[]), task("b", dependsOn=[]))
+    running = desk.claim("b")
+    desk.fail(desk.claim("a"), retryable=False)
+    with desk.tx() as tx:
+        assert not engine.settle_run(tx, desk.plan.run_id)
+    finished = desk.complete(running, "kept")
+    assert finished.ends_run
+    with desk.tx() as tx:
+        assert engine.settle_run(tx, desk.plan.run_id)
+    assert desk.task("b").output == "kept" and desk.run().status == "failed"
+
+
+def test_a_failure_of_a_failing_run_is_not_tried_again(desk: Desk) -> None:
+    desk.submit(task("a", dependsOn=[]), task("b", dependsOn=[]))
+    running = desk.claim("b")
+    desk.fail(desk.claim("a"), retryable=False)
+    assert isinstance(desk.fail(running), Finished)
+    assert desk.task("b").status == "failed"
+
+
+def test_on_failure_continue_lets_the_followers_run(desk: Desk) -> None:
+    desk.submit(task("a", onFailure="continue"), task("b"))
+    finished = desk.fail(desk.claim("a"), retryable=False)
+    assert isinstance(finished, Finished) and not finished.failed_run
+    assert isinstance(desk.claim("b"), Claimed)
+
+
+def test_a_last_task_that_fails_but_goes_on_completes_the_run(desk: Desk) -> None:
+    desk.submit(task("a", onFailure="continue"))
+    desk.fail(desk.claim("a"), retryable=False)
+    assert desk.run().status == "completed"
+
+
+def test_busy_gives_the_task_back_without_using_up_an_attempt(desk: Desk) -> None:
+    desk.submit(task("a", retry={"maxAttempts": 1}))
+    for _ in range(3):
+        with desk.tx() as tx:
+            engine.release_attempt(
+                tx, desk.claim("a"), Reason.AGENT_BUSY, delay_seconds=0, message={"m": 1}
+            )
+    row = desk.task("a")
+    assert (row.status, row.reason, row.tries, row.waits) == ("waiting", "agent_busy", 0, 3)
+    assert isinstance(desk.complete(desk.claim("a")), Finished)
+
+
+# --- Parking, waking, generations
+
+
+def test_a_join_is_woken_by_its_last_dependency_once(desk: Desk) -> None:
+    desk.submit(task("a", dependsOn=[]), task("b", dependsOn=[]), task("c", dependsOn=["a", "b"]))
+    desk.park("c", desk.claim("c"))
+    desk.do("a")
+    with desk.database.autocommit() as tx:
+        assert engine.wake_successors(tx, desk.id("a")) == []
+    desk.do("b")
+    with desk.database.autocommit() as tx:
+        (woken,) = engine.wake_successors(tx, desk.id("b"))
+        assert woken.message == {"of": "c"}
+        assert engine.wake_successors(tx, desk.id("a")) == []
+
+
+def test_a_newer_visit_replaces_a_parked_message_and_an_older_one_does_not(desk: Desk) -> None:
+    desk.submit(task("a"), task("b"))
+    wait = desk.claim("b")
+    desk.park("b", wait, generation=2)
+    assert desk.park("b", wait, generation=1) is None
+    assert desk.park("b", wait, generation=3) is False
+
+
+def test_a_newer_visit_is_kept_while_the_task_runs_and_given_out_when_it_is_over(
+    desk: Desk,
+) -> None:
+    desk.submit(task("a"), task("b"))
+    claimed = desk.claim("a", generation=1)
+    with desk.database.autocommit() as tx:
+        assert not engine.keep_message(tx, desk.id("a"), {"g": 1}, 1), "a duplicate"
+        assert engine.keep_message(tx, desk.id("a"), {"g": 2}, 2)
+    assert desk.complete(claimed).message == {"g": 2}
+
+
+def test_a_generation_is_raised_once_by_whoever_comes_first(desk: Desk) -> None:
+    plan = desk.submit(task("a"), task("b"))
+    desk.do("a")
+    with desk.tx() as tx:
+        again = engine.republish_run(tx, plan.run_id, 1)
+        assert again is not None and again.generation == 2
+        assert [node.id for node in again.nodes] == [desk.id("b")]
+        assert engine.republish_run(tx, plan.run_id, 1) is None
+
+
+def test_waiting_too_long_for_an_agent_fails_the_task(desk: Desk) -> None:
+    desk.submit(
+        task("a", "single", dependsOn=[]),
+        task("b", "single", dependsOn=[], busy={"maxWaitSeconds": 5}),
+    )
+    desk.claim("a")
+    desk.park("b", desk.claim("b"))
+    desk.alter("UPDATE tasks SET waiting_since = now() - interval '6 s', wake_at = now()")
+    with desk.database.autocommit() as tx:
+        assert engine.wake_due(tx, 10).overdue == [(desk.id("b"), "agent_busy")]
+    with desk.tx() as tx:
+        gone = engine.fail_unclaimed(tx, desk.id("b"), engine.overdue_failure("agent_busy"))
+    assert gone is not None and desk.task("b").error["code"] == "agent_busy_timeout"
+
+
+# --- forEach
+
+
+def test_items_become_tasks_and_their_outputs_come_back_in_item_order(desk: Desk) -> None:
+    desk.submit(task("f", forEach={"items": "${input.n}"}, parameters={"v": "${item}"}))
+    items = expand(desk, ["x", None, {"y": 1}])
+    assert [desk.task("f", n).item for n in range(3)] == ["x", None, {"y": 1}]
+    for n in (2, 0, 1):
+        desk.complete(desk.claim("f", n), f"out {n}")
+    with desk.database.autocommit() as tx:
+        (woken,) = engine.wake_parent(tx, desk.id("f"))
+        assert engine.item_outputs(tx, desk.id("f")) == ["out 0", "out 1", "out 2"]
+    assert woken.message == {"m": "parent"} and len(items) == 3
+    assert desk.claim("f").expanded
+
+
+def test_at_most_max_parallel_items_are_out(desk: Desk) -> None:
+    desk.submit(task("f", forEach={"items": "${input.n}", "maxParallel": 2}))
+    assert len(expand(desk, list(range(5)))) == 2
+    assert desk.task("f", 2).reason == "max_parallel"
+    assert desk.claim("f", 2) == Elsewhere(1), "a stray visit does not break the limit"
+    desk.complete(desk.claim("f", 0))
+    with desk.database.autocommit() as tx:
+        assert [w.task_id for w in engine.wake_parent(tx, desk.id("f"))] == [desk.id("f", 2)]
+        assert engine.wake_parent(tx, desk.id("f")) == []
+
+
+def test_an_item_that_fails_for_good_fails_the_whole(desk: Desk) -> None:
+    desk.submit(task("f", forEach={"items": "${input.n}"}))
+    expand(desk, [1, 2, 3])
+    desk.fail(desk.claim("f", 1), retryable=False)
+    assert desk.task("f").status == "failed" and desk.task("f").error["code"] == "item_failed"
+    assert desk.task("f", 0).status == desk.task("f", 2).status == "cancelled"
+    assert desk.run().error["code"] == "broken"
+
+
+def expand(desk: Desk, values: list[Any]) -> Any:
+    claimed = desk.claim("f")
+    with desk.database.autocommit() as tx:
+        return engine.expand_task(tx, claimed, values, {"m": "parent"})
+
+
+# --- Cancelling
+
+
+def test_a_cancelled_run_starts_nothing_and_ends_when_what_runs_has_ended(desk: Desk) -> None:
+    desk.submit(task("a", dependsOn=[]), task("b", dependsOn=[]), task("c", dependsOn=["a"]))
+    running = desk.claim("a")
+    cancel(desk)
+    assert desk.claim("b") == Void()
+    assert desk.run().status == "running" and desk.run().cancel_requested_at is not None
+    with desk.database.autocommit() as tx:
+        assert engine.renew_leases(tx, {running.task_id: 1}, 30) == {running.task_id: True}
+    assert desk.complete(running, "done").ends_run
+    with desk.tx() as tx:
+        assert engine.settle_run(tx, desk.plan.run_id)
+    assert desk.run().status == "cancelled" and desk.task("a").output == "done"
+
+
+def test_cancelling_twice_is_once_and_cancelling_the_finished_is_refused(desk: Desk) -> None:
+    desk.submit(task("a"))
+    cancel(desk)
+    with pytest.raises(RunFinished) as refused:
+        cancel(desk)
+    assert "cancelled" in str(refused.value)
+    assert desk.events().count("run.cancel_requested") == 1
+    with desk.tx() as tx, pytest.raises(RunNotFound):
+        engine.cancel_run(tx, uuid4())
+
+
+def cancel(desk: Desk) -> None:
+    with desk.tx() as tx:
+        engine.cancel_run(tx, desk.plan.run_id)
+    with desk.tx() as tx:
+        engine.settle_run(tx, desk.plan.run_id)
+
+
+# --- Leases
+
+
+def expire(desk: Desk, max_lost: int = 3) -> list[Any]:
+    desk.alter(
+        "UPDATE tasks SET lease_expires_at = now() - interval '1 s' WHERE status = 'running'"
+    )
+    gone = []
+    with desk.database.autocommit() as tx:
+        expired = engine.expired_attempts(tx, 100)
+    for task_id in expired:
+        with desk.tx() as tx:
+            gone.append(engine.lose_attempt(tx, task_id, max_lost))
+    return gone
+
+
+def test_a_lease_is_renewed_but_never_beyond_the_deadline(desk: Desk) -> None:
+    desk.submit(task("a", timeoutSeconds=10))
+    claimed = desk.claim("a")
+    with desk.database.autocommit() as tx:
+        assert engine.renew_leases(tx, {claimed.task_id: 1}, 3600) == {claimed.task_id: False}
+        assert engine.renew_leases(tx, {claimed.task_id: 2}, 3600) == {}, "not this attempt"
+    row = desk.task("a")
+    assert row.lease_expires_at == row.deadline_at
+
+
+def test_a_task_that_loses_its_worker_too_often_fails(desk: Desk) -> None:
+    desk.submit(task("a", retry={"maxAttempts": 1}), task("b"))
+    for _ in range(2):
+        desk.claim("a")
+        (gone,) = expire(desk)
+        assert gone.finished is None, "a lost attempt is not a failed one"
+    desk.claim("a")
+    (gone,) = expire(desk)
+    assert gone.finished.failed_run and desk.task("a").error["code"] == "worker_lost"
+
+
+def test_an_attempt_past_its_deadline_counts_as_a_timeout(desk: Desk) -> None:
+    desk.submit(task("a", retry={"maxAttempts": 1}))
+    desk.claim("a")
+    desk.alter("UPDATE tasks SET deadline_at = now() - interval '2 s'")
+    (gone,) = expire(desk)
+    assert gone.finished is not None and desk.task("a").error["code"] == "timeout"
+
+
+# --- Arrows and CHECKs
+
+REFUSED = [
+    (source, target)
+    for source in TaskStatus
+    for target in TaskStatus
+    if target != source and target not in TASK_ARROWS[source] and source in TASK_ENDED
+]
+
+
+@pytest.mark.parametrize(("source", "target"), REFUSED)
+def test_nothing_moves_a_task_that_is_over(
+    desk: Desk, source: TaskStatus, target: TaskStatus
+) -> None:
+    desk.submit(task("a", dependsOn=[]), task("b", dependsOn=[]))
+    claimed = desk.claim("a")
+    desk.alter(
+        "UPDATE tasks SET status = :status, finished_at = now(), lease_expires_at = NULL,"
+        " error = '{}' WHERE id = :id",
+        status=str(source),
+        id=claimed.task_id,
+    )
+    wait = MustWait(Reason.RETRY, None, 0, 1, "w", 1, "a")
+    moves = {
+        TaskStatus.RUNNING: lambda: desk.claim("a"),
+        TaskStatus.WAITING: lambda: (desk.park("a", wait), desk.fail(claimed)),
+        TaskStatus.COMPLETED: lambda: desk.complete(claimed),
+        TaskStatus.FAILED: lambda: desk.fail(claimed, retryable=False),
+        TaskStatus.CANCELLED: lambda: cancel(desk),
+        TaskStatus.PENDING: lambda: wake_all(desk),
+        TaskStatus.SKIPPED: lambda: expire(desk),
+    }
+    moves[target]()
+    assert desk.task("a").status == source
+
+
+def wake_all(desk: Desk) -> None:
+    with desk.database.autocommit() as tx:
+        engine.wake_due(tx, 10)
+        engine.wake_forgotten(tx)
+        engine.wake_joins(tx, [desk.id("a")])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "UPDATE tasks SET finished_at = now()",
+        "UPDATE tasks SET status = 'running'",
+        "UPDATE tasks SET status = 'completed'",
+        "UPDATE tasks SET status = 'waiting'",
+        "UPDATE tasks SET status = 'waiting', reason = 'mood'",
+        "UPDATE tasks SET status = 'failed', finished_at = now()",
+        "UPDATE tasks SET status = 'strange'",
+        "UPDATE runs SET status = 'completed'",
+        "UPDATE runs SET status = 'failed', finished_at = now()",
+        "UPDATE runs SET status = 'cancelled', finished_at = now()",
+        "UPDATE runs SET started_at = now()",
+        "UPDATE slots SET holder = gen_random_uuid()",
+        "UPDATE slots SET reserved_for = gen_random_uuid()",
+        "UPDATE agents SET capacity = 0",
+    ],
+)
+def test_the_tables_refuse_rows_that_contradict_themselves(desk: Desk, broken: str) -> None:
+    from sqlalchemy.exc import IntegrityError
+
+    desk.submit(task("a"))
+    with pytest.raises(IntegrityError):
+        desk.alter(broken)
