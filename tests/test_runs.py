@@ -411,7 +411,12 @@ def test_a_worker_without_the_agent_leaves_the_task_waiting_and_another_does_it(
         knows.wait(20)
         stack.environment["OPSCORE_AGENTS"] = "tests.other_fleet"
         stack.start_worker()
-        run_id = stack.submit({"id": "w", "tasks": [task("a", busy={"maxBackoffSeconds": 0.2})]})
+        run_id = stack.submit(
+            {
+                "id": "w",
+                "tasks": [task("a", busy={"backoffSeconds": 0.1, "maxBackoffSeconds": 0.2})],
+            }
+        )
         wait_until(lambda: stack.tasks(run_id)[0].reason, says=lambda r: r == "agent_unavailable")
         stack.environment["OPSCORE_AGENTS"] = "tests.fleet"
         stack.start_worker()

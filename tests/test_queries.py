@@ -1,0 +1,372 @@
+"""What is read: pages that neither repeat nor skip, details in a handful of statements."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from uuid import UUID, uuid4
+
+import pytest
+from rows import (
+    NOW,
+    add_agent,
+    add_attempt,
+    add_event,
+    add_items,
+    add_log,
+    add_run,
+    add_task,
+    add_workflow,
+)
+from sqlalchemy import event, text, update
+
+from opscore import queries
+from opscore.db import Database, Tx
+from opscore.errors import AgentNotFound, RunNotFound, TaskNotFound, WorkflowNotFound
+from opscore.models import Lease, Slot
+from opscore.queries import RunFilter
+
+
+@pytest.fixture
+def tx(database: Database) -> Iterator[Tx]:
+    with database.autocommit() as tx:
+        yield tx
+
+
+@contextmanager
+def statements(tx: Tx) -> Iterator[list[str]]:
+    """Collect the statements executed within."""
+    seen: list[str] = []
+
+    def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        seen.append(statement)
+
+    event.listen(tx, "before_cursor_execute", note)
+    yield seen
+    event.remove(tx, "before_cursor_execute", note)
+
+
+def walk(tx: Tx, wanted: RunFilter, limit: int) -> list[UUID]:
+    found, after = [], None
+    while True:
+        page = queries.list_runs(tx, wanted, after=after, limit=limit)
+        found += [row["run_id"] for row in page.items]
+        if (after := page.next) is None:
+            return found
+
+
+# --- Runs ---------------------------------------------------------------------------------------
+
+
+def test_pages_of_runs_show_every_run_once_newest_first_also_when_moments_are_equal(tx: Tx) -> None:
+    runs = [add_run(tx, created_at=NOW + timedelta(seconds=n // 3)) for n in range(10)]
+    found = walk(tx, RunFilter(), 3)
+    assert sorted(found) == sorted(runs) and len(found) == 10
+    assert set(found[:1]) == {runs[9]} and set(found[1:4]) == set(runs[6:9])
+
+
+def test_runs_that_come_while_paging_make_none_repeat_or_vanish(tx: Tx) -> None:
+    runs = [add_run(tx, created_at=NOW + timedelta(seconds=n)) for n in range(4)]
+    first = queries.list_runs(tx, RunFilter(), after=None, limit=2)
+    add_run(tx, created_at=NOW + timedelta(seconds=9))
+    rest = queries.list_runs(tx, RunFilter(), after=first.next, limit=2)
+    assert [row["run_id"] for row in [*first.items, *rest.items]] == runs[::-1]
+    assert rest.next is None
+
+
+def test_filters_of_runs_hold_together(tx: Tx) -> None:
+    wanted = add_run(tx, "running", workflow_id="b", labels={"team": "x", "k": "1"}, created_at=NOW)
+    add_run(tx, "running", workflow_id="a", labels={"team": "x"}, created_at=NOW)
+    add_run(tx, "completed", workflow_id="b", labels={"team": "x", "k": "1"}, created_at=NOW)
+    add_run(tx, "running", workflow_id="b", labels={"team": "y", "k": "1"}, created_at=NOW)
+    every = RunFilter(
+        workflow_id="b",
+        status=["running", "queued"],
+        labels={"team": "x", "k": "1"},
+        created_after=NOW - timedelta(seconds=1),
+        created_before=NOW + timedelta(seconds=1),
+    )
+    assert walk(tx, every, 50) == [wanted]
+    assert walk(tx, RunFilter(created_after=NOW), 50) == []
+    assert walk(tx, RunFilter(created_before=NOW), 50) == []
+
+
+def test_the_detail_of_a_run_has_its_tasks_in_the_order_of_the_definition_without_the_end(
+    tx: Tx,
+) -> None:
+    run_id = add_run(tx, "running")
+    b = add_task(tx, run_id, "b", position=1)
+    a = add_task(tx, run_id, "a", "completed", output=[1], position=0)
+    add_task(tx, run_id, "", kind="end", position=2)
+    detail = queries.get_run_detail(tx, run_id)
+    assert [task["task_id"] for task in detail["tasks"]] == [a, b]
+    assert detail["tasks"][0]["output"] == [1]
+    assert detail["tasks"][0]["items"] is None
+
+
+def test_the_detail_shows_at_most_200_items_failures_first_then_waits(tx: Tx) -> None:
+    run_id = add_run(tx, "running")
+    parent = add_task(tx, run_id, "each", "waiting", reason="children", kind="for_each", items=300)
+    add_items(tx, run_id, parent, ["completed"] * 296 + ["pending", "running", "failed", "failed"])
+    add_task(tx, run_id, "later", "waiting", reason="dependencies", position=2)
+    tasks = queries.get_run_detail(tx, run_id)["tasks"]
+    assert [task["task_definition_id"] for task in tasks[:2]] == ["each", "later"]
+    items = tasks[2:]
+    assert len(items) == 200
+    assert [task["status"] for task in items[:4]] == ["failed", "failed", "running", "pending"]
+    assert [task["index"] for task in items[4:6]] == [0, 1]
+    assert tasks[0]["items"] == {
+        "total": 300,
+        "pending": 1,
+        "waiting": 0,
+        "running": 1,
+        "completed": 296,
+        "failed": 2,
+        "cancelled": 0,
+    }
+
+
+def test_a_detail_is_a_handful_of_statements_and_quick_for_10000_items(tx: Tx) -> None:
+    run_id = add_run(tx, "running")
+    parent = add_task(
+        tx, run_id, "each", "waiting", reason="children", kind="for_each", items=10_000
+    )
+    add_items(
+        tx, run_id, parent, ["completed"] * 5000 + ["pending"] * 5000, output={"n": "x" * 500}
+    )
+    for number in (1, 2):
+        add_attempt(tx, parent, number, "completed")
+    began = time.monotonic()
+    with statements(tx) as seen:
+        detail = queries.get_run_detail(tx, run_id)
+    assert len(seen) <= 5, seen
+    assert time.monotonic() - began < 2
+    assert len(detail["tasks"]) == 201
+
+
+def test_attempts_come_with_their_task_without_traceback_and_only_the_newest(tx: Tx) -> None:
+    run_id = add_run(tx, "running")
+    task = add_task(tx, run_id, "a", "failed", attempt=25)
+    for number in range(1, 26):
+        add_attempt(
+            tx, task, number, "failed", error={"code": "c", "message": "m", "traceback": "t"}
+        )
+    (shown,) = queries.get_run_detail(tx, run_id)["tasks"]
+    assert [attempt["number"] for attempt in shown["attempts"]] == list(range(6, 26))
+    assert shown["attempts"][0]["error"] == {"code": "c", "message": "m"}
+    assert len(queries.get_task(tx, task)["attempts"]) == 25
+
+
+def test_a_run_is_over_when_it_has_ended(tx: Tx) -> None:
+    assert queries.is_run_over(tx, add_run(tx, "failed"))
+    assert not queries.is_run_over(tx, add_run(tx, "running"))
+    with pytest.raises(RunNotFound):
+        queries.is_run_over(tx, uuid4())
+
+
+# --- Tasks --------------------------------------------------------------------------------------
+
+
+def test_pages_of_tasks_go_through_the_definition_and_its_items(tx: Tx) -> None:
+    run_id = add_run(tx, "running")
+    add_task(tx, run_id, "a", position=0)
+    parent = add_task(tx, run_id, "each", "waiting", reason="children", kind="for_each", position=1)
+    add_items(tx, run_id, parent, ["pending"] * 5)
+    add_task(tx, run_id, "z", position=2)
+    add_task(tx, run_id, "", kind="end", position=3)
+    found, after = [], None
+    while True:
+        page = queries.list_tasks(tx, run_id, after=after, limit=3)
+        found += [(row["task_definition_id"], row["index"]) for row in page.items]
+        if (after := page.next) is None:
+            break
+    assert found == [("a", None), ("each", None), *[("each", n) for n in range(5)], ("z", None)]
+
+
+def test_tasks_are_filtered_by_status_and_definition(tx: Tx) -> None:
+    run_id = add_run(tx, "running")
+    add_task(tx, run_id, "a", "failed")
+    parent = add_task(tx, run_id, "each", "waiting", reason="children", kind="for_each", position=1)
+    add_items(tx, run_id, parent, ["failed", "completed"])
+    failed = queries.list_tasks(
+        tx, run_id, status=["failed"], task_definition_id="each", after=None, limit=9
+    )
+    assert [(row["task_definition_id"], row["index"]) for row in failed.items] == [("each", 0)]
+
+
+def test_tasks_of_no_run_are_not_an_empty_page(tx: Tx) -> None:
+    with pytest.raises(RunNotFound):
+        queries.list_tasks(tx, uuid4(), after=None, limit=9)
+
+
+def test_a_task_shows_what_its_newest_attempt_logged(tx: Tx) -> None:
+    task = add_task(tx, add_run(tx, "running"), "a", "running", attempt=2)
+    add_attempt(tx, task, 1, "failed")
+    add_attempt(tx, task, 2, progress=0.5, progress_message="half")
+    add_log(tx, task, 1, 1, "old")
+    add_log(tx, task, 2, 1, "first", n=1)
+    add_log(tx, task, 2, 2, "second")
+    shown = queries.get_task(tx, task)
+    assert [line["message"] for line in shown["logs"]] == ["first", "second"]
+    assert shown["attempts"][1]["progress"] == 0.5
+
+
+def test_the_implicit_end_is_no_task_to_be_seen(tx: Tx) -> None:
+    end = add_task(tx, add_run(tx, "running"), "", kind="end")
+    with pytest.raises(TaskNotFound):
+        queries.get_task(tx, end)
+
+
+def test_an_attempt_is_shown_with_its_traceback(tx: Tx) -> None:
+    task = add_task(tx, add_run(tx, "running"), "a", "failed")
+    add_attempt(tx, task, 1, "failed", error={"code": "c", "message": "m", "traceback": "at x"})
+    assert queries.get_attempt(tx, task, 1)["error"]["traceback"] == "at x"
+    with pytest.raises(TaskNotFound, match="no attempt 2"):
+        queries.get_attempt(tx, task, 2)
+
+
+def test_what_a_task_waits_for_is_said_in_words(tx: Tx) -> None:
+    run_id = add_run(tx, "running")
+    wake = {"wake_at": NOW}
+    a = add_task(tx, run_id, "a", "waiting", reason="agent_busy", **wake)
+    add_task(tx, run_id, "b", "waiting", reason="retry", tries=1, position=1, **wake)
+    add_task(tx, run_id, "c", depends_on=[a], position=2)
+    nobody = {"wanted_agent_id": None, "wanted_capability": "sum"}
+    add_task(tx, run_id, "d", "waiting", reason="agent_unavailable", position=3, **nobody)
+    each = {"kind": "for_each", "items": 2, "position": 4}
+    parent = add_task(tx, run_id, "each", "waiting", reason="children", **each)
+    add_items(tx, run_id, parent, ["completed", "waiting"], reason="max_parallel")
+    add_task(tx, run_id, "e", "running", position=5)
+    said = [task["waiting_for"] for task in queries.get_run_detail(tx, run_id)["tasks"]]
+    assert said == [
+        "agent writer is busy; tried again at 2026-01-31T12:00:00Z",
+        "1 of 3 attempts failed; tried again at 2026-01-31T12:00:00Z",
+        "task a is not over",
+        "every agent with capability sum is unavailable",
+        "1 of 2 items are over",
+        None,
+        "as many items as maxParallel allows are out already",
+        None,
+    ]
+
+
+# --- Events -------------------------------------------------------------------------------------
+
+
+def test_events_are_read_in_order_from_where_the_reader_was(tx: Tx) -> None:
+    run_id = add_run(tx, "running")
+    task = add_task(tx, run_id, "a")
+    end = add_task(tx, run_id, "", kind="end")
+    add_event(tx, run_id, "run.queued")
+    add_event(tx, run_id, "task.started", task, attempt=1)
+    add_event(tx, run_id, "task.completed", end)
+    add_event(tx, add_run(tx), "run.queued")
+    first, second = queries.list_events(tx, run_id, after=0, limit=9)
+    assert (first["type"], first["task_id"], first["data"]) == ("run.queued", None, {})
+    assert (second["task_id"], second["task_definition_id"]) == (task, "a")
+    assert second["data"] == {"attempt": 1}
+    assert queries.list_events(tx, run_id, after=first["seq"], limit=9) == [second]
+
+
+def test_no_event_is_read_above_a_transaction_that_is_still_open(
+    database: Database, tx: Tx
+) -> None:
+    run_id = add_run(tx, "running")
+    with database.transaction() as slow:
+        add_event(slow, run_id, "early")
+        add_event(tx, run_id, "late")
+        assert queries.list_events(tx, run_id, after=0, limit=9) == []
+    assert [e["type"] for e in queries.list_events(tx, run_id, after=0, limit=9)] == [
+        "early",
+        "late",
+    ]
+
+
+# --- Workflows ----------------------------------------------------------------------------------
+
+
+def test_workflows_are_listed_by_their_newest_version_and_inline_ones_not(tx: Tx) -> None:
+    add_workflow(tx, "a", 1, created_at=NOW)
+    add_workflow(tx, "a", 2, created_at=NOW + timedelta(seconds=5))
+    add_workflow(tx, "b", 1, created_at=NOW + timedelta(seconds=1))
+    add_workflow(tx, "c", 1, inline=True)
+    first = queries.list_workflows(tx, after=None, limit=1)
+    rest = queries.list_workflows(tx, after=first.next, limit=5)
+    found = [(row["workflow_id"], row["version"]) for row in [*first.items, *rest.items]]
+    assert found == [("a", 2), ("b", 1)] and rest.next is None
+
+
+def test_a_workflow_is_its_newest_version_unless_one_is_named(tx: Tx) -> None:
+    add_workflow(tx, "a", 1)
+    add_workflow(tx, "a", 2)
+    add_workflow(tx, "a", 3, inline=True)
+    assert queries.get_workflow(tx, "a")["version"] == 2
+    assert queries.get_workflow(tx, "a", 3)["version"] == 3
+    with pytest.raises(WorkflowNotFound, match="version 4"):
+        queries.get_workflow(tx, "a", 4)
+    versions = queries.list_versions(tx, "a", after=None, limit=1)
+    assert [row["version"] for row in versions.items] == [2]
+    rest = queries.list_versions(tx, "a", after=versions.next, limit=9)
+    assert [row["version"] for row in rest.items] == [1]
+    with pytest.raises(WorkflowNotFound):
+        queries.list_versions(tx, "none", after=None, limit=1)
+
+
+# --- Agents -------------------------------------------------------------------------------------
+
+
+def test_an_agent_shows_who_holds_its_slots_and_how_many_wait(tx: Tx) -> None:
+    add_agent(tx, "writer", "write", capacity=2)
+    add_agent(tx, "reader", "read")
+    run_id = add_run(tx, "running")
+    task = add_task(tx, run_id, "a", "running", agent_id="writer", attempt=1)
+    tx.execute(
+        update(Slot)
+        .where(Slot.agent_id == "writer", Slot.number == 1)
+        .values(holder=task, attempt=1, lease_expires_at=text("now() + interval '9 s'"))
+    )
+    line = {"status": "waiting", "reason": "agent_busy"}
+    add_task(tx, run_id, "b", wanted_agent_id="writer", **line)
+    add_task(tx, run_id, "c", wanted_agent_id=None, wanted_capability="write", **line)
+    add_task(tx, run_id, "d", wanted_agent_id="other", wanted_capability="write", **line)
+    writer = queries.get_agent(tx, "writer")
+    assert (writer["state"], writer["running"], writer["waiting"]) == ("active", 1, 2)
+    (holder,) = writer["holders"]
+    assert (holder["slot"], holder["task_id"], holder["run_id"]) == (1, task, run_id)
+    assert holder["task_definition_id"] == "a"
+    reader = queries.get_agent(tx, "reader")
+    assert (reader["state"], reader["holders"], reader["waiting"]) == ("idle", [], 0)
+
+
+def test_agents_are_listed_in_pages_in_a_handful_of_statements(tx: Tx) -> None:
+    for number in range(5):
+        add_agent(tx, f"a{number}", "write", capacity=1)
+    add_agent(tx, "b", "read")
+    with statements(tx) as seen:
+        first = queries.list_agents(tx, capability="write", after=None, limit=3)
+    rest = queries.list_agents(tx, capability="write", after=first.next, limit=3)
+    found = [row["agent_id"] for row in [*first.items, *rest.items]]
+    assert sorted(found) == [f"a{number}" for number in range(5)]
+    assert len(seen) <= 4, seen
+
+
+def test_an_unknown_agent_is_said_to_be_unknown(tx: Tx) -> None:
+    with pytest.raises(AgentNotFound):
+        queries.get_agent(tx, "nobody")
+
+
+# --- Workers ------------------------------------------------------------------------------------
+
+
+def test_workers_live_while_the_keeper_renews_its_lease(database: Database, tx: Tx) -> None:
+    assert not queries.has_workers(tx)
+    with database.transaction() as change:
+        change.execute(
+            Lease.__table__.insert().values(
+                name="keeper", holder="w", expires_at=text("now() + interval '5 s'")
+            )
+        )
+    assert queries.has_workers(tx)
+    with database.transaction() as change:
+        change.execute(update(Lease).values(expires_at=text("now() - interval '1 s'")))
+    assert not queries.has_workers(tx)

@@ -1,0 +1,113 @@
+"""Agents over HTTP, and the older way to start a workflow for one."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from http_client import Client, open_client, problem
+from rows import add_agent
+from sqlalchemy import func, select
+
+from opscore.config import Settings
+from opscore.models import Run, Workflow
+
+UNBOUND = {"id": "report", "tasks": [{"taskId": "a"}, {"taskId": "b"}]}
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[Client]:
+    with open_client(settings) as client:
+        with client.database.transaction() as tx:
+            add_agent(tx, "writer", "write", capacity=2)
+        yield client
+
+
+def count(client: Client, table: type[Any]) -> int:
+    with client.database.autocommit() as tx:
+        return tx.execute(select(func.count()).select_from(table)).scalar_one()
+
+
+def test_agents_are_listed_and_got(client: Client) -> None:
+    (shown,) = client.get("/agents").json["items"]
+    assert shown == client.get("/agents/writer").json
+    registered = {key: shown.pop(key) for key in ("registeredAt", "updatedAt")}
+    assert all(moment.endswith("Z") for moment in registered.values())
+    assert shown == {
+        "agentId": "writer",
+        "agentName": "Writer",
+        "kind": "function",
+        "version": "1",
+        "capabilities": ["write"],
+        "capacity": 2,
+        "state": "idle",
+        "running": 0,
+        "holders": [],
+        "waiting": 0,
+    }
+    assert client.get("/agents?capability=read").json["items"] == []
+    problem(client.get("/agents/nobody"), 404, "agent_not_found")
+
+
+def test_a_workflow_is_triggered_by_its_id(client: Client) -> None:
+    client.post("/workflows", UNBOUND)
+    body = {"workflowDefinitionId": "report", "initialPayload": {"topic": "queues"}}
+    answer = client.post("/agent/writer/workflow", body)
+    assert answer.status_code == 202, answer.json
+    run_id = answer.json["runId"]
+    assert answer.json == {
+        "sessionId": run_id,
+        "runId": run_id,
+        "workflowId": "report",
+        "message": "Workflow triggered successfully",
+    }
+    run = client.get(answer.headers["Location"]).json
+    assert (run["runId"], run["agentId"], run["version"]) == (run_id, "writer", 1)
+    assert run["input"] == {"topic": "queues"}
+    assert [task["agentId"] for task in run["tasks"]] == ["writer", "writer"]
+
+
+@pytest.mark.parametrize("payload", [{}, {"initialPayload": None}, {"initialPayload": {}}])
+def test_a_trigger_may_bring_its_definition_along(client: Client, payload: dict[str, Any]) -> None:
+    answer = client.post("/agent/writer/workflow", {"workflowDefinition": UNBOUND, **payload})
+    assert answer.status_code == 202, answer.json
+    assert client.get(answer.headers["Location"]).json["input"] == {}
+    assert client.get("/workflows").json["items"] == []
+    problem(client.get("/workflows/report"), 404, "workflow_not_found")
+
+
+@pytest.mark.parametrize(
+    ("body", "places"),
+    [
+        ({}, ["/workflowDefinitionId"]),
+        ({"workflowDefinitionId": None}, ["/workflowDefinitionId"]),
+        (
+            {"workflowDefinitionId": "x", "workflowDefinition": UNBOUND},
+            ["/workflowDefinitionId"],
+        ),
+        ({"workflowDefinitionId": 7}, ["/workflowDefinitionId"]),
+        ({"workflowDefinitionId": "x", "initialPayload": []}, ["/initialPayload"]),
+        ({"workflowDefinitionId": "x", "payload": {}, "colour": 1}, ["/colour", "/payload"]),
+    ],
+)
+def test_a_trigger_must_be_as_it_must_be(
+    client: Client, body: dict[str, Any], places: list[str]
+) -> None:
+    answer = client.post("/agent/writer/workflow", body)
+    assert sorted(problem(answer, 422, "invalid_request")["errors"]) == places
+    assert count(client, Run) == 0
+
+
+def test_faults_of_an_inline_definition_are_named_in_the_whole_body(client: Client) -> None:
+    body = {"workflowDefinition": {"id": "x", "tasks": [{"taskId": "a", "colour": 1}]}}
+    answer = client.post("/agent/writer/workflow", body)
+    errors = problem(answer, 422, "invalid_definition")["errors"]
+    assert list(errors) == ["/workflowDefinition/tasks/0/colour"]
+    assert count(client, Workflow) == 0
+
+
+def test_an_unknown_agent_or_workflow_is_404_and_nothing_is_written(client: Client) -> None:
+    answer = client.post("/agent/nobody/workflow", {"workflowDefinition": UNBOUND})
+    problem(answer, 404, "agent_not_found")
+    answer = client.post("/agent/writer/workflow", {"workflowDefinitionId": "none"})
+    problem(answer, 404, "workflow_not_found")
+    assert count(client, Workflow) == count(client, Run) == 0

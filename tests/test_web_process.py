@@ -1,0 +1,163 @@
+"""The API as gunicorn serves it: starting, large bodies, waiting clients, stopping."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rows import add_run
+from stack import API_KEY, ROOT, wait_until
+
+from opscore.db import Database
+
+MEGABYTE = 2**20
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(
+    environment: dict[str, str], log: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Run `opscore web` and wait until it answers; yield the process and its port."""
+    port = free_port()
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "opscore", "web", f"--port={port}", "--threads=4"],
+            cwd=ROOT,
+            env=os.environ | environment | {"OPSCORE_LOG_FORMAT": "json"},
+            stdout=out,
+            stderr=out,
+        )
+    try:
+        wait_until(lambda: answers(port) or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
+        yield process, port
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def answers(port: int) -> bool:
+    try:
+        return ask(port, "GET", "/health")[0] == 200
+    except OSError:
+        return False
+
+
+def ask(port: int, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        sent = {"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json", **headers}
+        connection.request(method, path, body, sent, encode_chunked=not isinstance(body, bytes))
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def test_bodies_of_100_mb_are_refused_without_being_kept(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    with serving(environment, tmp_path / "log") as (process, port):
+        before = memory(process)
+        assert refused(port, {"Content-Length": str(100 * MEGABYTE)}, b"x" * MEGABYTE) == 413
+        chunk = b"100000\r\n" + b" " * MEGABYTE + b"\r\n"
+        assert refused(port, {"Transfer-Encoding": "chunked"}, chunk) == 413
+        assert ask(port, "GET", "/health")[0] == 200
+        assert memory(process) - before < 30 * MEGABYTE
+
+
+def refused(port: int, headers: dict[str, str], piece: bytes) -> int:
+    """Send a hundred pieces as a body, as far as the server listens; return the status."""
+    lines = {"Host": "x", "Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"}
+    head = "".join(f"{name}: {value}\r\n" for name, value in {**lines, **headers}.items())
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.sendall(f"POST /v1/opscore/runs HTTP/1.1\r\n{head}\r\n".encode())
+        sender = threading.Thread(target=send_all, args=[sock, piece])
+        sender.start()
+        answer = b""
+        while b"requestId" not in answer and (more := sock.recv(4096)):
+            answer += more
+        sender.join(20)
+        assert not sender.is_alive()
+    assert b"body_too_large" in answer, answer
+    return int(answer.split()[1])
+
+
+def send_all(sock: socket.socket, piece: bytes) -> None:
+    try:
+        for _ in range(100):
+            sock.sendall(piece)
+    except OSError:
+        return
+
+
+def memory(process: subprocess.Popen[bytes]) -> int:
+    return sum(child.memory_info().rss for child in psutil.Process(process.pid).children())
+
+
+def test_stopping_answers_clients_that_wait_and_leaves_nothing_behind(
+    environment: dict[str, str], tmp_path: Path, database: Database
+) -> None:
+    with database.transaction() as tx:
+        run_id = add_run(tx, "running")
+    log = tmp_path / "log"
+    with serving(environment, log) as (process, port):
+        found: list[tuple[int, Any]] = []
+        path = f"/v1/opscore/runs/{run_id}?waitSeconds=60"
+        waiting = threading.Thread(target=lambda: found.append(ask(port, "GET", path)))
+        waiting.start()
+        threading.Event().wait(0.5)
+        assert waiting.is_alive()
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+        waiting.join(5)
+        assert process.returncode == 0 and time.monotonic() - began < 10, log.read_text()
+        ((status, run),) = found
+        assert (status, run["status"]) == (200, "running")
+    requests = [json.loads(line) for line in log.read_text().splitlines() if "route" in line]
+    assert requests[-1]["route"] == "/v1/opscore/runs/<run:run_id>"
+    assert API_KEY not in log.read_text()
+
+
+def test_a_server_refuses_to_start_on_an_empty_database_and_says_what_to_do(
+    environment: dict[str, str],
+) -> None:
+    url = re.sub(r"/\w+$", "/postgres", environment["DATABASE_URL"])
+    found = start_failing(environment | {"DATABASE_URL": url})
+    assert "opscore db upgrade" in found and "Traceback" not in found
+
+
+def test_a_server_refuses_to_start_and_names_every_missing_setting() -> None:
+    found = start_failing({})
+    assert "DATABASE_URL" in found and "OPSCORE_API_KEY" in found and "Traceback" not in found
+
+
+def start_failing(environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "opscore", "web", f"--port={free_port()}"],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        timeout=30,
+        text=True,
+    )
+    assert done.returncode != 0
+    return done.stdout + done.stderr

@@ -1,0 +1,188 @@
+"""Workflows over HTTP: versions, validation, both languages, lists."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from http_client import Client, open_client, problem
+from sqlalchemy import func, select
+from stack import Servers, new_redis_url, stack_environment
+
+from opscore.config import Settings
+from opscore.models import Workflow
+
+YAML_TYPES = ["application/yaml", "application/x-yaml", "text/yaml"]
+
+
+@pytest.fixture(scope="module")
+def client(servers: Servers) -> Iterator[Client]:
+    """A client for tests that leave only workflows of their own behind."""
+    with servers.new_database() as url:
+        settings = Settings.from_env(stack_environment(url, new_redis_url(servers)))
+        with open_client(settings) as client:
+            yield client
+
+
+def definition(id: str, *tasks: str, **more: Any) -> dict[str, Any]:
+    listed = [{"taskId": task, "agentId": "writer"} for task in tasks or ("a",)]
+    return {"id": id, "tasks": listed, **more}
+
+
+def count(client: Client) -> int:
+    with client.database.autocommit() as tx:
+        return tx.execute(select(func.count()).select_from(Workflow)).scalar_one()
+
+
+def test_a_created_workflow_is_version_1_and_found_where_the_answer_says(client: Client) -> None:
+    document = definition("first", name="First")
+    answer = client.post("/workflows", document)
+    assert answer.status_code == 201, answer.json
+    assert answer.json["workflowId"] == "first" and answer.json["version"] == 1
+    assert set(answer.json) == {"workflowId", "version", "name", "definition", "createdAt"}
+    assert answer.json["definition"] == document and answer.json["createdAt"].endswith("Z")
+    assert client.get(answer.headers["Location"]).json == answer.json
+
+
+def test_the_same_document_again_is_no_new_version(client: Client) -> None:
+    client.post("/workflows", definition("same"))
+    again = client.post("/workflows", definition("same"))
+    assert (again.status_code, again.json["version"]) == (200, 1)
+    changed = client.post("/workflows", definition("same", "b"))
+    assert (changed.status_code, changed.json["version"]) == (201, 2)
+    back = client.post("/workflows", definition("same"))
+    assert (back.status_code, back.json["version"]) == (201, 3)
+
+
+def test_the_id_is_made_from_the_name_if_there_is_none(client: Client) -> None:
+    document = {"name": "Weekly Report", "tasks": [{"taskId": "a", "agentId": "x"}]}
+    assert client.post("/workflows", document).json["workflowId"] == "wf_weekly-report"
+    del document["name"]
+    errors = problem(client.post("/workflows", document), 422, "invalid_definition")["errors"]
+    assert list(errors) == ["/id"]
+
+
+@pytest.mark.parametrize("kind", YAML_TYPES)
+def test_a_definition_may_be_yaml(client: Client, kind: str) -> None:
+    name = kind.replace("/", "-")
+    text = f"id: {name}\ntasks:\n  - taskId: a\n    agentId: writer\n"
+    answer = client.post("/workflows", data=text, headers={"Content-Type": kind})
+    assert answer.status_code == 201, answer.json
+    assert answer.json["definition"] == definition(name)
+
+
+def test_yaml_that_cannot_be_read_is_400_and_says_where(client: Client) -> None:
+    headers = {"Content-Type": "text/yaml"}
+    for text in ("a: [", "a: 1\na: 2", "a: &x 1\nb: *x", "!!python/object:os.system {}"):
+        answer = client.post("/workflows", data=text, headers=headers)
+        assert "line" in problem(answer, 400, "bad_request")["detail"], text
+
+
+BAD = {
+    "tasks": [
+        {"taskId": "a", "agentId": "x", "dependsOn": ["b"], "colour": "red"},
+        {"taskId": "b", "agentId": "x", "dependsOn": ["a", "nobody"]},
+        {"taskId": "b", "agentId": "x", "parameters": {"p": "${tasks.zzz.output}"}},
+        {"taskId": "c", "agentId": 7, "retry": {"maxAttempts": 0}},
+    ],
+    "inputSchema": {"type": "nothing"},
+    "id": "no spaces",
+}
+
+
+@pytest.mark.parametrize("path", ["/workflows", "/workflows/validate"])
+def test_all_faults_of_a_definition_come_back_at_once_and_nothing_is_written(
+    client: Client, path: str
+) -> None:
+    before = count(client)
+    errors = problem(client.post(path, BAD), 422, "invalid_definition")["errors"]
+    for place in ("/tasks/0/colour", "/tasks/1/dependsOn/1", "/tasks/2/taskId", "/id"):
+        assert place in errors, errors
+    assert any(place.startswith("/inputSchema") for place in errors)
+    assert any(place.startswith("/tasks/3/agentId") for place in errors)
+    assert any(place.startswith("/tasks/3/retry") for place in errors)
+    assert all(isinstance(said, list) and said for said in errors.values())
+    assert count(client) == before
+
+
+@pytest.mark.parametrize(
+    "document", [[], 7, "text", None, {}, {"tasks": []}, {"tasks": {}}, {"id": "x\0", "tasks": [1]}]
+)
+def test_what_is_no_definition_is_422(client: Client, document: Any) -> None:
+    import json
+
+    headers = {"Content-Type": "application/json"}
+    answer = client.post("/workflows", data=json.dumps(document), headers=headers)
+    assert problem(answer, 422, "invalid_definition")["errors"]
+
+
+def test_a_circle_is_refused_where_it_is(client: Client) -> None:
+    document = definition("circle", "a", "b")
+    document["tasks"][0]["dependsOn"] = ["b"]
+    document["tasks"][1]["dependsOn"] = ["a"]
+    errors = problem(client.post("/workflows", document), 422, "invalid_definition")["errors"]
+    assert any("/tasks/" in place for place in errors)
+
+
+def test_validating_says_what_creating_would_do_and_writes_nothing(client: Client) -> None:
+    document = definition("valid", "b", "a")
+    before = count(client)
+    answer = client.post("/workflows/validate", document)
+    assert answer.status_code == 200, answer.json
+    expected = {"valid": True, "workflowId": "valid", "version": 1, "created": True}
+    assert answer.json == {**expected, "tasks": ["b", "a"]}
+    assert count(client) == before
+    client.post("/workflows", document)
+    assert client.post("/workflows/validate", document).json["created"] is False
+
+
+def test_a_workflow_is_got_by_version(client: Client) -> None:
+    client.post("/workflows", definition("many", "a"))
+    client.post("/workflows", definition("many", "b"))
+    assert client.get("/workflows/many").json["version"] == 2
+    assert client.get("/workflows/many?version=1").json["definition"] == definition("many", "a")
+    problem(client.get("/workflows/many?version=3"), 404, "workflow_not_found")
+    problem(client.get("/workflows/none"), 404, "workflow_not_found")
+    for bad in ("0", "x", "99999999999999999999", "1.5", ""):
+        answer = client.get(f"/workflows/many?version={bad}")
+        assert list(problem(answer, 422, "invalid_request")["errors"]) == ["/version"]
+
+
+def test_lists_go_on_where_the_cursor_says(client: Client) -> None:
+    for name in ("l1", "l2", "l3"):
+        client.post("/workflows", definition(name))
+    found, path = [], "/workflows?limit=2"
+    while path:
+        page = client.get(path).json
+        assert set(page) == {"items", "nextCursor"} and len(page["items"]) <= 2
+        found += [item["workflowId"] for item in page["items"]]
+        cursor = page["nextCursor"]
+        path = f"/workflows?limit=2&cursor={cursor}" if cursor else ""
+    assert found[:3] == ["l3", "l2", "l1"] and len(found) == len(set(found))
+
+
+def test_versions_are_listed_newest_first(client: Client) -> None:
+    for task in ("a", "b", "c"):
+        client.post("/workflows", definition("v", task))
+    page = client.get("/workflows/v/versions?limit=2").json
+    assert [item["version"] for item in page["items"]] == [3, 2]
+    rest = client.get(f"/workflows/v/versions?cursor={page['nextCursor']}").json
+    assert [item["version"] for item in rest["items"]] == [1] and rest["nextCursor"] is None
+    problem(client.get("/workflows/none/versions"), 404, "workflow_not_found")
+
+
+@pytest.mark.parametrize("path", ["/workflows", "/runs", "/agents", "/workflows/x/versions"])
+@pytest.mark.parametrize("cursor", ["x", "e30=", "W10=", "WzEsMiwzXQ==", "bnVsbA==", "%00", "🙂"])
+def test_a_cursor_that_is_none_is_named(client: Client, path: str, cursor: str) -> None:
+    answer = client.get(f"{path}?cursor={cursor}")
+    assert list(problem(answer, 422, "invalid_request")["errors"]) == ["/cursor"]
+
+
+@pytest.mark.parametrize("limit", ["0", "201", "-1", "x", "1.5", "", "9" * 5000])
+def test_a_limit_that_is_none_is_named(client: Client, limit: str) -> None:
+    answer = client.get(f"/workflows?limit={limit}")
+    assert list(problem(answer, 422, "invalid_request")["errors"]) == ["/limit"]
+
+
+def test_an_unknown_parameter_is_named_with_those_there_are(client: Client) -> None:
+    errors = problem(client.get("/workflows?page=2"), 422, "invalid_request")["errors"]
+    assert list(errors) == ["/page"] and "cursor, limit" in errors["/page"][0]
