@@ -1,17 +1,17 @@
 """The Celery settings, each with its reason, made from `Settings`.
 
-Used by whatever speaks Celery: web (publishes), workers, beat and Flower. Nothing here reads the
-environment; `workers.app` does, as the entry point of the `celery` command.
+Used by whatever speaks Celery: web (publishes), workers, beat and Flower. `app` is for the `celery`
+command: it reads the environment when it is first configured, not at import.
 """
 
+import os
 from typing import Any
 
 from celery import Celery
 from celery.backends.redis import RedisBackend
 from kombu import Queue
 
-from opscore.canvas import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE
-from opscore.config import Settings
+from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE, Settings
 
 VISIBILITY_TIMEOUT_SECONDS = 12 * 3600
 """Redis gives a message that was not acknowledged out again after this. It is not our recovery
@@ -87,8 +87,12 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
+app = Celery("opscore", include=["workers.tasks"])
+app.add_defaults(lambda: celery_settings(Settings.from_env(os.environ)))
+
+
 def make_app(settings: Settings) -> Celery:
-    """Return a Celery app for these settings, without contacting anything."""
+    """Return a Celery app that publishes with these settings, without contacting anything."""
     app = Celery("opscore", set_as_current=False)
     app.conf.update(celery_settings(settings))
     return app

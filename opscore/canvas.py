@@ -12,6 +12,7 @@ from uuid import UUID
 
 from celery import Celery, Signature, chain, group
 
+from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE
 from opscore.engine import Node
 
 RUN_TASK = "opscore.run_task"
@@ -21,9 +22,6 @@ MAX_NESTING = 3
 """Levels of chord headers: each holds a pooled connection while it is published."""
 HARD_LIMIT_GRACE_SECONDS = 30
 """After its timeout and this, a pool child that cannot be interrupted is killed."""
-AGENTS_QUEUE = "opscore.agents"
-IO_QUEUE = "opscore.io"
-CONTROL_QUEUE = "opscore.control"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,13 @@ from marshmallow import fields as ma
 
 from opscore.errors import ConfigurationError
 
+AGENTS_QUEUE = "opscore.agents"
+"""Function and LLM agents."""
+IO_QUEUE = "opscore.io"
+"""Agents behind HTTP."""
+CONTROL_QUEUE = "opscore.control"
+"""What must never lie behind agent work."""
+
 SECRET_LENGTH = 16
 """Characters; a shorter key is guessed rather than found."""
 

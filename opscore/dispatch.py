@@ -19,7 +19,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from opscore import canvas, engine
-from opscore.config import Settings
+from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, Settings
 from opscore.db import Database
 from opscore.engine import Finished, Plan, Woken
 from opscore.errors import Unavailable
@@ -165,7 +165,7 @@ class Dispatcher:
         try:
             with self._redis() as redis:
                 return not any(
-                    redis.llen(queue) for queue in (canvas.AGENTS_QUEUE, canvas.CONTROL_QUEUE)
+                    redis.llen(queue) for queue in (AGENTS_QUEUE, CONTROL_QUEUE)
                 )
         except RedisError as error:
             self._break(error)

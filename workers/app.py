@@ -1,8 +1,7 @@
-"""The Celery app of a worker, and what each of its processes holds.
+"""The Celery app as a worker runs it, and what each of its processes holds.
 
-`celery -A workers.app:app ...` is the entry point: the environment is read when the app is first
-configured, not at import. A connection belongs to one process: after a fork the child makes its
-own.
+`celery -A workers.app:app worker` is the entry point; nothing is read or connected at import. A
+connection belongs to one process: after a fork the child makes its own.
 """
 
 import logging
@@ -13,7 +12,7 @@ from typing import Any
 import structlog
 from celery import Celery, signals
 
-from celeryconfig import celery_settings
+from celeryconfig import app
 from opscore import logs, migrations, workflows
 from opscore.agentkit import Registry, load_agents
 from opscore.agents import register_functions
@@ -73,8 +72,6 @@ class Process:
             self.__dict__.pop(name, None)
 
 
-app = Celery("opscore", include=["workers.tasks"])
-app.add_defaults(lambda: celery_settings(process.settings))
 app.steps["worker"].add(Keeper)
 process = Process(app)
 

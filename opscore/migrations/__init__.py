@@ -4,25 +4,33 @@ Every process checks at start that the schema is the one it knows, and refuses t
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, create_engine, pool
+from sqlalchemy import Connection, create_engine, inspect, pool, text
 from sqlalchemy.exc import DBAPIError
 
 from opscore.db import CONNECT_TIMEOUT_SECONDS, driver_url
 from opscore.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from alembic.config import Config
 
-def _config() -> Config:
+NEWEST = "0001"
+"""The revision this code knows; said here so that a start need not load Alembic to find it."""
+
+
+def alembic_config(connection: Connection) -> "Config":
+    """Return what Alembic's commands want, bound to an open connection."""
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent))
+    config.attributes["connection"] = connection
     return config
 
 
-def _connect(database_url: str) -> Connection:
+def connect(database_url: str) -> Connection:
+    """Open a connection of its own, outside any pool."""
     engine = create_engine(
         driver_url(database_url),
         poolclass=pool.NullPool,
@@ -33,20 +41,17 @@ def _connect(database_url: str) -> Connection:
 
 def upgrade(database_url: str) -> None:
     """Bring the schema to the newest revision; two at once do it one after the other."""
-    with _connect(database_url) as connection, connection.begin():
-        config = _config()
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+    from alembic import command
 
-
-def newest() -> str | None:
-    """Return the revision this code knows."""
-    return ScriptDirectory.from_config(_config()).get_current_head()
+    with connect(database_url) as connection, connection.begin():
+        command.upgrade(alembic_config(connection), "head")
 
 
 def present(connection: Connection) -> str | None:
     """Return the revision of a database; None before its first upgrade."""
-    return MigrationContext.configure(connection).get_current_revision()
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
 
 def check(database_url: str) -> None:
@@ -56,15 +61,17 @@ def check(database_url: str) -> None:
         ConfigurationError: it does not, with the command that helps.
     """
     try:
-        with _connect(database_url) as connection:
+        with connect(database_url) as connection:
             revision = present(connection)
     except DBAPIError as error:
-        text = str(error.orig).strip().splitlines()[0]
-        raise ConfigurationError([f"DATABASE_URL: PostgreSQL does not answer: {text}"]) from error
-    if revision != newest():
+        sentence = str(error.orig).strip().splitlines()[0]
+        raise ConfigurationError(
+            [f"DATABASE_URL: PostgreSQL does not answer: {sentence}"]
+        ) from error
+    if revision != NEWEST:
         raise ConfigurationError(
             [
-                f"The database is at revision {revision or 'none'}, this version needs {newest()}: "
+                f"The database is at revision {revision or 'none'}, this version needs {NEWEST}: "
                 "run `opscore db upgrade`"
             ]
         )
