@@ -123,6 +123,28 @@ def test_a_circle_is_refused_where_it_is(client: Client) -> None:
     assert any("/tasks/" in place for place in errors)
 
 
+def test_every_key_the_description_names_is_accepted_and_none_other(client: Client) -> None:
+    schemas = client.get("/openapi.json").json["components"]["schemas"]
+    common = {"taskId": "a", "name": "A", "type": "agent", "onFailure": "continue"}
+    policies = {
+        "retry": {"maxAttempts": 2, "backoffSeconds": 1, "maxBackoffSeconds": 2.5},
+        "busy": {"backoffSeconds": 1, "maxBackoffSeconds": 2, "maxWaitSeconds": 3},
+        "forEach": {"items": "${input.list}", "maxParallel": 2},
+    }
+    work = {"agentId": "x", "parameters": {"i": "${item}"}, "timeoutSeconds": 5, "dependsOn": []}
+    labels = {"id": "every", "name": "N", "description": "D", "version": "v1"}
+    document = {**labels, "inputSchema": {}, "output": 1, "tasks": [{**common, **policies, **work}]}
+    assert client.post("/workflows/validate", document).status_code == 200
+    assert set(schemas["WorkflowDefinition"]["properties"]) == set(document)
+    others = {"agentCapability", "nextTaskId"}
+    assert set(schemas["TaskDefinition"]["properties"]) == {*document["tasks"][0], *others}
+    for name, schema in [("retry", "RetryPolicy"), ("busy", "BusyPolicy")]:
+        assert set(schemas[schema]["properties"]) == set(policies[name])
+    assert set(schemas["ForEachDefinition"]["properties"]) == set(policies["forEach"])
+    other = {"tasks": [{"taskId": "a", "agentCapability": "x", "nextTaskId": None}], "id": "o"}
+    assert client.post("/workflows/validate", other).status_code == 200
+
+
 def test_validating_says_what_creating_would_do_and_writes_nothing(client: Client) -> None:
     document = definition("valid", "b", "a")
     before = count(client)

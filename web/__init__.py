@@ -1,0 +1,1 @@
+"""The HTTP API: who may ask, and in what words."""

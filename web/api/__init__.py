@@ -1,0 +1,12 @@
+"""The resources, one file each."""
+
+from web.api import agents, health, runs, tasks, workflows
+from web.openapi import Blueprint
+
+BLUEPRINTS: tuple[Blueprint, ...] = (
+    workflows.blueprint,
+    runs.blueprint,
+    tasks.blueprint,
+    agents.blueprint,
+    health.blueprint,
+)

@@ -1,0 +1,95 @@
+"""Runs: submit them, follow them, cancel them."""
+
+from typing import Any
+from uuid import UUID
+
+from flask import url_for
+
+from opscore import queries
+from opscore.engine import cancel_run, settle_run, submit_run
+from opscore.workflows import find_workflow
+from web import pages
+from web.current import database, dispatcher, parts
+from web.openapi import PREFIX, Answers, Blueprint
+from web.requests import request_id
+from web.schemas import (
+    RUN_FILTERS,
+    TASK_FILTERS,
+    EventArguments,
+    EventPage,
+    Run,
+    RunArguments,
+    RunDetail,
+    RunSummary,
+    Task,
+    WaitArguments,
+)
+
+blueprint = Blueprint(
+    "runs", __name__, url_prefix=f"{PREFIX}/runs", description="Executions of workflows."
+)
+NO_PLACE_RETRY_SECONDS = 1
+RUNS = pages.page_arguments(pages.moment, pages.uuid, **RUN_FILTERS)
+TASKS = pages.page_arguments(pages.number, pages.number, **TASK_FILTERS)
+SUBMITTED = Answers(schema=Run, status=202, has_location=True, about="The run will be executed.")
+CANCELLED = Answers(schema=Run, status=202, about="Nothing of it starts any more.")
+SUBMIT = {"workflowId": "report", "input": {"topic": "queues"}, "labels": {"team": "support"}}
+
+
+@blueprint.operation("POST", "", SUBMITTED, body=RunArguments, example=SUBMIT, problems=[404])
+def submit(wanted: dict[str, Any]) -> Any:
+    """Submit a run of a workflow."""
+    workflow_id, version = wanted.pop("workflow_id"), wanted.pop("version")
+    with database().transaction() as tx:
+        stored = find_workflow(tx, workflow_id, version)
+        submission = submit_run(tx, stored, request_id=request_id(), **wanted)
+        run = queries.get_run(tx, submission.run_id)
+    dispatcher().publish(submission)
+    return run, 202, {"Location": url_for(".get_one", run_id=submission.run_id)}
+
+
+@blueprint.operation("GET", "", Answers(schema=pages.page_of(RunSummary)), query=RUNS)
+def get_many(wanted: dict[str, Any]) -> Any:
+    """List runs."""
+    after, limit = wanted.pop("cursor", None), wanted.pop("limit")
+    labels = dict(wanted.pop("label"))
+    with database().autocommit() as tx:
+        runs = queries.RunFilter(labels=labels, **wanted)
+        return pages.answer(queries.list_runs(tx, runs, after=after, limit=limit))
+
+
+@blueprint.operation("GET", "/<run:run_id>", Answers(schema=RunDetail), query=WaitArguments)
+def get_one(wanted: dict[str, Any], run_id: UUID) -> Any:
+    """Get a run with its tasks, if wanted as soon as it is over."""
+    seconds, waited = wanted["wait_seconds"], True
+    if seconds > 0:
+        waited = parts().polls.wait_for_run(database(), run_id, seconds)
+    with database().autocommit() as tx:
+        run = queries.get_run_detail(tx, run_id)
+    return run, {} if waited else {"Retry-After": str(NO_PLACE_RETRY_SECONDS)}
+
+
+@blueprint.operation("GET", "/<run:run_id>/tasks", Answers(schema=pages.page_of(Task)), query=TASKS)
+def get_tasks(wanted: dict[str, Any], run_id: UUID) -> Any:
+    """List a run's tasks and items, in the order of the definition."""
+    after = wanted.pop("cursor", None)
+    with database().autocommit() as tx:
+        return pages.answer(queries.list_tasks(tx, run_id, after=after, **wanted))
+
+
+@blueprint.operation("GET", "/<run:run_id>/events", Answers(schema=EventPage), query=EventArguments)
+def get_events(wanted: dict[str, Any], run_id: UUID) -> Any:
+    """List what happened in a run, oldest first."""
+    with database().autocommit() as tx:
+        events = queries.list_events(tx, run_id, **wanted)
+    return {"items": events, "next_after": events[-1]["seq"] if events else wanted["after"]}
+
+
+@blueprint.operation("POST", "/<run:run_id>/cancel", CANCELLED, problems=[409])
+def cancel(run_id: UUID) -> Any:
+    """Cancel a run; asking again while it ends changes nothing."""
+    with database().transaction() as tx:
+        cancel_run(tx, run_id)
+    with database().transaction() as tx:
+        settle_run(tx, run_id)
+        return queries.get_run(tx, run_id), 202

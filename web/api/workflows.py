@@ -1,0 +1,103 @@
+"""Workflows: create versions of them, check them, read them."""
+
+from typing import Any
+
+from flask import url_for
+from opscore.definition import parse
+
+from opscore import queries
+from opscore.workflows import create_workflow
+from web import pages
+from web.current import database
+from web.openapi import PREFIX, Answers, Blueprint
+from web.schemas import Verdict, VersionArguments, Workflow
+
+blueprint = Blueprint(
+    "workflows",
+    __name__,
+    url_prefix=f"{PREFIX}/workflows",
+    description="Definitions: named, versioned, never changed.",
+)
+DEFINITION = {
+    "id": "report",
+    "name": "Report",
+    "tasks": [
+        {"taskId": "fetch", "agentCapability": "fetch", "parameters": {"topic": "${input.topic}"}},
+        {
+            "taskId": "write",
+            "agentId": "writer",
+            "dependsOn": ["fetch"],
+            "parameters": {"facts": "${tasks.fetch.output}"},
+        },
+    ],
+    "output": "${tasks.write.output}",
+}
+EXAMPLE = {
+    "workflowId": "report",
+    "version": 1,
+    "name": "Report",
+    "definition": DEFINITION,
+    "createdAt": "2026-01-31T12:00:00Z",
+}
+CREATED = Answers(
+    schema=Workflow,
+    status=201,
+    about="A new version was written.",
+    example=EXAMPLE,
+    has_location=True,
+    also={200: (Workflow, "The newest version is this document already.")},
+)
+VERSIONS = Answers(schema=pages.page_of(Workflow, "WorkflowVersionPage"))
+WORKFLOWS = pages.page_arguments(pages.moment, pages.name)
+VERSION_PAGES = pages.page_arguments(pages.number)
+
+
+@blueprint.operation("POST", "", CREATED, definition=True, example=DEFINITION)
+def create(document: Any) -> Any:
+    """Create a workflow, or its next version."""
+    definition = parse(document)
+    with database().transaction() as tx:
+        stored, created = create_workflow(tx, definition)
+        workflow = queries.get_workflow(tx, stored.workflow_id, stored.version)
+    where = url_for(".get_one", workflow_id=stored.workflow_id, version=stored.version)
+    return workflow, 201 if created else 200, {"Location": where}
+
+
+@blueprint.operation(
+    "POST", "/validate", Answers(schema=Verdict), definition=True, example=DEFINITION
+)
+def validate(document: Any) -> Any:
+    """Check a definition as creating it would, and write nothing."""
+    definition = parse(document)
+    with database().transaction() as tx, tx.begin_nested() as trial:
+        stored, created = create_workflow(tx, definition)
+        trial.rollback()
+    found = {"workflow_id": stored.workflow_id, "version": stored.version, "created": created}
+    return {"valid": True, **found, "tasks": [task.id for task in definition.tasks]}
+
+
+@blueprint.operation("GET", "", Answers(schema=pages.page_of(Workflow)), query=WORKFLOWS)
+def get_many(wanted: dict[str, Any]) -> Any:
+    """List the newest version of each workflow."""
+    with database().autocommit() as tx:
+        page = queries.list_workflows(tx, after=wanted.get("cursor"), limit=wanted["limit"])
+    return pages.answer(page)
+
+
+@blueprint.operation(
+    "GET", "/<workflow_id>", Answers(schema=Workflow, example=EXAMPLE), query=VersionArguments
+)
+def get_one(wanted: dict[str, Any], workflow_id: str) -> Any:
+    """Get one version of a workflow."""
+    with database().autocommit() as tx:
+        return queries.get_workflow(tx, workflow_id, wanted.get("version"))
+
+
+@blueprint.operation("GET", "/<workflow_id>/versions", VERSIONS, query=VERSION_PAGES)
+def get_versions(wanted: dict[str, Any], workflow_id: str) -> Any:
+    """List the versions of a workflow."""
+    with database().autocommit() as tx:
+        page = queries.list_versions(
+            tx, workflow_id, after=wanted.get("cursor"), limit=wanted["limit"]
+        )
+    return pages.answer(page)

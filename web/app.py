@@ -1,0 +1,91 @@
+"""The Flask application: everything in `web` put together for one process.
+
+Nothing is read from the environment at import. gunicorn calls `app_from_env` in each worker, after
+the fork, so that no connection crosses it.
+"""
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from flask import Flask
+
+from celeryconfig import make_app
+from opscore import logs, migrations
+from opscore.config import Settings
+from opscore.db import Database
+from opscore.dispatch import Dispatcher
+from opscore.errors import OpsCoreError
+from web import auth, errors, requests
+from web.api import BLUEPRINTS
+from web.current import Parts, attach
+from web.openapi import make_api
+from web.polls import LongPolls
+from web.ready import Readiness
+
+GUNICORN_BOOT_ERROR = 3
+"""gunicorn stops, instead of starting its worker again and again, if the worker ends with this."""
+
+
+def create_app(settings: Settings) -> Flask:
+    """Make the application of this process.
+
+    Raises:
+        ConfigurationError: the database does not answer, or its schema is not the newest.
+    """
+    migrations.check(settings.database_url)
+    app = Flask(__name__, static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    attach(app, _make_parts(settings))
+    requests.register(app)
+    auth.register(app, settings.api_key)
+    errors.register(app)
+    api = make_api(app)
+    for blueprint in BLUEPRINTS:
+        api.register_blueprint(blueprint)
+    return app
+
+
+def app_from_env() -> Flask:
+    """Make the application from the environment's settings; what gunicorn calls."""
+    try:
+        settings = Settings.from_env(os.environ)
+        logs.configure(settings.log_level, settings.log_format)
+        app = create_app(settings)
+    except OpsCoreError as error:
+        print(error, file=sys.stderr)
+        sys.exit(GUNICORN_BOOT_ERROR)
+    _end_polls_on_sigterm(app)
+    return app
+
+
+def _make_parts(settings: Settings) -> Parts:
+    pool = settings.database_pool
+    database = Database(settings.database_url, pool_size=pool, application="opscore-web")
+    dispatcher = Dispatcher(make_app(settings), database, settings)
+    return Parts(
+        settings=settings,
+        database=database,
+        dispatcher=dispatcher,
+        # Half the threads at most, so that the other half is free for short requests.
+        polls=LongPolls(max(1, pool // 2)),
+        readiness=Readiness(settings, dispatcher),
+    )
+
+
+def _end_polls_on_sigterm(app: Flask) -> None:
+    """Let a graceful stop not wait for clients that wait for runs."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    polls: LongPolls = app.extensions["opscore"].polls
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop(number: int, frame: Any) -> None:
+        polls.stop()
+        if callable(before):
+            before(number, frame)
+
+    signal.signal(signal.SIGTERM, stop)

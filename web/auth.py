@@ -1,0 +1,54 @@
+"""Who may ask: whoever sends the key as `Authorization: Bearer <key>`.
+
+Everything wants it but the health checks and the documentation. What is wrong is said, never what
+the key is or how much of it was right.
+"""
+
+import hmac
+from hashlib import sha256
+
+from flask import Flask, request
+
+from web.errors import Refused
+
+OPEN_ENDPOINTS = frozenset(
+    {
+        "health.get_health",
+        "health.get_ready",
+        "docs.openapi",
+        "docs.page",
+        "docs.slash",
+        "docs.file",
+    }
+)
+"""Flask endpoints that want no key."""
+
+
+def register(app: Flask, api_key: str) -> None:
+    """Refuse requests without the key with 401."""
+    expected = _digest(api_key)
+
+    def check_key() -> None:
+        if request.endpoint not in OPEN_ENDPOINTS:
+            _check(request.headers.get("Authorization"), expected)
+
+    app.before_request(check_key)
+
+
+def _check(header: str | None, expected: bytes) -> None:
+    if header is None:
+        raise _unauthorized("The Authorization header is missing; send `Bearer <key>` in it.")
+    scheme, _, key = header.partition(" ")
+    if scheme.lower() != "bearer":
+        raise _unauthorized("The Authorization header must be of the form `Bearer <key>`.")
+    if not hmac.compare_digest(_digest(key.strip()), expected):
+        raise _unauthorized("The key is wrong; it must be the OPSCORE_API_KEY of the server.")
+
+
+def _unauthorized(detail: str) -> Refused:
+    return Refused(401, detail, headers={"WWW-Authenticate": "Bearer"})
+
+
+def _digest(key: str) -> bytes:
+    """Hash, so that comparing takes equally long whatever the lengths."""
+    return sha256(key.encode("utf-8", "surrogateescape")).digest()

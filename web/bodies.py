@@ -1,0 +1,83 @@
+"""Request bodies: which media types are read, and how strictly.
+
+JSON everywhere; YAML as well where a workflow definition is the body. What cannot be read at all is
+400, another media type 415; what reads well but breaks the schema, or cannot be stored, is 422.
+"""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from flask import Request, request
+from marshmallow import Schema, ValidationError
+from webargs.flaskparser import FlaskParser
+from werkzeug.exceptions import RequestEntityTooLarge
+
+from opscore import json_values
+from opscore.errors import InvalidRequest
+from web.errors import Refused, pointers
+
+JSON = "application/json"
+YAML = ("application/yaml", "application/x-yaml", "text/yaml")
+
+
+def read_json() -> Any:
+    """Return the body of the request at hand, which must be JSON that can be stored."""
+    value = _read(json_values.read_json, (JSON,))
+    if faults := json_values.check_json(value):
+        raise InvalidRequest(faults)
+    return value
+
+
+def read_definition() -> Any:
+    """Return the body of the request at hand, in JSON or YAML; not yet checked."""
+    read = json_values.read_yaml if request.mimetype in YAML else json_values.read_json
+    return _read(read, (JSON, *YAML))
+
+
+def _read(read: Callable[[bytes], Any], accepted: tuple[str, ...]) -> Any:
+    _check_media_type(accepted)
+    body = request.get_data(cache=True)
+    if request.content_length is None and len(body) >= (request.max_content_length or 0):
+        raise RequestEntityTooLarge  # werkzeug cuts a chunked body off at the limit, silently
+    if not body.strip():
+        raise Refused(400, f"The request has no body; send one as Content-Type: {accepted[0]}.")
+    try:
+        return read(body)
+    except ValueError as error:
+        raise Refused(400, f"The body cannot be read. {error}") from None
+
+
+def _check_media_type(accepted: tuple[str, ...]) -> None:
+    if request.mimetype not in accepted:
+        given = request.mimetype or "of no Content-Type"
+        wanted = " or ".join(accepted)
+        raise Refused(415, f"The body is {given}; send it as Content-Type: {wanted}.")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise Refused(415, "A compressed body is not read; send it without Content-Encoding.")
+
+
+class Parser(FlaskParser):
+    """Fills the schemas of views: unknown members are errors, also in the query string."""
+
+    DEFAULT_UNKNOWN_BY_LOCATION = {"json": None, "query": None}  # noqa: RUF012 - as in webargs
+
+    def load_json(self, req: Request, schema: Schema) -> Any:
+        return read_json()
+
+    def load_querystring(self, req: Request, schema: Schema) -> Any:
+        for name, value in req.args.items(multi=True):
+            if "\0" in value:
+                raise InvalidRequest({f"/{name}": ["NUL characters (%00) mean nothing here."]})
+        return super().load_querystring(req, schema)
+
+    def handle_error(
+        self,
+        error: ValidationError,
+        req: Request,
+        schema: Schema,
+        *,
+        error_status_code: int | None,
+        error_headers: Any,
+    ) -> NoReturn:
+        by_location: dict[str, Any] = error.messages_dict
+        raise InvalidRequest(dict(pointers(*by_location.values())))

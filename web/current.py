@@ -1,0 +1,47 @@
+"""What views need of the process they run in: its database, its dispatcher, its long polls."""
+
+from dataclasses import dataclass
+
+from flask import Flask, current_app
+
+from opscore.config import Settings
+from opscore.db import Database
+from opscore.dispatch import Dispatcher
+from web.polls import LongPolls
+from web.ready import Readiness
+
+_KEY = "opscore"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Made once per process, by `web.app.create_app`."""
+
+    settings: Settings
+    database: Database
+    dispatcher: Dispatcher
+    polls: LongPolls
+    readiness: Readiness
+
+    def close(self) -> None:
+        """End what was started for the process."""
+        self.polls.stop()
+        self.readiness.close()
+        self.database.close()
+
+
+def attach(app: Flask, parts: Parts) -> None:
+    app.extensions[_KEY] = parts
+
+
+def parts() -> Parts:
+    found: Parts = current_app.extensions[_KEY]
+    return found
+
+
+def database() -> Database:
+    return parts().database
+
+
+def dispatcher() -> Dispatcher:
+    return parts().dispatcher

@@ -1,0 +1,75 @@
+"""What every request has: an id, a limit to its body, a line in the log, and sane headers.
+
+The body is read strictly (`definition.read_document`), never beyond the limit, and never logged.
+"""
+
+import re
+import time
+from typing import Any
+from uuid import uuid4
+
+from flask import Flask, Response, g, request
+from werkzeug.exceptions import NotFound, RequestEntityTooLarge
+
+from opscore import logs
+from opscore.config import Settings
+
+log = logs.get("opscore.web")
+
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def request_id() -> str:
+    """Return the id of the request at hand: the client's if it is usable, else a new one."""
+    if "request_id" not in g:
+        given = request.headers.get(Settings.request_id_header, "")
+        g.request_id = given if _ID.fullmatch(given) else uuid4().hex
+    return str(g.request_id)
+
+
+def register(app: Flask) -> None:
+    """Watch over every request of `app`; must come before what may refuse one."""
+    app.before_request(_begin)
+    app.before_request(_check_length)
+    app.before_request(_check_path)
+    app.after_request(_end)
+    app.teardown_request(_forget)
+
+
+def _begin() -> None:
+    g.began = time.monotonic()
+    logs.clear()
+    logs.bind(request_id=request_id())
+
+
+def _check_length() -> None:
+    """Refuse a body by its announced length, also where no view would read it."""
+    limit = request.max_content_length
+    if limit is not None and (request.content_length or 0) > limit:
+        raise RequestEntityTooLarge
+
+
+def _check_path() -> None:
+    """Nothing is named with a NUL, which PostgreSQL could not even look for."""
+    if "\0" in request.path:
+        raise NotFound
+
+
+def _end(response: Response) -> Response:
+    response.headers[Settings.request_id_header] = request_id()
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers.setdefault("Cache-Control", "no-store")
+    response.headers.setdefault("Referrer-Policy", "no-referrer")
+    log.info(
+        "request",
+        method=request.method,
+        # The template, not the path: ids in paths would make every line unique.
+        route=request.url_rule.rule if request.url_rule else None,
+        status=response.status_code,
+        ms=round((time.monotonic() - g.get("began", time.monotonic())) * 1000, 1),
+    )
+    return response
+
+
+def _forget(error: Any = None) -> None:
+    logs.clear()
