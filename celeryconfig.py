@@ -95,4 +95,6 @@ def make_app(settings: Settings) -> Celery:
     """Return a Celery app that publishes with these settings, without contacting anything."""
     app = Celery("opscore", set_as_current=False)
     app.conf.update(celery_settings(settings))
+    # A request must not wait while kombu tries a refused connection again and again.
+    app.conf.broker_transport_options |= {"max_retries": 0}
     return app

@@ -38,10 +38,12 @@ class Database:
             pool_pre_ping=False,
             pool_recycle=1800,
             json_serializer=dump_json,
+            hide_parameters=True,  # inputs and outputs stay out of errors and logs
             connect_args={
                 "application_name": application,
                 "connect_timeout": CONNECT_TIMEOUT_SECONDS,
                 "keepalives_idle": 30,
+                "tcp_user_timeout": 30_000,  # milliseconds; a host that died must not be waited for
                 "options": f"-c statement_timeout={STATEMENT_TIMEOUT_SECONDS}s"
                 " -c idle_in_transaction_session_timeout=60s -c timezone=UTC"
                 # Our prepared statements are looked up by key: one plan fits every value.

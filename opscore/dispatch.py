@@ -164,9 +164,7 @@ class Dispatcher:
         """Tell lost from late: while visits lie in the queue, ours may be one of them."""
         try:
             with self._redis() as redis:
-                return not any(
-                    redis.llen(queue) for queue in (AGENTS_QUEUE, CONTROL_QUEUE)
-                )
+                return not any(redis.llen(queue) for queue in (AGENTS_QUEUE, CONTROL_QUEUE))
         except RedisError as error:
             self._break(error)
             return False

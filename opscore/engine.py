@@ -49,6 +49,7 @@ _ITEMS_OVER = f"""NOT EXISTS (
 
 
 _UUIDS = ARRAY(Uuid)
+_WAKE_AT = """to_char(wake_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
 
 
 # --- Submitting ---------------------------------------------------------------------------------
@@ -392,14 +393,13 @@ WITH t AS MATERIALIZED (
 ), begun AS (
     INSERT INTO attempts (task_id, number, agent_id, worker, status)
     SELECT id, attempt, agent_id, :worker, 'running' FROM claimed WHERE kind = 'agent'
+), told_run AS (
+    INSERT INTO events (run_id, type) SELECT id, 'run.started' FROM starting RETURNING seq
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
-    SELECT run_id, id, 'task.started',
-           jsonb_build_object('attempt', attempt, 'agentId', agent_id, 'worker', cast(:worker AS
-           text))
-    FROM claimed WHERE kind <> 'end'
-), told_run AS (
-    INSERT INTO events (run_id, type) SELECT id, 'run.started' FROM starting
+    SELECT run_id, id, 'task.started', jsonb_build_object(
+        'attempt', attempt, 'agentId', agent_id, 'worker', cast(:worker AS text))
+    FROM claimed, (SELECT max(seq) FROM told_run) AS after_that WHERE kind <> 'end'
 )
 SELECT t.id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index, t.item, t.items, t.is_sink,
        t.status, t.reason, t.tries, t.waits, t.timeout_seconds, t.wanted_agent_id, t.workflow_id,
@@ -566,7 +566,7 @@ WITH {before} done AS (
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT run_id, id, 'task.completed', jsonb_build_object('attempt', cast(:attempt AS int))
-    FROM done WHERE kind <> 'end'
+    FROM done WHERE kind <> 'end' RETURNING seq
 ) {after}
 SELECT done.message, done.ends_run, r.generation
 FROM done JOIN runs r ON r.id = done.run_id
@@ -579,7 +579,8 @@ _FINISH_SINK = {
     WHERE r.id = done.run_id AND r.status = 'running' AND {_RUN_OPEN}
     RETURNING r.id
 ), told_run AS (
-    INSERT INTO events (run_id, type) SELECT id, 'run.completed' FROM settled
+    INSERT INTO events (run_id, type)
+    SELECT id, 'run.completed' FROM settled, (SELECT max(seq) FROM told) AS after_that
 )""",
 }
 
@@ -638,7 +639,7 @@ def _repeated(tx: Tx, claimed: Claimed) -> Finished | Fenced:
 
 
 _RETRY = Prepared(
-    """
+    f"""
 WITH later AS (
     UPDATE tasks t
     SET status = 'waiting', reason = 'retry', tries = tries + 1, waits = 0, waiting_since = NULL,
@@ -657,7 +658,7 @@ WITH later AS (
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT run_id, id, 'task.retrying', jsonb_build_object(
-        'attempt', cast(:attempt AS int), 'wakeAt', wake_at, 'error', cast(:error AS jsonb) -
+        'attempt', cast(:attempt AS int), 'wakeAt', {_WAKE_AT}, 'error', cast(:error AS jsonb) -
         'traceback')
     FROM later
 )
@@ -917,7 +918,7 @@ def fail_run_output(tx: Tx, claimed: Claimed, output: Any, failure: Failure) -> 
 
 
 _RELEASE = Prepared(
-    """
+    f"""
 WITH later AS (
     UPDATE tasks t
     SET status = 'waiting', reason = :reason, waits = waits + 1,
@@ -938,7 +939,7 @@ WITH later AS (
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT run_id, id, 'task.waiting',
-           jsonb_build_object('reason', cast(:reason AS text), 'wakeAt', wake_at, 'agentId',
+           jsonb_build_object('reason', cast(:reason AS text), 'wakeAt', {_WAKE_AT}, 'agentId',
            agent_id)
     FROM later
 )
@@ -1104,7 +1105,7 @@ def _woken(rows: Iterable[Row[Any]]) -> list[Woken]:
 
 
 _PARK = Prepared(
-    """
+    f"""
 WITH before AS (
     SELECT reason FROM tasks WHERE id = :task_id
 ), parked AS (
@@ -1119,7 +1120,7 @@ WITH before AS (
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT run_id, id, 'task.waiting', jsonb_build_object(
-        'reason', cast(:reason AS text), 'wakeAt', wake_at, 'agentId', cast(:agent_id AS text))
+        'reason', cast(:reason AS text), 'wakeAt', {_WAKE_AT}, 'agentId', cast(:agent_id AS text))
     FROM parked, before WHERE before.reason IS DISTINCT FROM :reason
 )
 SELECT id, waiting_since + make_interval(secs => max_wait_seconds) < now() AS overdue FROM parked

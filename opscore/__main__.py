@@ -1,0 +1,232 @@
+"""The `opscore` command: the stack, and each of its processes by itself.
+
+Each command imports what it needs when it is called, so that `opscore --help` is quick.
+"""
+
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from opscore.errors import OpsCoreError
+
+if TYPE_CHECKING:
+    from opscore.config import Settings
+
+QUEUES = "opscore.agents,opscore.io,opscore.control"
+
+
+class _Commands(click.Group):
+    """Shows an error we raise on purpose as one message, without a stack trace."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from opscore.processes import Stopped
+
+        try:
+            return super().invoke(ctx)
+        except Stopped:
+            sys.exit(130)  # as a shell does it for Ctrl-C
+        except OpsCoreError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Run workflows of agent tasks."""
+
+
+_data = click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path(".opscore"),
+    show_default=True,
+    help="Folder that keeps the stack's data, keys and log.",
+)
+
+
+@main.command()
+@_data
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of the API; free by default.")
+@click.option("--agents", help="Modules with agents, separated by commas.")
+@click.option(
+    "--workflows",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of workflows (*.json, *.yaml, *.yml) to create.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=4,
+    show_default=True,
+    help="Processes that run agents.",
+)
+@click.option("--detach", is_flag=True, help="Return once everything is ready.")
+def up(
+    data: Path,
+    port: int | None,
+    agents: str | None,
+    workflows: Path | None,
+    workers: int,
+    detach: bool,
+) -> None:
+    """Start the whole stack; DATABASE_URL and REDIS_URL, if set, are used."""
+    from opscore import local
+
+    options = local.Options(data, port, agents, workflows, workers)
+    if detach:
+        click.echo(local.up_detached(options, os.environ))
+    else:
+        local.up(options, os.environ)
+
+
+@main.command()
+@_data
+def down(data: Path) -> None:
+    """Stop the stack that runs on a data folder, and wait until it has ended."""
+    from opscore import local
+
+    click.echo("Stopped." if local.down(data) else f"Nothing runs on {data}.")
+
+
+@main.command()
+@_data
+def status(data: Path) -> None:
+    """Show each process of the stack; the exit status is 0 if all of it is ready."""
+    from opscore import local
+
+    found = local.status(data)
+    click.echo(f"{found.phase}{f' (pid {found.pid})' if found.pid else ''}")
+    for line in _table(found.processes):
+        click.echo(line)
+    sys.exit(0 if found.is_ready else 1)
+
+
+def _table(processes: Sequence[Mapping[str, Any]]) -> list[str]:
+    import time
+
+    now = time.time()
+    layout = "{name:<15} {state:<11} {pid:>8} {restarts:>9} {up:>9}  {url}"
+    heads = ("name", "state", "pid", "restarts", "up", "url")
+    rows = [{**p, "up": f"{now - p['since']:.0f} s", "url": p["url"] or ""} for p in processes]
+    lines = [layout.format(**row).rstrip() for row in rows]
+    return [layout.format(**{head: head.upper() for head in heads}), *lines] if lines else []
+
+
+def _settings() -> "Settings":
+    """Return the settings in the environment; the current folder's modules become importable.
+
+    They come last, so that a folder `web` there does not stand in front of ours.
+    """
+    from opscore.config import Settings
+
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    return Settings.from_env(os.environ)
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
+@click.option("--threads", type=click.IntRange(1), default=16, show_default=True, help="In each.")
+def web(host: str, port: int, workers: int, threads: int) -> None:
+    """Serve the HTTP API (gunicorn)."""
+    _settings()
+    from gunicorn.app.wsgiapp import run
+
+    # --no-control-socket: gunicorn would make one in the home folder.
+    arguments = f"--bind={host}:{port} --workers={workers} --threads={threads} --no-control-socket"
+    sys.argv = ["gunicorn", "--worker-class=gthread", *arguments.split(), "web.app:app_from_env()"]
+    run()
+
+
+@main.command()
+@click.option("--queues", default=QUEUES, show_default=True, help="Queues to take from.")
+@click.option("--pool", type=click.Choice(["prefork", "threads"]), default="prefork")
+@click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--name", help="Name of this worker, unique on this host; by its pid by default.")
+def worker(queues: str, pool: str, concurrency: int, name: str | None) -> None:
+    """Run tasks (Celery)."""
+    _settings()
+    _tell_when_ready()
+    _celery(
+        *("--app=workers.app:app", "worker"),
+        *(f"--queues={queues}", f"--pool={pool}", f"--concurrency={concurrency}"),
+        f"--hostname={name or f'worker-{os.getpid()}'}@%h",
+        *("--task-events", "--without-gossip", "--without-mingle"),
+    )
+
+
+def _tell_when_ready() -> None:
+    """Make the file the supervisor waits for; let pool processes end with this one."""
+    from celery.signals import worker_process_init, worker_ready
+
+    from opscore.processes import die_with_parent
+
+    if ready := os.environ.pop("OPSCORE_READY_FILE", None):
+        worker_ready.connect(lambda **_: Path(ready).touch(), weak=False)
+    worker_process_init.connect(lambda **_: die_with_parent(), weak=False)
+
+
+@main.command()
+@click.option("--schedule", help="File beat keeps its own state in; a temporary one by default.")
+def beat(schedule: str | None) -> None:
+    """Fire schedules (Celery beat)."""
+    _use_celery(_settings())
+    if schedule:
+        _celery("beat", f"--schedule={schedule}", "--pidfile=")
+    with tempfile.TemporaryDirectory(prefix="opscore-beat-") as folder:
+        _celery("beat", f"--schedule={folder}/schedule", "--pidfile=")
+
+
+@main.command()
+def flower() -> None:
+    """Show queues and workers (Flower); FLOWER_* variables are its options."""
+    settings = _settings()
+    if not os.environ.get("FLOWER_BASIC_AUTH"):
+        raise click.ClickException("FLOWER_BASIC_AUTH is not set: name:password of who may look.")
+    _use_celery(settings)
+    os.environ.setdefault("FLOWER_ADDRESS", "127.0.0.1")
+    _celery("flower")
+
+
+def _use_celery(settings: "Settings") -> None:
+    """Have Celery commands use an app that knows the broker, and none of what a worker needs."""
+    from celeryconfig import make_app
+
+    make_app(settings).set_default()
+
+
+def _celery(*arguments: str) -> NoReturn:
+    """Become a Celery command and exit with it; as root too, since nothing here is pickled."""
+    from celery.bin.celery import celery
+    from celery.exceptions import SecurityWarning
+
+    if os.geteuid() == 0:
+        os.environ.setdefault("C_FORCE_ROOT", "1")
+        warnings.simplefilter("ignore", SecurityWarning)
+    celery(args=list(arguments), prog_name="celery")
+    sys.exit(0)
+
+
+@main.group()
+def db() -> None:
+    """The database."""
+
+
+@db.command()
+def upgrade() -> None:
+    """Bring the tables of DATABASE_URL up to date."""
+    settings = _settings()
+    from opscore import migrations
+
+    migrations.upgrade(settings.database_url)
+
+
+if __name__ == "__main__":
+    main(prog_name="opscore")

@@ -1,0 +1,420 @@
+"""Workflow documents: what can be wrong with one, and the graph of tasks it becomes. Pure.
+
+Owns every default and limit of a definition. Refuses, all faults at once and each under its JSON
+Pointer, what could not run: unknown keys, dangling ids, circles, expressions that read what is
+not there.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
+from math import isfinite
+from typing import Any, Literal
+
+from opscore.errors import InvalidDefinition, InvalidInput
+from opscore.expressions import ITEM_NAMES, NAMES, Template
+from opscore.input_schema import Schema
+from opscore.json_values import Faults, at, check_json, kind, read_json, read_yaml, unknown
+
+MAX_TASKS = 5_000
+MAX_SECONDS = 2_592_000.0
+"""30 days: no wait, timeout or backoff may be longer."""
+DEFAULT_TIMEOUT_SECONDS = 600.0
+MAX_ATTEMPTS = 100
+MAX_PARALLEL = 1_000
+_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_TOP = {"id", "name", "description", "version", "inputSchema", "tasks", "output"}
+_TASK = {"taskId", "name", "type", "agentId", "agentCapability", "dependsOn", "nextTaskId"}
+_TASK |= {"forEach", "parameters", "retry", "busy", "timeoutSeconds", "onFailure"}
+_BACKOFF = ("backoffSeconds", "maxBackoffSeconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How often to try, and how long to wait between: doubling, full jitter."""
+
+    max_attempts: int = 3
+    backoff_seconds: float = 2.0
+    max_backoff_seconds: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """How long to wait for a busy agent: each time doubling with full jitter, and altogether."""
+
+    backoff_seconds: float = 1.0
+    max_backoff_seconds: float = 60.0
+    max_wait_seconds: float = 86_400.0
+
+
+_RETRY, _BUSY = Retry(), Busy()
+
+
+@dataclass(frozen=True, slots=True)
+class ForEach:
+    """One row per item; `items` renders to a list, `max_parallel` None means all at once."""
+
+    items: Template
+    max_parallel: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """One node. Naming neither agent nor capability, it can run only for an agent's own trigger."""
+
+    id: str
+    name: str | None
+    agent_id: str | None
+    capability: str | None
+    parameters: Template
+    depends_on: tuple[str, ...]
+    for_each: ForEach | None = None
+    retry: Retry = _RETRY
+    busy: Busy = _BUSY
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    on_failure: Literal["fail", "continue"] = "fail"
+    references: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """A document found good. `tasks` come in topological order, stable to the order listed."""
+
+    id: str | None
+    name: str | None
+    description: str | None
+    label: str | None
+    document: Mapping[str, Any]
+    input_schema: Mapping[str, Any] | None
+    tasks: tuple[TaskSpec, ...]
+    output: Template | None
+    output_references: frozenset[str]
+    leaves: tuple[str, ...]
+    _schema: Schema | None = field(repr=False, compare=False)
+    _by_id: Mapping[str, TaskSpec] = field(repr=False, compare=False)
+
+    def task(self, id: str) -> TaskSpec:
+        """Return a task. Raises KeyError."""
+        return self._by_id[id]
+
+    def check_input(self, value: Any) -> None:
+        """Accept a run's input. Raises InvalidInput with every fault, under /input."""
+        faults = check_json(value, "/input")
+        if not faults and self._schema:
+            faults = self._schema.check(value, "/input")
+        if faults:
+            raise InvalidInput(faults)
+
+    def unbound(self) -> tuple[str, ...]:
+        """Return the ids of the tasks that name neither agent nor capability."""
+        return tuple(t.id for t in self.tasks if t.agent_id is None and t.capability is None)
+
+
+def read_document(raw: bytes | str, kind: Literal["json", "yaml"]) -> Any:
+    """Read a document's text. Raises InvalidDefinition naming line and column."""
+    try:
+        return read_json(raw) if kind == "json" else read_yaml(raw)
+    except ValueError as error:
+        raise InvalidDefinition({"": [str(error)]}) from None
+
+
+def parse(document: Any) -> Definition:
+    """Turn a document into a definition. Raises InvalidDefinition with every fault."""
+    faults = check_json(document)
+    if faults.fatal:
+        raise InvalidDefinition(faults)
+    top = _Fields(document, "", _TOP, faults)
+    if not top.is_object:
+        raise InvalidDefinition(faults)
+    schema = None
+    if (shape := top.get("inputSchema", dict)) is not None:
+        schema = Schema.compile(shape, "/inputSchema", faults)
+    output = Template.compile(top.values["output"], "/output", faults) if "output" in top else None
+    rows = _rows(top)
+    specs = [_task(row) for row in rows]
+    graph = _Graph(rows, faults)
+    for position, spec in enumerate(specs):
+        graph.check_reads(spec.parameters.reads, position)
+        graph.check_reads(spec.for_each.items.reads if spec.for_each else (), position)
+    graph.check_reads(output.reads if output else (), None)
+    id, name, description, label = (
+        top.id("id"),
+        *(top.get(key, str) for key in ("name", "description", "version")),
+    )
+    if faults:
+        raise InvalidDefinition(faults)
+    tasks = tuple(replace(specs[n], depends_on=graph.depends_on(n)) for n in graph.order)
+    depended_on = {id for task in tasks for id in task.depends_on}
+    return Definition(
+        id=id,
+        name=name,
+        description=description,
+        label=label,
+        document=document,
+        input_schema=shape,
+        tasks=tasks,
+        output=output,
+        output_references=output.references if output else frozenset(),
+        leaves=tuple(task.id for task in tasks if task.id not in depended_on),
+        _schema=schema,
+        _by_id={task.id: task for task in tasks},
+    )
+
+
+# --- fields
+
+
+class _Fields:
+    """One object of the document: its keys checked, its values handed out by type."""
+
+    def __init__(self, value: Any, pointer: str, known: set[str], faults: Faults) -> None:
+        self.pointer = pointer
+        self.faults = faults
+        self.is_object = isinstance(value, dict)
+        self.values: Mapping[str, Any] = value if self.is_object else {}
+        if not self.is_object:
+            faults.add(pointer, f"This must be an object, not {kind(value)}.")
+        for key in self.values:
+            if key not in known:
+                faults.add(at(pointer, key), unknown(key, known, "There is no key"))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def fault(self, key: str, sentence: str) -> None:
+        self.faults.add(at(self.pointer, key), sentence)
+
+    def get(self, key: str, wanted: type) -> Any:
+        """Return a value of that type; None, and a fault unless it is absent, if it is not."""
+        if key not in self.values or isinstance(self.values[key], wanted):
+            return self.values.get(key)
+        hint = "text (put quotes around it)" if wanted is str else kind(wanted())
+        self.fault(key, f"This must be {hint} or be left out; it is {kind(self.values[key])}.")
+        return None
+
+    def id(self, key: str, required: bool = False) -> str | None:
+        value: str | None = self.get(key, str)
+        if value is None and required and key not in self.values:
+            self.fault(key, f"Each task needs a {key}.")
+        elif value is not None and not _ID.fullmatch(value):
+            self.fault(key, "Ids have 1 to 64 letters, digits, or the signs _ . and -")
+        return value
+
+    def choice(self, key: str, choices: tuple[str, ...]) -> Any:
+        value = self.values.get(key, choices[0])
+        if value not in choices:
+            self.fault(key, f"This must be {' or '.join(map(repr, choices))}.")
+        return value
+
+    def seconds(self, key: str, default: float) -> float:
+        value = self.values.get(key, default)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and isfinite(value) and 0 < value <= MAX_SECONDS:
+            return float(value)
+        self.fault(key, f"This must be a number of seconds above 0, at most {MAX_SECONDS:,.0f}.")
+        return default
+
+    def whole(self, key: str, most: int) -> int | None:
+        value = self.values.get(key)
+        if type(value) is int and 1 <= value <= most:
+            return value
+        if key in self.values:
+            self.fault(key, f"This must be a whole number from 1 to {most:,}.")
+        return None
+
+    def inner(self, key: str, *known: str) -> "_Fields":
+        return _Fields(self.values.get(key, {}), at(self.pointer, key), set(known), self.faults)
+
+    def template(self, key: str, names: frozenset[str] = NAMES) -> Template:
+        return Template.compile(self.values.get(key, {}), at(self.pointer, key), self.faults, names)
+
+
+# --- tasks
+
+
+def _rows(top: _Fields) -> list[_Fields]:
+    tasks = top.get("tasks", list)
+    if tasks is not None and len(tasks) > MAX_TASKS:
+        top.fault("tasks", f"There are {len(tasks):,} tasks; at most {MAX_TASKS:,} are allowed.")
+        return []
+    if tasks == [] or "tasks" not in top:
+        top.fault("tasks", "A workflow needs a list of at least one task.")
+    rows = [_Fields(t, at("/tasks", n), _TASK, top.faults) for n, t in enumerate(tasks or ())]
+    return [row for row in rows if row.is_object]
+
+
+def _task(row: _Fields) -> TaskSpec:
+    row.choice("type", ("agent",))
+    row.get("parameters", dict)
+    if "agentId" in row and "agentCapability" in row:
+        row.fault("agentCapability", "Name either agentId or agentCapability, not both.")
+    for_each = _for_each(row) if "forEach" in row else None
+    parameters = row.template("parameters", ITEM_NAMES if for_each else NAMES)
+    return TaskSpec(
+        id=row.id("taskId", required=True) or "",
+        name=row.get("name", str),
+        agent_id=row.id("agentId"),
+        capability=row.id("agentCapability"),
+        parameters=parameters,
+        depends_on=(),
+        for_each=for_each,
+        retry=_retry(row.inner("retry", "maxAttempts", *_BACKOFF)),
+        busy=_busy(row.inner("busy", "maxWaitSeconds", *_BACKOFF)),
+        timeout_seconds=row.seconds("timeoutSeconds", DEFAULT_TIMEOUT_SECONDS),
+        on_failure=row.choice("onFailure", ("fail", "continue")),
+        references=parameters.references | (for_each.items.references if for_each else set()),
+    )
+
+
+def _for_each(row: _Fields) -> ForEach:
+    fields = row.inner("forEach", "items", "maxParallel")
+    items = fields.template("items")
+    if "items" not in fields:
+        fields.fault("items", 'forEach needs items: one expression such as "${input.list}".')
+    elif not items.is_expression and not isinstance(items.value, list):
+        fields.fault("items", 'This must be a list, or one expression such as "${input.list}".')
+    return ForEach(items, fields.whole("maxParallel", MAX_PARALLEL))
+
+
+def _retry(fields: _Fields) -> Retry:
+    attempts = fields.whole("maxAttempts", MAX_ATTEMPTS) or _RETRY.max_attempts
+    return Retry(attempts, *_backoff(fields, _RETRY.backoff_seconds))
+
+
+def _busy(fields: _Fields) -> Busy:
+    longest = fields.seconds("maxWaitSeconds", _BUSY.max_wait_seconds)
+    return Busy(*_backoff(fields, _BUSY.backoff_seconds), longest)
+
+
+def _backoff(fields: _Fields, default: float) -> tuple[float, float]:
+    first = fields.seconds("backoffSeconds", default)
+    most = fields.seconds("maxBackoffSeconds", max(60.0, first))
+    if most < first:
+        fields.fault("maxBackoffSeconds", f"This must not be less than backoffSeconds ({first:g}).")
+    return first, most
+
+
+# --- the graph
+
+
+class _Graph:
+    """The edges between tasks, by position: both spellings, or else the order listed."""
+
+    def __init__(self, rows: list[_Fields], faults: Faults) -> None:
+        self.faults = faults
+        self.ids = [str(row.values.get("taskId")) for row in rows]
+        self.position: dict[str, int] = {}
+        self.before: list[dict[int, str]] = [{} for _ in rows]  # task before -> the edge's pointer
+        for n, row in enumerate(rows):
+            if self.position.setdefault(self.ids[n], n) != n and "taskId" in row:
+                row.fault(
+                    "taskId", f"{rows[self.position[self.ids[n]]].pointer} has this id already."
+                )
+        self._read_edges(rows)
+        self.order = self._sorted()
+        self._find_circles()
+        self._ancestors: dict[int, int] = {}  # a bit for each task that runs before
+        for n in self.order:
+            self._ancestors[n] = 0
+            for earlier in self.before[n]:
+                self._ancestors[n] |= self._ancestors[earlier] | 1 << earlier
+
+    def _read_edges(self, rows: list[_Fields]) -> None:
+        older = [row for row in rows if "nextTaskId" in row]
+        self.listed = not older and not any("dependsOn" in row for row in rows)
+        if older and any("dependsOn" in row for row in rows):
+            older[0].fault("nextTaskId", "Use either dependsOn or nextTaskId throughout, not both.")
+        for n, row in enumerate(rows):
+            if self.listed and n:
+                self.before[n][n - 1] = row.pointer
+            for k, id in enumerate(row.get("dependsOn", list) or ()):
+                self._edge(
+                    self._find(id, n, pointer := at(row.pointer, "dependsOn", k)), n, pointer
+                )
+            if (id := row.values.get("nextTaskId")) is not None:
+                pointer = at(row.pointer, "nextTaskId")
+                self._edge(n, self._find(id, n, pointer), pointer)
+
+    def _find(self, id: Any, own: int, pointer: str) -> int | None:
+        if not isinstance(id, str):
+            self.faults.add(pointer, f"This must be the id of a task, not {kind(id)}.")
+        elif id not in self.position:
+            self.faults.add(pointer, unknown(id, self.position.keys(), "There is no task"))
+        elif id == self.ids[own]:
+            self.faults.add(pointer, "A task cannot wait for itself; name another one.")
+        else:
+            return self.position[id]
+        return None
+
+    def _edge(self, earlier: int | None, later: int | None, pointer: str) -> None:
+        if earlier is None or later is None:
+            return
+        if earlier in self.before[later]:
+            self.faults.add(pointer, "This dependency is named already; name it once.")
+        self.before[later].setdefault(earlier, pointer)
+
+    def _sorted(self) -> list[int]:
+        """Return the positions in topological order, without tasks on or behind a circle."""
+        after: list[list[int]] = [[] for _ in self.ids]
+        for n, before in enumerate(self.before):
+            for earlier in before:
+                after[earlier].append(n)
+        missing = [len(before) for before in self.before]
+        ready = [n for n, count in enumerate(missing) if count == 0]
+        order = []
+        while ready:
+            order.append(n := heappop(ready))
+            for later in after[n]:
+                missing[later] -= 1
+                if missing[later] == 0:
+                    heappush(ready, later)
+        return order
+
+    def _find_circles(self) -> None:
+        """Walk back from every task that cannot be sorted; each has one such task before it."""
+        stuck = set(range(len(self.ids))) - set(self.order)
+        walked: dict[int, int] = {}
+        for start in sorted(stuck):
+            trail = []
+            n = start
+            while n not in walked:
+                walked[n] = start
+                trail.append(n)
+                n = min(self.before[n].keys() & stuck)
+            if walked[n] == start:
+                self._tell_circle(trail[trail.index(n) :][::-1])
+
+    def _tell_circle(self, circle: list[int]) -> None:
+        first = circle.index(min(circle))
+        circle = circle[first:] + circle[: first + 1]
+        names = [self.ids[n] for n in circle]
+        if len(names) > 12:
+            names = [*names[:6], "…", *names[-5:]]
+        pointer = self.before[circle[0]][circle[-2]]
+        path = " → ".join(names)
+        self.faults.add(pointer, f"These tasks wait for each other: {path}; remove one dependency.")
+
+    def depends_on(self, n: int) -> tuple[str, ...]:
+        return tuple(self.ids[earlier] for earlier in self.before[n])
+
+    def check_reads(self, reads: Iterable[tuple[str, str]], reader: int | None) -> None:
+        """Refuse to read a task that does not run before; reader None reads when all is over."""
+        for pointer, id in reads:
+            read = self.position.get(id)
+            if read is None:
+                sentence = unknown(id, self.position.keys(), "There is no task")
+            elif reader is None or self._runs_before(read, reader):
+                continue
+            elif id == self.ids[reader]:
+                sentence = "A task cannot read itself."
+            else:
+                way = "list it earlier" if self.listed else "make this task depend on it"
+                sentence = f"Task {id!r} does not run before this one; {way}."
+            self.faults.add(pointer, sentence)
+
+    def _runs_before(self, earlier: int, later: int) -> bool:
+        """Answer; behind a circle, which is a fault of its own, give the benefit of the doubt."""
+        if later not in self._ancestors:
+            return earlier != later
+        return bool(self._ancestors[later] >> earlier & 1)
