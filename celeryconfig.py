@@ -20,7 +20,7 @@ SOCKET_TIMEOUT_SECONDS = 3
 """Longer than any answer of a Redis that is well; a frozen one must not hang a request."""
 
 
-class ChordBackend(RedisBackend):  # type: ignore[misc]
+class ChordBackend(RedisBackend):
     """Counts the parts of chords and does nothing else: nobody reads a result.
 
     Celery's own subscribes to every task it publishes, which doubles the commands of a wide run.

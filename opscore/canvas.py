@@ -283,6 +283,8 @@ def signatures(
             queue=CONTROL_QUEUE if node.is_end else AGENTS_QUEUE,
         )
         linked = [signature(part) for part in canvas.links.get(block, ())]
-        return made.set(link=linked) if linked else made
+        if linked:
+            made.options["link"] = linked
+        return made
 
     return [signature(part) for block in canvas.blocks for part in _parts(block, Parallel)]

@@ -27,7 +27,7 @@ SECRET_LENGTH = 16
 """Characters; a shorter key is guessed rather than found."""
 
 
-def _setting(variable: str, parsed_as: ma.Field, doc: str, default: Any = ...) -> Any:
+def _setting(variable: str, parsed_as: ma.Field[Any], doc: str, default: Any = ...) -> Any:
     """Declare one setting; without `default` it must be given."""
     metadata = {"variable": variable, "field": parsed_as, "doc": doc}
     if default is ...:
@@ -172,7 +172,7 @@ class Settings:
         try:
             values = schema(unknown=EXCLUDE).load(given)
         except ValidationError as error:
-            by_variable: dict[str, list[str]] = error.normalized_messages()
+            by_variable: dict[str, list[str]] = dict(error.messages_dict)
             faults += [f"{name}: {' '.join(texts)}" for name, texts in by_variable.items()]
             values = error.valid_data
         if faults:

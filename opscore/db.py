@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection, CursorResult, bindparam, create_engine, text
-from sqlalchemy.dialects.postgresql import psycopg2
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import make_url
 
 Tx = Connection
@@ -73,6 +73,9 @@ class Database:
         self._engine.dispose(close=False)
 
 
+_NUMBERED = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
+
+
 class Prepared:
     """A statement that each connection plans once and then only executes.
 
@@ -84,7 +87,7 @@ class Prepared:
 
     def __init__(self, statement: str, **types: Any) -> None:
         self._name = f"opscore_{next(self._names)}"
-        numbered = text(statement).compile(dialect=psycopg2.dialect(paramstyle="numeric_dollar"))
+        numbered = text(statement).compile(dialect=_NUMBERED)
         names = list(numbered.positiontup or ())
         self._prepare = text(f"PREPARE {self._name} AS {_literal(str(numbered))}")
         given = ", ".join(f":{name}" for name in names)

@@ -321,8 +321,8 @@ _AHEAD = f"""w.status = 'waiting' AND w.reason = 'agent_busy' AND w.id <> ready.
 _CLAIM = Prepared(
     f"""
 WITH t AS MATERIALIZED (
-    SELECT t.*, r.status AS run_status, r.generation, r.workflow_id, r.version, {_RUN_OPEN} AS
-    run_open,
+    SELECT t.*, r.status AS run_status, r.generation, r.workflow_id, r.version,
+           {_RUN_OPEN} AS run_open,
            r.agent_id IS NOT NULL AND t.position = 0 AS merges_input
     FROM tasks t JOIN runs r ON r.id = t.run_id
     WHERE t.id = :task_id
@@ -401,12 +401,13 @@ WITH t AS MATERIALIZED (
         'attempt', attempt, 'agentId', agent_id, 'worker', cast(:worker AS text))
     FROM claimed, (SELECT max(seq) FROM told_run) AS after_that WHERE kind <> 'end'
 )
-SELECT t.id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index, t.item, t.items, t.is_sink,
-       t.status, t.reason, t.tries, t.waits, t.timeout_seconds, t.wanted_agent_id, t.workflow_id,
-       t.version, t.generation, t.run_open, over.dependencies, claimed.attempt,
-       coalesce(claimed.deadline_at, t.deadline_at) AS deadline_at, coalesce(claimed.agent_id,
-       t.agent_id) AS agent_id, t.merges_input, t.attempt AS last_attempt, coalesce(claimed.number,
-       (SELECT s.number FROM slots s WHERE t.claim_token = :token
+SELECT t.id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index AS item_index, t.item, t.items,
+       t.is_sink, t.status, t.reason, t.tries, t.waits, t.timeout_seconds, t.wanted_agent_id,
+       t.workflow_id, t.version, t.generation, t.run_open, t.merges_input, over.dependencies,
+       claimed.attempt, t.attempt AS last_attempt,
+       coalesce(claimed.deadline_at, t.deadline_at) AS deadline_at,
+       coalesce(claimed.agent_id, t.agent_id) AS agent_id,
+       coalesce(claimed.number, (SELECT s.number FROM slots s WHERE t.claim_token = :token
                                  AND s.holder = t.id AND s.attempt = t.attempt)) AS slot,
        t.status = 'running' AND t.claim_token = :token AS mine,
        EXISTS (SELECT FROM ready) AS ready,
@@ -468,7 +469,7 @@ def _claimed(row: Row[Any]) -> Claimed:
         kind=row.kind,
         definition_id=row.definition_id,
         parent_id=row.parent_id,
-        index=row.index,
+        index=row.item_index,
         item=row.item,
         merges_input=row.merges_input,
         expanded=row.items is not None,
@@ -990,15 +991,15 @@ WITH expanded AS (
     RETURNING t.*
 ), items AS (
     INSERT INTO tasks (id, run_id, definition_id, kind, position, parent_id, index, item,
-    depends_on,
-        successors, reads, wanted_agent_id, wanted_capability, preferred_agent_id, timeout_seconds,
-        max_attempts, max_wait_seconds, goes_on, priority, status, reason)
+        depends_on, successors, reads, wanted_agent_id, wanted_capability, preferred_agent_id,
+        timeout_seconds, max_attempts, max_wait_seconds, goes_on, priority, status, reason)
     SELECT i.id, e.run_id, e.definition_id, 'agent', e.position, e.id, i.index - 1, i.item, '{}',
         '{}', e.reads, e.wanted_agent_id, e.wanted_capability, e.preferred_agent_id,
-        e.timeout_seconds, e.max_attempts, e.max_wait_seconds, e.goes_on, e.priority, CASE WHEN
-        i.index <= coalesce(e.max_parallel, i.index) THEN 'pending' ELSE 'waiting' END, CASE WHEN
-        i.index <= coalesce(e.max_parallel, i.index) THEN NULL ELSE 'max_parallel' END
-    FROM expanded e, ROWS FROM (unnest(cast(:ids AS uuid[])), jsonb_array_elements(cast(:values AS jsonb)))
+        e.timeout_seconds, e.max_attempts, e.max_wait_seconds, e.goes_on, e.priority,
+        CASE WHEN i.index <= coalesce(e.max_parallel, i.index) THEN 'pending' ELSE 'waiting' END,
+        CASE WHEN i.index <= coalesce(e.max_parallel, i.index) THEN NULL ELSE 'max_parallel' END
+    FROM expanded e,
+        ROWS FROM (unnest(cast(:ids AS uuid[])), jsonb_array_elements(cast(:values AS jsonb)))
         WITH ORDINALITY AS i(id, item, index)
     RETURNING id, status, index, timeout_seconds
 ), told AS (

@@ -10,9 +10,8 @@ import json
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
 
-from sqlalchemy import Row, func, insert, select, text
+from sqlalchemy import func, insert, select, text
 
 from opscore.db import Tx
 from opscore.definition import Definition, parse
@@ -89,15 +88,17 @@ def find_workflow(tx: Tx, workflow_id: str, version: int | None = None) -> Store
     if row is None:
         named = workflow_id if version is None else f"{workflow_id} version {version}"
         raise WorkflowNotFound(workflow_id=named)
-    return StoredWorkflow(workflow_id, row.version, _compile(tx, workflow_id, row))
+    return StoredWorkflow(
+        workflow_id, row.version, _compile(tx, workflow_id, row.version, row.digest)
+    )
 
 
-def _compile(tx: Tx, workflow_id: str, row: Row[Any]) -> Definition:
-    key = (workflow_id, row.version, row.digest)
+def _compile(tx: Tx, workflow_id: str, version: int, digest: str) -> Definition:
+    key = (workflow_id, version, digest)
     if key not in _compiled:
         document = tx.execute(
             select(Workflow.definition).where(
-                Workflow.workflow_id == workflow_id, Workflow.version == row.version
+                Workflow.workflow_id == workflow_id, Workflow.version == version
             )
         ).scalar_one()
         _compiled[key] = parse(document)

@@ -24,6 +24,7 @@ from celery.exceptions import Ignore, Retry
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from celeryconfig import app
 from opscore import agentkit, engine
 from opscore.agentkit import Busy, Completed, Context, Failed
 from opscore.canvas import RUN_TASK
@@ -32,7 +33,7 @@ from opscore.definition import Definition, TaskSpec
 from opscore.engine import Claimed, Failure, Finished, MustWait, Parked
 from opscore.expressions import ExpressionError, Template
 from opscore.states import Reason
-from workers.app import app, process
+from workers.app import process
 
 log = structlog.get_logger()
 

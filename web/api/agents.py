@@ -4,10 +4,10 @@ from typing import Any
 from uuid import UUID
 
 from flask import url_for
-from opscore.definition import parse
 
 from opscore import queries
 from opscore.db import Tx
+from opscore.definition import parse
 from opscore.engine import submit_run
 from opscore.errors import InvalidDefinition
 from opscore.workflows import StoredWorkflow, create_workflow, find_workflow

@@ -3,9 +3,9 @@
 from typing import Any
 
 from flask import url_for
-from opscore.definition import parse
 
 from opscore import queries
+from opscore.definition import parse
 from opscore.workflows import create_workflow
 from web import pages
 from web.current import database
