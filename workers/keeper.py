@@ -141,15 +141,20 @@ class Keeper(bootsteps.StartStopStep):
         settings = process.settings
         database = Database(settings.database_url, pool_size=2, application="keeper")
         rounds = Round(database, Dispatcher(app, database, settings), settings)
-        while not self.ended.wait(settings.keeper_seconds):
-            try:
-                rounds.run()
-            except SQLAlchemyError as error:
-                log.warning("keeper.database_away", error=repr(error)[:300])
-            except Exception:
-                # The loop must outlive any single row's trouble; the next round meets it again.
-                log.exception("keeper.round_failed")
+        while not self.ended.is_set():
+            self._round(rounds)
+            self.ended.wait(settings.keeper_seconds)
         self._resign(rounds, database)
+
+    @staticmethod
+    def _round(rounds: Round) -> None:
+        try:
+            rounds.run()
+        except SQLAlchemyError as error:
+            log.warning("keeper.database_away", error=repr(error)[:300])
+        except Exception:
+            # The loop must outlive any single row's trouble; the next round meets it again.
+            log.exception("keeper.round_failed")
 
     @staticmethod
     def _resign(rounds: Round, database: Database) -> None:
