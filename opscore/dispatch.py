@@ -43,6 +43,7 @@ class Dispatcher:
         self.app = app
         self.database = database
         self.settings = settings
+        self._broken = False
         self._closed_until = 0.0
 
     def publish(self, plan: Plan) -> bool:
@@ -153,15 +154,21 @@ class Dispatcher:
         return self.publish(plan)
 
     def rescue(self) -> None:
-        """Publish again the runs with a task that could start but whose visit was lost."""
+        """Publish again the runs with a task that could start but whose visit was lost.
+
+        Lost, not late: while visits lie in the queue, that of the task may be one of them, unless a
+        run published after it was begun already.
+        """
         with self.database.autocommit() as tx:
             runs = engine.unvisited_runs(tx, self.settings.rescue_seconds, limit=50)
-        if runs and self.is_open and self._queue_is_empty():
-            for run_id, generation in runs:
-                self.republish(run_id, generation)
+        if not runs or not self.is_open:
+            return
+        is_empty = self._queue_is_empty()
+        for run in runs:
+            if is_empty or run.was_overtaken:
+                self.republish(run.run_id, run.generation)
 
     def _queue_is_empty(self) -> bool:
-        """Tell lost from late: while visits lie in the queue, ours may be one of them."""
         try:
             with self._redis() as redis:
                 return not any(redis.llen(queue) for queue in (AGENTS_QUEUE, CONTROL_QUEUE))
@@ -171,8 +178,15 @@ class Dispatcher:
 
     @property
     def is_open(self) -> bool:
-        """Whether the broker is worth a try now."""
-        return time.monotonic() >= self._closed_until
+        """Whether the broker is worth a try: after a failure it must first answer a ping."""
+        if time.monotonic() < self._closed_until:
+            return False
+        if self._broken:
+            try:
+                self.ping()
+            except Unavailable as error:
+                self._break(error)
+        return not self._broken
 
     def _send(self, signatures: Sequence[Signature], **context: Any) -> bool:
         if not signatures:
@@ -190,6 +204,7 @@ class Dispatcher:
         return True
 
     def _break(self, error: BaseException, **context: Any) -> None:
+        self._broken = True
         self._closed_until = time.monotonic() + BREAKER_SECONDS
         log.warning("dispatch.broker_away", error=repr(error)[:300], **context)
 
@@ -216,3 +231,4 @@ class Dispatcher:
                 redis.ping()
         except RedisError as error:
             raise Unavailable("Redis does not answer.") from error
+        self._broken = False

@@ -1584,27 +1584,47 @@ def hold_back(tx: Tx, task_ids: Sequence[UUID]) -> None:
     _HOLD_BACK(tx, {"task_ids": list(task_ids)})
 
 
+LOST_BY_AGE_SECONDS = 600
+"""Whatever its queue looks like, a visit that did not come for this long is lost."""
+
 _UNVISITED = Prepared(
     f"""
-SELECT DISTINCT t.run_id, r.generation
-FROM tasks t JOIN runs r ON r.id = t.run_id
-WHERE t.status = 'pending' AND {_RUN_OPEN} AND {_DEPENDENCIES_OVER}
-  AND greatest(r.generation_at, t.created_at, (
-        SELECT max(d.finished_at) FROM tasks d WHERE d.id = ANY (t.depends_on)))
-      < now() - make_interval(secs => :after * power(2, least(r.generation, 7) - 1))
+WITH unvisited AS (
+    SELECT t.run_id, r.generation, min(greatest(r.generation_at, t.created_at, (
+        SELECT max(d.finished_at) FROM tasks d WHERE d.id = ANY (t.depends_on)))) AS since
+    FROM tasks t JOIN runs r ON r.id = t.run_id
+    WHERE t.status = 'pending' AND {_RUN_OPEN} AND {_DEPENDENCIES_OVER}
+    GROUP BY t.run_id, r.generation
+)
+SELECT u.run_id, u.generation,
+       u.since < now() - make_interval(secs => {LOST_BY_AGE_SECONDS}) OR EXISTS (
+           SELECT FROM runs later
+           WHERE later.started_at IS NOT NULL AND later.generation = 1
+             AND later.created_at > u.since) AS was_overtaken
+FROM unvisited u
+WHERE u.since < now() - make_interval(secs => :after * power(2, least(u.generation, 3) - 1))
 LIMIT :limit
 """
 )
 
 
-def unvisited_runs(tx: Tx, after_seconds: float, limit: int) -> list[tuple[UUID, int]]:
-    """Return (run, generation) of runs with a task that could start and lay unvisited for long.
+@dataclass(frozen=True, slots=True)
+class Unvisited:
+    """A run with a task that could start and has lain unvisited."""
 
-    Whether its visit is lost or merely late is for the caller to find out; the time doubles with
-    each generation, so that a slow queue is never flooded.
+    run_id: UUID
+    generation: int
+    was_overtaken: bool
+    """A run published later has begun, or it has lain too long in any case: its visit is lost."""
+
+
+def unvisited_runs(tx: Tx, after_seconds: float, limit: int) -> list[Unvisited]:
+    """Return runs with a task that could start and has lain unvisited for `after_seconds`.
+
+    The time doubles with the first generations, so that a slow queue is never flooded.
     """
     rows = _UNVISITED(tx, {"after": after_seconds, "limit": limit})
-    return [(row.run_id, row.generation) for row in rows]
+    return [Unvisited(row.run_id, row.generation, row.was_overtaken) for row in rows]
 
 
 # --- What an attempt says while it runs ---------------------------------------------------------
