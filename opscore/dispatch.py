@@ -9,12 +9,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
 import structlog
 from celery import Celery, Signature
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError, OperationalError
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -33,7 +34,7 @@ BATCH = 500
 """Messages sent in one pipeline."""
 PING_SECONDS = 1.0
 
-BrokerErrors = (OperationalError, RedisError, OSError)
+BrokerErrors = (OperationalError, KombuError, RedisError, OSError)
 
 
 class Dispatcher:
@@ -46,11 +47,12 @@ class Dispatcher:
         self._broken = False
         self._closed_until = 0.0
 
-    def publish(self, plan: Plan) -> bool:
-        """Send the canvas of what is left of a run; False if the broker did not take it."""
-        return self._publish(plan, canvas.build(plan.nodes))
+    def publish(self, plan: Plan, start: Iterable[UUID] | None = None) -> bool:
+        """Send the canvas of what is left of a run; False if the broker did not take it.
 
-    def _publish(self, plan: Plan, drawn: canvas.Canvas) -> bool:
+        With `start`, only what follows these tasks and no others: a segment.
+        """
+        drawn = canvas.build(plan.nodes, start)
         woken: list[Woken] = []
         if drawn.beyond:
             with self.database.transaction() as tx:
@@ -61,17 +63,11 @@ class Dispatcher:
             self.app, drawn, plan.nodes, plan.generation, plan.request_id
         )
         items = [
-            canvas.visit(
-                self.app, item, plan.generation, timeout_seconds=timeout, request_id=plan.request_id
-            )
+            self._visit(item, plan.generation, timeout, plan.request_id)
             for item, timeout in plan.items
         ]
         sent = self._send([*signatures, *items], run_id=str(plan.run_id))
         return self.wake(woken) and sent
-
-    def visit_items(self, plan: Plan) -> bool:
-        """Send a visit for each item of a `forEach` that was just expanded."""
-        return self._publish(plan, canvas.build(()))
 
     def wake(self, woken: Iterable[Woken]) -> bool:
         """Send the visits of woken tasks: the saved message, a plain one, or a whole segment."""
@@ -82,7 +78,11 @@ class Dispatcher:
             if task.message is not None:
                 signatures.append(self.app.signature(task.message))
             elif task.is_item:
-                signatures.append(self._visit(task))
+                signatures.append(
+                    self._visit(
+                        task.task_id, task.generation, task.timeout_seconds, task.request_id
+                    )
+                )
             elif task.reason == Reason.DEPENDENCIES:
                 segments[task.run_id].add(task.task_id)
             else:
@@ -123,13 +123,15 @@ class Dispatcher:
             self._send([self.app.signature(finished.message)], task_id=str(task_id))
         self.wake(woken)
 
-    def _visit(self, task: Woken) -> Signature:
+    def _visit(
+        self, task_id: UUID, generation: int, timeout_seconds: float, request_id: str | None
+    ) -> Signature:
         return canvas.visit(
             self.app,
-            task.task_id,
-            task.generation,
-            timeout_seconds=task.timeout_seconds,
-            request_id=task.request_id,
+            task_id,
+            generation,
+            timeout_seconds=timeout_seconds,
+            request_id=request_id,
         )
 
     def _publish_segment(self, run_id: UUID, start: set[UUID]) -> bool:
@@ -138,13 +140,11 @@ class Dispatcher:
         if plan is None:
             return True
         alive = start & {node.id for node in plan.nodes}
-        drawn = canvas.build(plan.nodes, alive)
-        bare = Plan(plan.run_id, plan.generation, plan.request_id, plan.nodes)
-        return self._publish(bare, drawn)
+        return self.publish(replace(plan, items=()), alive)
 
     def republish(self, run_id: UUID, generation: int) -> bool:
         """Publish what is left of a run under a new generation, unless somebody just did."""
-        if not self.is_open:
+        if not self.is_reachable():
             return False
         with self.database.transaction() as tx:
             plan = engine.republish_run(tx, run_id, generation)
@@ -161,7 +161,7 @@ class Dispatcher:
         """
         with self.database.autocommit() as tx:
             runs = engine.unvisited_runs(tx, self.settings.rescue_seconds, limit=50)
-        if not runs or not self.is_open:
+        if not runs or not self.is_reachable():
             return
         is_empty = self._queue_is_empty()
         for run in runs:
@@ -176,9 +176,8 @@ class Dispatcher:
             self._break(error)
             return False
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the broker is worth a try: after a failure it must first answer a ping."""
+    def is_reachable(self) -> bool:
+        """Say whether the broker is worth a try: after a failure it must first answer a ping."""
         if time.monotonic() < self._closed_until:
             return False
         if self._broken:
@@ -191,7 +190,7 @@ class Dispatcher:
     def _send(self, signatures: Sequence[Signature], **context: Any) -> bool:
         if not signatures:
             return True
-        if not self.is_open:
+        if not self.is_reachable():
             log.warning("dispatch.skipped", messages=len(signatures), **context)
             return False
         try:

@@ -22,6 +22,8 @@ from uuid6 import uuid7
 from opscore.db import Prepared, Tx
 from opscore.definition import Definition, TaskSpec
 from opscore.errors import AgentNotFound, InvalidRequest, RunFinished, RunNotFound
+from opscore.expressions import Template
+from opscore.json_values import Faults
 from opscore.models import Agent, Event, Run, Task
 from opscore.states import RUN_ENDED, TASK_ENDED, Reason
 from opscore.workflows import StoredWorkflow
@@ -49,6 +51,8 @@ _ITEMS_OVER = f"""NOT EXISTS (
 
 
 _UUIDS = ARRAY(Uuid)
+END = ""
+"""The definition id of the implicit end; no task of a definition can have it."""
 _WAKE_AT = """to_char(wake_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
 
 
@@ -77,9 +81,6 @@ class Plan:
     """Items of expanded `forEach` tasks that need a visit of their own: (task id, timeout)."""
 
 
-Submission = Plan
-
-
 def submit_run(
     tx: Tx,
     stored: StoredWorkflow,
@@ -89,7 +90,7 @@ def submit_run(
     labels: Mapping[str, str] | None = None,
     priority: int = 1,
     request_id: str | None = None,
-) -> Submission:
+) -> Plan:
     """Write a run, all its tasks and the event. Once this commits, the run is accepted.
 
     `agent_id` is the agent it was triggered for: it runs the tasks that name nobody, and is
@@ -146,20 +147,29 @@ def _task_rows(
     definition: Definition, run_id: UUID, agent_id: str | None, priority: int
 ) -> list[dict[str, Any]]:
     """Return the rows of a run's tasks; with several leaves an implicit end joins them."""
-    ids = {spec.id: uuid7() for spec in definition.tasks}
-    rows = {
-        spec.id: _task_row(spec, position, ids, run_id, agent_id, priority)
-        for position, spec in enumerate(definition.tasks)
-    }
+    specs = list(definition.tasks)
     if len(definition.leaves) > 1:
-        rows[""] = _end_row(definition, ids, run_id, priority)
-    for row in rows.values():
-        for name in row.pop("after"):
-            rows[name]["successors"].append(row["id"])
-    sink = rows["" if "" in rows else definition.leaves[0]]
-    sink["is_sink"] = True
-    sink["reads"] = sorted({*sink["reads"], *output_reads(definition)} - {sink["definition_id"]})
-    return list(rows.values())
+        nothing = Template.compile({}, "", Faults())
+        specs.append(TaskSpec(END, None, None, None, nothing, definition.leaves))
+    ids = {spec.id: uuid7() for spec in specs}
+    after: dict[str, list[UUID]] = {spec.id: [] for spec in specs}
+    for spec in specs:
+        for name in spec.depends_on:
+            after[name].append(ids[spec.id])
+    rows = [
+        _task_row(spec, position, ids, after[spec.id])
+        | {"run_id": run_id, "priority": priority, "preferred_agent_id": agent_id}
+        for position, spec in enumerate(specs)
+    ]
+    for row in rows:
+        if row["wanted_agent_id"] is None and row["wanted_capability"] is None:
+            row["wanted_agent_id"] = agent_id
+        if not row["successors"]:
+            row["is_sink"] = True
+            row["reads"] = sorted(
+                {*row["reads"], *output_reads(definition)} - {row["definition_id"]}
+            )
+    return rows
 
 
 def output_reads(definition: Definition) -> frozenset[str]:
@@ -170,69 +180,31 @@ def output_reads(definition: Definition) -> frozenset[str]:
 
 
 def _task_row(
-    spec: TaskSpec,
-    position: int,
-    ids: Mapping[str, UUID],
-    run_id: UUID,
-    agent_id: str | None,
-    priority: int,
+    spec: TaskSpec, position: int, ids: Mapping[str, UUID], successors: list[UUID]
 ) -> dict[str, Any]:
-    unbound = spec.agent_id is None and spec.capability is None
-    return _row(
-        run_id,
-        id=ids[spec.id],
-        definition_id=spec.id,
-        kind="agent" if spec.for_each is None else "for_each",
-        position=position,
-        max_parallel=spec.for_each.max_parallel if spec.for_each else None,
-        after=spec.depends_on,
-        depends_on=[ids[name] for name in spec.depends_on],
-        reads=sorted(spec.references),
-        wanted_agent_id=agent_id if unbound else spec.agent_id,
-        wanted_capability=spec.capability,
-        preferred_agent_id=agent_id,
-        timeout_seconds=spec.timeout_seconds,
-        max_attempts=spec.retry.max_attempts,
-        max_wait_seconds=spec.busy.max_wait_seconds,
-        goes_on=spec.on_failure == "continue",
-        priority=priority,
-    )
-
-
-def _end_row(
-    definition: Definition, ids: Mapping[str, UUID], run_id: UUID, priority: int
-) -> dict[str, Any]:
-    return _row(
-        run_id,
-        id=uuid7(),
-        kind="end",
-        position=len(definition.tasks),
-        after=definition.leaves,
-        depends_on=[ids[name] for name in definition.leaves],
-        priority=priority,
-    )
-
-
-def _row(run_id: UUID, **values: Any) -> dict[str, Any]:
-    """Return a whole task row: an insert of many rows wants the same columns in each."""
-    blank: dict[str, Any] = {
-        "run_id": run_id,
-        "definition_id": "",
-        "item": None,
-        "max_parallel": None,
-        "successors": [],
-        "reads": [],
+    each = spec.for_each
+    return {
+        "id": ids[spec.id],
+        "definition_id": spec.id,
+        "kind": "end" if spec.id == END else "agent" if each is None else "for_each",
+        "position": position,
+        "max_parallel": each.max_parallel if each else None,
+        "depends_on": [ids[name] for name in spec.depends_on],
+        "successors": successors,
+        "reads": sorted(spec.references),
         "is_sink": False,
-        "wanted_agent_id": None,
-        "wanted_capability": None,
-        "preferred_agent_id": None,
-        "timeout_seconds": 60.0,
-        "max_attempts": 3,
-        "max_wait_seconds": 86_400.0,
-        "goes_on": False,
+        "wanted_agent_id": spec.agent_id,
+        "wanted_capability": spec.capability,
+        "timeout_seconds": spec.timeout_seconds,
+        "max_attempts": spec.retry.max_attempts,
+        "retry_backoff": spec.retry.backoff_seconds,
+        "retry_max_backoff": spec.retry.max_backoff_seconds,
+        "busy_backoff": spec.busy.backoff_seconds,
+        "busy_max_backoff": spec.busy.max_backoff_seconds,
+        "max_wait_seconds": spec.busy.max_wait_seconds,
+        "goes_on": spec.on_failure == "continue",
         "status": "pending",
     }
-    return blank | values
 
 
 # --- Claiming -----------------------------------------------------------------------------------
@@ -248,7 +220,7 @@ class Claimed:
     kind: str
     definition_id: str
     parent_id: UUID | None
-    index: int | None
+    item_index: int | None
     item: Any
     merges_input: bool
     """The first task of a run triggered for an agent: the input is merged over its parameters."""
@@ -256,16 +228,15 @@ class Claimed:
     """A `forEach` whose items are over: collect them."""
     is_sink: bool
     agent_id: str | None
-    slot: int | None
+    has_slot: bool
+    """Its end may free a slot somebody waits for."""
     workflow_id: str
     version: int
     generation: int
-    tries: int
-    waits: int
     timeout_seconds: float
     deadline_at: datetime
     input: Any
-    tasks: Mapping[str, Any]
+    tasks: Mapping[str, Any] | None
     """Definition id -> `{output, status, error}` of the tasks its expressions read."""
 
 
@@ -280,27 +251,20 @@ class Settled:
 class Elsewhere:
     """Another visit runs it, or it waits for its time: a newer canvas's visit is kept for later."""
 
-    generation: int
-
 
 @dataclass(frozen=True, slots=True)
 class MustWait:
-    """The task cannot start yet: park it."""
+    """The task cannot start yet: park it. `agent_id` is an agent it could go to, if any."""
 
     reason: Reason
     agent_id: str | None
-    waits: int
-    generation: int
-    workflow_id: str
-    version: int
-    definition_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class NoSuchAgent:
-    """The task names an agent nobody registered: it fails at once."""
+class Impossible:
+    """The task can never start: it fails at once."""
 
-    agent_id: str
+    failure: "Failure"
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,13 +272,15 @@ class Void:
     """Nothing to do here any more: drop the message."""
 
 
-Answer = Claimed | Settled | Elsewhere | MustWait | NoSuchAgent | Void
+Answer = Claimed | Settled | Elsewhere | MustWait | Impossible | Void
 
 _FREE = """(s.holder IS NULL OR s.lease_expires_at < now())
     AND (s.reserved_until IS NULL OR s.reserved_until < now())"""
 _RESERVED = "EXISTS (SELECT FROM slots k WHERE k.reserved_for = w.id AND k.reserved_until > now())"
+_MAY_ASK = "(w.not_before IS NULL OR w.not_before <= now())"
+"""Whoever an agent itself sent away does not stand in its line until the time it named."""
 _AHEAD = f"""w.status = 'waiting' AND w.reason = 'agent_busy' AND w.id <> ready.id
-    AND NOT {_RESERVED}
+    AND {_MAY_ASK} AND NOT {_RESERVED}
     AND (w.priority > ready.priority OR w.priority = ready.priority
          AND w.waiting_since < coalesce(ready.waiting_since, now()))"""
 
@@ -335,7 +301,7 @@ WITH t AS MATERIALIZED (
             WHEN 'retry' THEN t.wake_at <= now() OR t.woken_at IS NOT NULL
             WHEN 'children' THEN {_ITEMS_OVER}
             WHEN 'max_parallel' THEN false
-            ELSE true
+            ELSE t.not_before IS NULL OR t.not_before <= now()
         END)
 ), candidate AS (
     SELECT a.agent_id, a.capacity, a.capabilities,
@@ -379,7 +345,7 @@ WITH t AS MATERIALIZED (
         -- An old visit does the work, but a newer canvas's saved one must still go on after it.
         message = CASE WHEN t.visit_generation > :generation THEN t.message END,
         visit_generation = greatest(t.visit_generation, :generation),
-        wake_at = NULL, woken_at = NULL
+        wake_at = NULL, woken_at = NULL, not_before = NULL
     FROM chosen LEFT JOIN starting ON true
     WHERE t.id = :task_id AND t.status IN ('pending', 'waiting')
     RETURNING t.id, t.run_id, t.attempt, t.kind, t.agent_id, t.lease_expires_at, t.deadline_at,
@@ -401,27 +367,26 @@ WITH t AS MATERIALIZED (
         'attempt', attempt, 'agentId', agent_id, 'worker', cast(:worker AS text))
     FROM claimed, (SELECT max(seq) FROM told_run) AS after_that WHERE kind <> 'end'
 )
-SELECT t.id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index AS item_index, t.item, t.items,
-       t.is_sink, t.status, t.reason, t.tries, t.waits, t.timeout_seconds, t.wanted_agent_id,
-       t.workflow_id, t.version, t.generation, t.run_open, t.merges_input, over.dependencies,
-       claimed.attempt, t.attempt AS last_attempt,
-       coalesce(claimed.deadline_at, t.deadline_at) AS deadline_at,
+SELECT t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index AS item_index,
+       t.item, t.items IS NOT NULL AS expanded, t.is_sink, t.merges_input, t.workflow_id, t.version,
+       t.generation, t.timeout_seconds, t.status, t.wanted_agent_id, t.run_open, over.dependencies,
+       claimed.id IS NOT NULL OR mine.held AS claimed,
+       coalesce(claimed.attempt, t.attempt) AS attempt,
        coalesce(claimed.agent_id, t.agent_id) AS agent_id,
-       coalesce(claimed.number, (SELECT s.number FROM slots s WHERE t.claim_token = :token
-                                 AND s.holder = t.id AND s.attempt = t.attempt)) AS slot,
-       t.status = 'running' AND t.claim_token = :token AS mine,
+       coalesce(claimed.deadline_at, t.deadline_at) AS deadline_at,
+       claimed.number IS NOT NULL OR mine.held AND t.kind = 'agent' AS has_slot,
        EXISTS (SELECT FROM ready) AS ready,
        EXISTS (SELECT FROM chosen) AS chosen,
-       EXISTS (SELECT FROM candidate) AS candidate,
-       (SELECT agent_id FROM candidate ORDER BY preferred DESC LIMIT 1) AS candidate_id,
-       CASE WHEN claimed.id IS NOT NULL OR t.claim_token = :token
+       (SELECT agent_id FROM candidate ORDER BY preferred DESC LIMIT 1) AS candidate,
+       CASE WHEN claimed.id IS NOT NULL OR mine.held
             THEN (SELECT input FROM runs WHERE id = t.run_id) END AS input,
-       CASE WHEN (claimed.id IS NOT NULL OR t.claim_token = :token) AND t.reads <> '{{}}'
+       CASE WHEN (claimed.id IS NOT NULL OR mine.held) AND t.reads <> '{{}}'
             THEN (SELECT jsonb_object_agg(d.definition_id, jsonb_build_object(
                       'output', d.output, 'status', d.status, 'error', d.error))
                   FROM tasks d WHERE d.run_id = t.run_id AND d.index IS NULL
                   AND d.definition_id = ANY (t.reads)) END AS tasks
 FROM t CROSS JOIN over LEFT JOIN claimed ON true
+     CROSS JOIN LATERAL (SELECT t.status = 'running' AND t.claim_token = :token AS held) AS mine
 """,
     task_id=Uuid(),
     token=Uuid(),
@@ -450,67 +415,27 @@ def claim_task(
     ).one_or_none()
     if row is None:
         return Void()
-    if row.attempt is not None or row.mine:
-        return _claimed(row)
-    if row.status in TASK_ENDED:
-        return Settled(row.generation) if row.run_open else Void()
+    if row.claimed:
+        return Claimed(**{name: getattr(row, name) for name in Claimed.__slots__})
     if not row.run_open:
         return Void()
-    if row.ready and row.chosen:
-        return None
-    return _refused(row)
-
-
-def _claimed(row: Row[Any]) -> Claimed:
-    return Claimed(
-        task_id=row.id,
-        run_id=row.run_id,
-        attempt=row.attempt or row.last_attempt,
-        kind=row.kind,
-        definition_id=row.definition_id,
-        parent_id=row.parent_id,
-        index=row.item_index,
-        item=row.item,
-        merges_input=row.merges_input,
-        expanded=row.items is not None,
-        is_sink=row.is_sink,
-        agent_id=row.agent_id,
-        slot=row.slot,
-        workflow_id=row.workflow_id,
-        version=row.version,
-        generation=row.generation,
-        tries=row.tries,
-        waits=row.waits,
-        timeout_seconds=row.timeout_seconds,
-        deadline_at=row.deadline_at,
-        input=row.input,
-        tasks=row.tasks or {},
-    )
+    if row.status in TASK_ENDED:
+        return Settled(row.generation)
+    return None if row.ready and row.chosen else _refused(row)
 
 
 def _refused(row: Row[Any]) -> Answer:
     """Say why a task of an open run cannot start."""
-    if row.status == "running":
-        return Elsewhere(row.generation)
-    if not row.dependencies:
-        reason = Reason.DEPENDENCIES
-    elif not row.ready:
-        return Elsewhere(row.generation)
-    elif row.candidate:
-        reason = Reason.AGENT_BUSY
-    elif row.wanted_agent_id is not None:
-        return NoSuchAgent(row.wanted_agent_id)
-    else:
-        reason = Reason.AGENT_UNAVAILABLE
-    return MustWait(
-        reason,
-        row.candidate_id,
-        row.waits,
-        row.generation,
-        row.workflow_id,
-        row.version,
-        row.definition_id,
-    )
+    if row.status != "running" and not row.dependencies:
+        return MustWait(Reason.DEPENDENCIES, None)
+    if not row.ready:
+        return Elsewhere()
+    if row.candidate is not None:
+        return MustWait(Reason.AGENT_BUSY, row.candidate)
+    if row.wanted_agent_id is not None:
+        sentence = f"No agent is registered as {row.wanted_agent_id!r}."
+        return Impossible(Failure("agent_not_found", sentence))
+    return MustWait(Reason.AGENT_UNAVAILABLE, None)
 
 
 # --- Finishing ----------------------------------------------------------------------------------
@@ -549,70 +474,99 @@ class Fenced:
     """The attempt is no longer this worker's: drop its outcome."""
 
 
-_FINISH = """
-WITH {before} done AS (
-    UPDATE tasks t
-    SET status = 'completed', output = :output, finished_at = now(),
-        lease_expires_at = NULL, deadline_at = NULL, waiting_since = NULL
+def _leave(
+    change: str,
+    guard: str,
+    attempt: str,
+    event: str,
+    *,
+    source: str = "",
+    before: str = "",
+    after: str = "",
+    answer: str = "gone.id FROM gone",
+) -> str:
+    """Return the statement by which a task leaves its attempt: row, attempt, slot, event."""
+    return f"""
+WITH {before} gone AS (
+    UPDATE tasks t SET {change}, lease_expires_at = NULL, deadline_at = NULL
     {source}
-    WHERE t.id = :task_id AND t.attempt = :attempt AND t.status = 'running'
-    RETURNING t.id, t.run_id, t.kind, t.message, t.ends_run, t.is_sink
+    WHERE t.id = :task_id AND {guard}
+    RETURNING t.id, t.run_id, t.definition_id, t.kind, t.parent_id, t.index AS item_index,
+              t.is_sink, t.goes_on, t.status, t.attempt, t.agent_id, t.ends_run, t.message,
+              t.wake_at
 ), closed AS (
-    UPDATE attempts a SET status = 'completed', finished_at = now() FROM done
-    WHERE a.task_id = done.id AND a.number = :attempt
+    UPDATE attempts a SET {attempt}, finished_at = now() FROM gone
+    WHERE a.task_id = gone.id AND a.number = gone.attempt AND a.status = 'running'
 ), freed AS (
-    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM done
-    WHERE s.agent_id = :agent_id AND s.number = :slot
-      AND s.holder = :task_id AND s.attempt = :attempt
+    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM gone
+    WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
-    SELECT run_id, id, 'task.completed', jsonb_build_object('attempt', cast(:attempt AS int))
-    FROM done WHERE kind <> 'end' RETURNING seq
+    SELECT run_id, id, {event} FROM gone WHERE kind <> 'end' RETURNING seq
 ) {after}
-SELECT done.message, done.ends_run, r.generation
-FROM done JOIN runs r ON r.id = done.run_id
+SELECT {answer}
 """
-_FINISH_SINK = {
-    "before": "run AS (SELECT id FROM runs WHERE id = :run_id FOR NO KEY UPDATE),",
-    "source": "FROM run",
-    "after": f""", settled AS (
-    UPDATE runs r SET status = 'completed', output = :run_output, finished_at = now() FROM done
-    WHERE r.id = done.run_id AND r.status = 'running' AND {_RUN_OPEN}
-    RETURNING r.id
+
+
+_BRIEF = "cast(:error AS jsonb) - 'traceback'"
+_MINE = "t.attempt = :attempt AND t.status = 'running'"
+_COMPLETE = {
+    "change": "status = 'completed', output = :output, finished_at = now(), waiting_since = NULL",
+    "guard": _MINE,
+    "attempt": "status = 'completed'",
+    "event": "'task.completed', jsonb_build_object('attempt', attempt)",
+    "answer": """gone.message, gone.ends_run, r.generation
+    FROM gone JOIN runs r ON r.id = gone.run_id""",
+}
+_SETTLED = f""", settled AS (
+    UPDATE runs r
+    SET status = CASE WHEN cast(:run_error AS jsonb) IS NULL THEN 'completed' ELSE 'failed' END,
+        output = :run_output, error = :run_error, finished_at = now()
+    FROM gone
+    WHERE r.id = gone.run_id AND {{ends}} AND r.status = 'running' AND {_RUN_OPEN}
+    RETURNING r.id, r.status
 ), told_run AS (
     INSERT INTO events (run_id, type)
-    SELECT id, 'run.completed' FROM settled, (SELECT max(seq) FROM told) AS after_that
-)""",
+    SELECT id, 'run.' || status FROM settled, (SELECT max(seq) FROM told) AS after_that
+)"""
+_RUN_ENDING: dict[str, Any] = {
+    "run_output": JSONB(none_as_null=True),
+    "run_error": JSONB(none_as_null=True),
 }
-
-
-def _finish(parts: Mapping[str, str], **types: Any) -> Prepared:
-    return Prepared(_FINISH.format(**parts), task_id=Uuid(), output=JSONB(), **types)
-
-
-_FINISH_TASK = _finish({"before": "", "source": "", "after": ""})
-_FINISH_LAST = _finish(_FINISH_SINK, run_id=Uuid(), run_output=JSONB())
+_FINISH = Prepared(_leave(**_COMPLETE), task_id=Uuid(), output=JSONB())
+_FINISH_LAST = Prepared(
+    _leave(
+        before="run AS (SELECT id FROM runs WHERE id = :run_id FOR NO KEY UPDATE),",
+        source="FROM run",
+        after=_SETTLED.format(ends="true"),
+        **_COMPLETE,
+    ),
+    task_id=Uuid(),
+    run_id=Uuid(),
+    output=JSONB(),
+    **_RUN_ENDING,
+)
 
 
 def complete_attempt(
-    tx: Tx, claimed: Claimed, output: Any, run_output: Any = None
+    tx: Tx,
+    claimed: Claimed,
+    output: Any,
+    run_output: Any = None,
+    run_error: Failure | None = None,
 ) -> Finished | Fenced:
-    """Record success: status, output, event, the slot freed, and the run settled if this was its
-    sink.
+    """Record success: status, output, event, the slot freed.
 
-    Both outputs are storable JSON.
+    The run's sink settles the run too: with `run_output`, or as failed with `run_error` if no
+    output could be made. Outputs are storable JSON.
     """
-    parameters = {
-        "task_id": claimed.task_id,
-        "attempt": claimed.attempt,
-        "agent_id": claimed.agent_id,
-        "slot": claimed.slot,
-        "output": output,
-    }
+    parameters = {"task_id": claimed.task_id, "attempt": claimed.attempt, "output": output}
     if claimed.is_sink:
-        parameters |= {"run_id": claimed.run_id, "run_output": run_output}
-    statement = _FINISH_LAST if claimed.is_sink else _FINISH_TASK
-    row = statement(tx, parameters).one_or_none()
+        error = None if run_error is None else _error(run_error)
+        ending = {"run_id": claimed.run_id, "run_output": run_output, "run_error": error}
+        row = _FINISH_LAST(tx, parameters | ending).one_or_none()
+    else:
+        row = _FINISH(tx, parameters).one_or_none()
     if row is None:
         return _repeated(tx, claimed)
     return Finished(row.generation, ends_run=row.ends_run, message=row.message)
@@ -632,39 +586,33 @@ WHERE t.id = :task_id AND t.attempt = :attempt AND t.status IN {_ENDED}
 
 def _repeated(tx: Tx, claimed: Claimed) -> Finished | Fenced:
     """Tell an outcome whose answer was lost on the way from one that came too late."""
-    row = _RECORDED(tx, {"task_id": claimed.task_id, "attempt": claimed.attempt}).one_or_none()
+    parameters = {"task_id": claimed.task_id, "attempt": claimed.attempt}
+    row = _RECORDED(tx, parameters).one_or_none()
     if row is None:
         return Fenced()
     failed_run = row.status == "failed" and not row.goes_on
     return Finished(row.generation, row.ends_run, failed_run, row.message)
 
 
+def _backoff(base: str, cap: str, exponent: str) -> str:
+    """Return seconds to wait in SQL: exponential, capped, with full jitter.
+
+    Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+    """
+    return f"random() * least({cap}, {base} * power(2, least({exponent}, 30)))"
+
+
 _RETRY = Prepared(
-    f"""
-WITH later AS (
-    UPDATE tasks t
-    SET status = 'waiting', reason = 'retry', tries = tries + 1, waits = 0, waiting_since = NULL,
-        message = coalesce(t.message, :message),
-        wake_at = now() + make_interval(secs => :delay), woken_at = NULL,
-        lease_expires_at = NULL, deadline_at = NULL
-    WHERE t.id = :task_id AND t.attempt = :attempt AND t.status = 'running'
-      AND t.tries + 1 < t.max_attempts AND NOT t.ends_run
-    RETURNING t.id, t.run_id, t.wake_at
-), closed AS (
-    UPDATE attempts a SET status = 'failed', error = :error, finished_at = now() FROM later
-    WHERE a.task_id = later.id AND a.number = :attempt
-), freed AS (
-    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM later
-    WHERE s.holder = later.id AND s.attempt = :attempt
-), told AS (
-    INSERT INTO events (run_id, task_id, type, data)
-    SELECT run_id, id, 'task.retrying', jsonb_build_object(
-        'attempt', cast(:attempt AS int), 'wakeAt', {_WAKE_AT}, 'error', cast(:error AS jsonb) -
-        'traceback')
-    FROM later
-)
-SELECT id FROM later
-""",
+    _leave(
+        f"""status = 'waiting', reason = 'retry', tries = tries + 1, waits = 0,
+        waiting_since = NULL, message = coalesce(t.message, :message), woken_at = NULL,
+        wake_at = now() + make_interval(secs => coalesce(
+            :delay, {_backoff("t.retry_backoff", "t.retry_max_backoff", "t.tries")}))""",
+        f"{_MINE} AND t.tries + 1 < t.max_attempts AND NOT t.ends_run",
+        "status = 'failed', error = :error",
+        f"""'task.retrying', jsonb_build_object(
+            'attempt', attempt, 'wakeAt', {_WAKE_AT}, 'error', {_BRIEF})""",
+    ),
     task_id=Uuid(),
     message=JSONB(none_as_null=True),
     error=JSONB(),
@@ -676,12 +624,13 @@ def fail_attempt(
     claimed: Claimed,
     failure: Failure,
     *,
-    delay_seconds: float,
+    delay_seconds: float | None = None,
     message: dict[str, Any],
 ) -> Finished | Parked | Fenced:
     """Record a failure: park the task for its next attempt, or let it fail for good.
 
-    For good, under `onFailure: fail`, nothing of the run starts any more: what has not started is
+    `delay_seconds` is what the agent asked for; without it the task's own backoff decides. For
+    good, under `onFailure: fail`, nothing of the run starts any more: what has not started is
     cancelled, and the run fails when its running attempts have ended.
     """
     error = _error(failure)
@@ -709,7 +658,7 @@ class Gone:
 
 
 def fail_unclaimed(tx: Tx, task_id: UUID, failure: Failure) -> Gone | None:
-    """Let a task fail that never started, such as one that waited too long; None if it moved on."""
+    """Let a task fail that cannot start; None if it moved on."""
     row = tx.execute(select(Task.run_id, Task.parent_id).where(Task.id == task_id)).one_or_none()
     if row is None:
         return None
@@ -717,16 +666,14 @@ def fail_unclaimed(tx: Tx, task_id: UUID, failure: Failure) -> Gone | None:
     return None if finished is None else Gone(row.run_id, row.parent_id, finished)
 
 
-def no_such_agent(agent_id: str) -> Failure:
-    """Return the failure of a task that names an agent nobody registered."""
-    return Failure("agent_not_found", f"No agent is registered as {agent_id!r}.")
-
-
-def overdue_failure(reason: str) -> Failure:
-    """Return the failure of a task that waited longer than its `busy.maxWaitSeconds`."""
+def fail_overdue(tx: Tx, task_id: UUID) -> Gone | None:
+    """Let a task fail that waited longer than its `busy.maxWaitSeconds`; None if it moved on."""
+    reason = tx.execute(select(Task.reason).where(Task.id == task_id)).scalar()
     if reason == Reason.AGENT_UNAVAILABLE:
-        return Failure("agent_unavailable", "No agent with the capability could take it in time.")
-    return Failure("agent_busy_timeout", "The agent stayed busy for longer than maxWaitSeconds.")
+        failure = Failure("agent_unavailable", "No agent that could take it came in time.")
+    else:
+        failure = Failure("agent_busy_timeout", "Its agent was busy for all of maxWaitSeconds.")
+    return fail_unclaimed(tx, task_id, failure)
 
 
 def _error(failure: Failure) -> dict[str, Any]:
@@ -735,41 +682,26 @@ def _error(failure: Failure) -> dict[str, Any]:
 
 
 _END_TASK = Prepared(
-    f"""
-WITH ended AS (
-    UPDATE tasks t
-    SET status = CASE WHEN r.cancel_requested_at IS NULL AND cast(:error AS jsonb) IS NOT NULL
+    _leave(
+        f"""status = CASE WHEN r.cancel_requested_at IS NULL AND cast(:error AS jsonb) IS NOT NULL
                       THEN 'failed' ELSE 'cancelled' END,
         reason = CASE WHEN r.cancel_requested_at IS NOT NULL THEN 'run_cancelled'
                       WHEN cast(:error AS jsonb) IS NULL THEN 'upstream_failed' END,
-        error = cast(:error AS jsonb) - 'traceback', finished_at = now(),
-        lease_expires_at = NULL, deadline_at = NULL, waiting_since = NULL, wake_at = NULL
-    FROM runs r
-    WHERE t.id = :task_id AND r.id = t.run_id
-      AND CASE WHEN cast(:attempt AS int) IS NULL THEN t.status IN ('pending', 'waiting')
-               ELSE t.attempt = :attempt AND t.status = 'running' END
-    RETURNING t.id, t.run_id, t.definition_id, t.index, t.parent_id, t.goes_on, t.ends_run,
-    t.message,
-              t.is_sink, t.status, r.generation, {_RUN_OPEN} AS run_open
-), closed AS (
-    UPDATE attempts a
-    SET status = CASE WHEN cast(:error AS jsonb) IS NULL THEN 'cancelled' ELSE 'failed' END,
-        error = :error, finished_at = now()
-    FROM ended WHERE a.task_id = ended.id AND a.number = :attempt
-), freed AS (
-    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM ended
-    WHERE s.holder = ended.id AND s.attempt = :attempt
-), told AS (
-    INSERT INTO events (run_id, task_id, type, data)
-    SELECT run_id, id, 'task.' || status,
-           jsonb_build_object('attempt', cast(:attempt AS int), 'error', cast(:error AS jsonb) -
-           'traceback')
-    FROM ended
-)
-SELECT * FROM ended
-""",
+        error = {_BRIEF}, finished_at = now(), waiting_since = NULL, wake_at = NULL""",
+        """r.id = t.run_id
+        AND CASE WHEN cast(:attempt AS int) IS NULL THEN t.status IN ('pending', 'waiting')
+                 ELSE t.attempt = :attempt AND t.status = 'running' END""",
+        """status = CASE WHEN cast(:error AS jsonb) IS NULL THEN 'cancelled' ELSE 'failed' END,
+        error = :error""",
+        f"'task.' || status, jsonb_build_object('attempt', attempt, 'error', {_BRIEF})",
+        source="FROM runs r",
+        after=_SETTLED.format(ends="gone.status = 'failed' AND gone.goes_on AND gone.is_sink"),
+        answer=f"""gone.*, r.generation, {_RUN_OPEN} AS run_open
+        FROM gone JOIN runs r ON r.id = gone.run_id""",
+    ),
     task_id=Uuid(),
     error=JSONB(none_as_null=True),
+    **_RUN_ENDING,
 )
 
 
@@ -783,18 +715,19 @@ def _end_task(
 ) -> Finished | None:
     """Fail a task for good and, unless it goes on, begin to fail its run.
 
-    Without an error the task is given up with a run that is ending already.
+    Without an error the task is given up with a run that is ending already. A sink that goes on
+    completes the run, which then has no output.
     """
     _lock_run(tx, run_id)
-    row = _END_TASK(tx, {"task_id": task_id, "error": error, "attempt": attempt}).one_or_none()
+    ending = {"run_output": None, "run_error": None}
+    row = _END_TASK(
+        tx, {"task_id": task_id, "error": error, "attempt": attempt, **ending}
+    ).one_or_none()
     if row is None:
         return None
     failed_run = row.status == "failed" and not row.goes_on
     if failed_run and row.run_open and error is not None:
         _fail_run(tx, row, error)
-    sink_went_on = row.status == "failed" and row.goes_on and row.is_sink
-    if sink_went_on and row.run_open:
-        _complete_run(tx, run_id)
     return Finished(row.generation, row.ends_run or failed_run, failed_run, row.message)
 
 
@@ -813,16 +746,12 @@ _FAIL_RUN = Prepared(
     error=JSONB(),
 )
 _FAIL_PARENT = Prepared(
-    """
-WITH failed AS (
-    UPDATE tasks t SET status = 'failed', reason = NULL, finished_at = now(), error = :error,
-        wake_at = NULL
-    WHERE t.id = :task_id AND t.status = 'waiting'
-    RETURNING t.id, t.run_id
-)
-INSERT INTO events (run_id, task_id, type, data)
-SELECT run_id, id, 'task.failed', jsonb_build_object('error', cast(:error AS jsonb)) FROM failed
-""",
+    _leave(
+        "status = 'failed', reason = NULL, finished_at = now(), error = :error, wake_at = NULL",
+        "t.status = 'waiting'",
+        "status = 'failed'",
+        "'task.failed', jsonb_build_object('error', cast(:error AS jsonb))",
+    ),
     task_id=Uuid(),
     error=JSONB(),
 )
@@ -850,12 +779,17 @@ SELECT id FROM closing
 
 def _fail_run(tx: Tx, row: Row[Any], error: dict[str, Any]) -> None:
     """Mark the run as failing and cancel what has not started; the caller holds the run's lock."""
-    brief = {"code": error["code"], "message": error["message"]}
     if row.parent_id is not None:
-        item = {"code": "item_failed", "message": f"Item {row.index} failed: {error['message']}"}
+        sentence = f"Item {row.item_index} failed: {error['message']}"
+        item = {"code": "item_failed", "message": sentence}
         _FAIL_PARENT(tx, {"task_id": row.parent_id, "error": item})
-    where = {"taskId": str(row.id), "taskDefinitionId": row.definition_id}
-    _FAIL_RUN(tx, {"run_id": row.run_id, "error": brief | where})
+    brief = {
+        "code": error["code"],
+        "message": error["message"],
+        "taskId": str(row.id),
+        "taskDefinitionId": row.definition_id,
+    }
+    _FAIL_RUN(tx, {"run_id": row.run_id, "error": brief})
     _close_tasks(tx, row.run_id, "upstream_failed")
 
 
@@ -869,83 +803,19 @@ def _close_tasks(tx: Tx, run_id: UUID, reason: str) -> None:
         pass
 
 
-_COMPLETE_RUN = Prepared(
-    f"""
-WITH settled AS (
-    UPDATE runs r SET status = 'completed', finished_at = now()
-    WHERE r.id = :run_id AND r.status = 'running' AND {_RUN_OPEN}
-    RETURNING r.id
-)
-INSERT INTO events (run_id, type) SELECT id, 'run.completed' FROM settled
-""",
-    run_id=Uuid(),
-)
-
-
-def _complete_run(tx: Tx, run_id: UUID) -> None:
-    """Complete a run whose sink failed but goes on; there is nothing to make an output of."""
-    _COMPLETE_RUN(tx, {"run_id": run_id})
-
-
-_MARK_RUN = Prepared(
-    """
-UPDATE runs r SET error = :error FROM tasks t
-WHERE r.id = :run_id AND r.error IS NULL
-  AND t.id = :task_id AND t.attempt = :attempt AND t.status = 'running'
-""",
-    error=JSONB(),
-    run_id=Uuid(),
-    task_id=Uuid(),
-)
-
-
-def fail_run_output(tx: Tx, claimed: Claimed, output: Any, failure: Failure) -> Finished | Fenced:
-    """Record the sink's success, and fail the run because its output expression failed."""
-    _lock_run(tx, claimed.run_id)
-    error = _error(failure)
-    marked = _MARK_RUN(
-        tx,
-        {
-            "error": error,
-            "run_id": claimed.run_id,
-            "task_id": claimed.task_id,
-            "attempt": claimed.attempt,
-        },
-    )
-    finished = complete_attempt(tx, claimed, output)
-    if isinstance(finished, Finished) and marked.rowcount:
-        return Finished(finished.generation, True, True, finished.message)
-    return finished
-
-
 _RELEASE = Prepared(
-    f"""
-WITH later AS (
-    UPDATE tasks t
-    SET status = 'waiting', reason = :reason, waits = waits + 1,
-        waiting_since = coalesce(t.waiting_since, now()),
-        message = coalesce(t.message, :message),
-        wake_at = now() + make_interval(secs => :delay), woken_at = NULL,
-        lease_expires_at = NULL, deadline_at = NULL
-    WHERE t.id = :task_id AND t.attempt = :attempt AND t.status = 'running' AND NOT t.ends_run
-    RETURNING t.id, t.run_id, t.wake_at, t.agent_id
-), closed AS (
-    UPDATE attempts a SET status = 'cancelled', finished_at = now(),
-        error = jsonb_build_object('code', cast(:reason AS text), 'message', 'The agent took no
-        work.')
-    FROM later WHERE a.task_id = later.id AND a.number = :attempt
-), freed AS (
-    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM later
-    WHERE s.holder = later.id AND s.attempt = :attempt
-), told AS (
-    INSERT INTO events (run_id, task_id, type, data)
-    SELECT run_id, id, 'task.waiting',
-           jsonb_build_object('reason', cast(:reason AS text), 'wakeAt', {_WAKE_AT}, 'agentId',
-           agent_id)
-    FROM later
-)
-SELECT id FROM later
-""",
+    _leave(
+        f"""status = 'waiting', reason = :reason, waits = waits + 1, woken_at = NULL,
+        waiting_since = coalesce(t.waiting_since, now()), message = coalesce(t.message, :message),
+        (not_before, wake_at) = (SELECT moment, moment FROM (SELECT now() + make_interval(secs =>
+            coalesce(:delay, {_backoff("t.busy_backoff", "t.busy_max_backoff", "t.waits")})))
+            AS asked (moment))""",
+        f"{_MINE} AND NOT t.ends_run",
+        """status = 'cancelled', error = jsonb_build_object(
+            'code', cast(:reason AS text), 'message', 'The agent took no work.')""",
+        f"""'task.waiting', jsonb_build_object(
+            'reason', cast(:reason AS text), 'wakeAt', {_WAKE_AT}, 'agentId', agent_id)""",
+    ),
     task_id=Uuid(),
     message=JSONB(none_as_null=True),
 )
@@ -956,10 +826,13 @@ def release_attempt(
     claimed: Claimed,
     reason: Reason,
     *,
-    delay_seconds: float,
+    delay_seconds: float | None = None,
     message: dict[str, Any],
 ) -> Finished | Parked | Fenced:
-    """Give a claimed task back because its agent took no work; that uses up no attempt."""
+    """Give a claimed task back because its agent took no work; that uses up no attempt.
+
+    It is not asked again before `delay_seconds`, or the task's own backoff, have passed.
+    """
     parameters = {
         "task_id": claimed.task_id,
         "attempt": claimed.attempt,
@@ -992,10 +865,12 @@ WITH expanded AS (
 ), items AS (
     INSERT INTO tasks (id, run_id, definition_id, kind, position, parent_id, index, item,
         depends_on, successors, reads, wanted_agent_id, wanted_capability, preferred_agent_id,
-        timeout_seconds, max_attempts, max_wait_seconds, goes_on, priority, status, reason)
+        timeout_seconds, max_attempts, retry_backoff, retry_max_backoff, busy_backoff,
+        busy_max_backoff, max_wait_seconds, goes_on, priority, status, reason)
     SELECT i.id, e.run_id, e.definition_id, 'agent', e.position, e.id, i.index - 1, i.item, '{}',
         '{}', e.reads, e.wanted_agent_id, e.wanted_capability, e.preferred_agent_id,
-        e.timeout_seconds, e.max_attempts, e.max_wait_seconds, e.goes_on, e.priority,
+        e.timeout_seconds, e.max_attempts, e.retry_backoff, e.retry_max_backoff, e.busy_backoff,
+        e.busy_max_backoff, e.max_wait_seconds, e.goes_on, e.priority,
         CASE WHEN i.index <= coalesce(e.max_parallel, i.index) THEN 'pending' ELSE 'waiting' END,
         CASE WHEN i.index <= coalesce(e.max_parallel, i.index) THEN NULL ELSE 'max_parallel' END
     FROM expanded e,
@@ -1043,30 +918,6 @@ def item_outputs(tx: Tx, task_id: UUID) -> list[Any]:
     return list(tx.execute(query).scalars())
 
 
-_RELEASE_ITEMS = Prepared(
-    f"""
-WITH parent AS (
-    SELECT id, max_parallel FROM tasks
-    WHERE id = :parent_id AND status = 'waiting' AND max_parallel IS NOT NULL FOR UPDATE
-), room AS (
-    SELECT parent.max_parallel - count(c.id) AS places
-    FROM parent LEFT JOIN tasks c ON c.parent_id = parent.id AND c.status NOT IN {_ENDED}
-        AND (c.status <> 'waiting' OR c.reason <> 'max_parallel')
-    GROUP BY parent.max_parallel
-), next AS (
-    SELECT c.id FROM tasks c JOIN parent ON c.parent_id = parent.id
-    WHERE c.status = 'waiting' AND c.reason = 'max_parallel'
-    ORDER BY c.index LIMIT (SELECT greatest(places, 0) FROM room)
-)
-UPDATE tasks t SET status = 'pending', reason = NULL FROM next, runs r
-WHERE t.id = next.id AND t.status = 'waiting' AND r.id = t.run_id
-RETURNING t.id, t.run_id, t.kind, t.parent_id, t.message, t.timeout_seconds, t.reason,
-          r.generation, r.request_id
-""",
-    parent_id=Uuid(),
-)
-
-
 # --- Parking and waking -------------------------------------------------------------------------
 
 
@@ -1085,24 +936,12 @@ class Woken:
     timeout_seconds: float
 
 
-_WOKEN = """t.id, t.run_id, t.kind, t.parent_id, t.message, t.timeout_seconds, t.reason,
-          r.generation, r.request_id"""
+_WOKEN = """t.id AS task_id, t.run_id, t.message, t.reason, t.timeout_seconds,
+          t.parent_id IS NOT NULL AS is_item, r.generation, r.request_id"""
 
 
 def _woken(rows: Iterable[Row[Any]]) -> list[Woken]:
-    return [
-        Woken(
-            task_id=row.id,
-            run_id=row.run_id,
-            generation=row.generation,
-            request_id=row.request_id,
-            message=row.message,
-            reason=row.reason,
-            is_item=row.parent_id is not None,
-            timeout_seconds=row.timeout_seconds,
-        )
-        for row in rows
-    ]
+    return [Woken(**{name: getattr(row, name) for name in Woken.__slots__}) for row in rows]
 
 
 _PARK = Prepared(
@@ -1114,7 +953,9 @@ WITH before AS (
     SET status = 'waiting', reason = :reason, message = :message, visit_generation = :generation,
         waits = CASE WHEN :busy THEN t.waits + 1 ELSE 0 END,
         waiting_since = CASE WHEN :busy THEN coalesce(t.waiting_since, now()) END,
-        wake_at = now() + make_interval(secs => :delay), woken_at = NULL
+        wake_at = CASE WHEN :busy THEN now() + make_interval(secs =>
+            {_backoff("t.busy_backoff", "t.busy_max_backoff", "t.waits")}) END,
+        woken_at = NULL, not_before = NULL
     WHERE t.id = :task_id AND t.status IN ('pending', 'waiting')
       AND t.visit_generation <= :generation
     RETURNING t.id, t.run_id, t.wake_at, t.waiting_since, t.max_wait_seconds
@@ -1136,7 +977,6 @@ def park_task(
     task_id: UUID,
     wait: MustWait,
     *,
-    delay_seconds: float | None,
     message: dict[str, Any],
     generation: int,
 ) -> bool | None:
@@ -1155,7 +995,6 @@ def park_task(
             "agent_id": wait.agent_id,
             "message": message,
             "generation": generation,
-            "delay": delay_seconds,
         },
     ).one_or_none()
     return None if row is None else bool(row.overdue)
@@ -1181,6 +1020,27 @@ def keep_message(tx: Tx, task_id: UUID, message: dict[str, Any], generation: int
     return _KEEP_MESSAGE(tx, parameters).first() is not None
 
 
+_RELEASE_ITEMS = Prepared(
+    f"""
+WITH parent AS (
+    SELECT id, max_parallel FROM tasks
+    WHERE id = :parent_id AND status = 'waiting' AND max_parallel IS NOT NULL FOR UPDATE
+), room AS (
+    SELECT parent.max_parallel - count(c.id) AS places
+    FROM parent LEFT JOIN tasks c ON c.parent_id = parent.id AND c.status NOT IN {_ENDED}
+        AND (c.status <> 'waiting' OR c.reason <> 'max_parallel')
+    GROUP BY parent.max_parallel
+), next AS (
+    SELECT c.id FROM tasks c JOIN parent ON c.parent_id = parent.id
+    WHERE c.status = 'waiting' AND c.reason = 'max_parallel'
+    ORDER BY c.index LIMIT (SELECT greatest(places, 0) FROM room)
+)
+UPDATE tasks t SET status = 'pending', reason = NULL FROM next, runs r
+WHERE t.id = next.id AND t.status = 'waiting' AND r.id = t.run_id
+RETURNING {_WOKEN}
+""",
+    parent_id=Uuid(),
+)
 _WAKE_JOINS = f"""
 UPDATE tasks t SET woken_at = now(), wake_at = now() + make_interval(secs => {WAKE_AGAIN_SECONDS})
 FROM runs r
@@ -1233,7 +1093,7 @@ WITH free AS MATERIALIZED (
 ), line AS MATERIALIZED (
     SELECT w.id FROM tasks w, agents a
     WHERE a.agent_id = :agent_id AND w.status = 'waiting' AND w.reason = 'agent_busy'
-      AND (w.wanted_agent_id = :agent_id
+      AND {_MAY_ASK} AND (w.wanted_agent_id = :agent_id
            OR w.wanted_agent_id IS NULL AND w.wanted_capability = ANY (a.capabilities))
       AND NOT {_RESERVED}
     ORDER BY w.priority DESC, w.waiting_since, w.id
@@ -1266,7 +1126,7 @@ SELECT a.agent_id FROM agents a WHERE EXISTS (SELECT FROM slots s WHERE s.agent_
 s.number <= a.capacity AND {_FREE})
   AND EXISTS (
     SELECT FROM tasks w WHERE w.status = 'waiting' AND w.reason = 'agent_busy'
-      AND (w.wanted_agent_id = a.agent_id
+      AND {_MAY_ASK} AND (w.wanted_agent_id = a.agent_id
            OR w.wanted_agent_id IS NULL AND w.wanted_capability = ANY (a.capabilities)))
 """
 )
@@ -1283,7 +1143,7 @@ WITH due AS MATERIALIZED (
     SELECT t.id, CASE t.reason
         WHEN 'dependencies' THEN {_DEPENDENCIES_OVER}
         WHEN 'children' THEN {_ITEMS_OVER}
-        WHEN 'agent_busy' THEN EXISTS (
+        WHEN 'agent_busy' THEN t.not_before <= now() OR EXISTS (
             SELECT FROM agents a WHERE a.capacity IS NULL AND (a.agent_id = t.wanted_agent_id
                 OR t.wanted_agent_id IS NULL AND t.wanted_capability = ANY (a.capabilities)))
         WHEN 'agent_unavailable' THEN true
@@ -1310,8 +1170,7 @@ class Due:
     """Parked tasks whose moment has come, and those that have waited longer than they may."""
 
     woken: list[Woken]
-    overdue: list[tuple[UUID, str]]
-    """(task id, what it waited for)."""
+    overdue: list[UUID]
 
 
 def wake_due(tx: Tx, limit: int) -> Due:
@@ -1319,7 +1178,7 @@ def wake_due(tx: Tx, limit: int) -> Due:
     rows = _WAKE_DUE(tx, {"limit": limit}).all()
     return Due(
         _woken(row for row in rows if not row.overdue),
-        [(row.id, row.reason) for row in rows if row.overdue],
+        [row.task_id for row in rows if row.overdue],
     )
 
 
@@ -1454,30 +1313,19 @@ def expired_attempts(tx: Tx, limit: int) -> list[UUID]:
 
 
 _LOSE = Prepared(
-    """
-WITH gone AS (
-    UPDATE tasks t
-    SET status = 'waiting', reason = 'retry', waits = 0, waiting_since = NULL,
+    _leave(
+        """status = 'waiting', reason = 'retry', waits = 0, waiting_since = NULL,
         lost = t.lost + CASE WHEN t.deadline_at < now() THEN 0 ELSE 1 END,
         tries = t.tries + CASE WHEN t.deadline_at < now() THEN 1 ELSE 0 END,
-        wake_at = now(), woken_at = NULL, lease_expires_at = NULL, deadline_at = NULL
-    WHERE t.id = :task_id AND t.status = 'running' AND t.lease_expires_at < now() AND NOT t.ends_run
-      AND CASE WHEN t.deadline_at < now() THEN t.tries + 1 < t.max_attempts
-               ELSE t.lost + 1 < :max_lost END
-    RETURNING t.id, t.run_id, t.parent_id, t.attempt
-), closed AS (
-    UPDATE attempts a SET status = 'lost', finished_at = now(),
-        error = jsonb_build_object('code', 'worker_lost', 'message', 'The worker went silent.')
-    FROM gone WHERE a.task_id = gone.id AND a.number = gone.attempt
-), freed AS (
-    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM gone
-    WHERE s.holder = gone.id AND s.attempt = gone.attempt
-), told AS (
-    INSERT INTO events (run_id, task_id, type, data)
-    SELECT run_id, id, 'task.lost', jsonb_build_object('attempt', attempt) FROM gone
-)
-SELECT run_id, parent_id FROM gone
-""",
+        wake_at = now(), woken_at = NULL""",
+        """t.status = 'running' AND t.lease_expires_at < now() AND NOT t.ends_run
+        AND CASE WHEN t.deadline_at < now() THEN t.tries + 1 < t.max_attempts
+                 ELSE t.lost + 1 < :max_lost END""",
+        """status = 'lost', error = jsonb_build_object(
+            'code', 'worker_lost', 'message', 'The worker went silent.')""",
+        "'task.lost', jsonb_build_object('attempt', attempt)",
+        answer="run_id, parent_id FROM gone",
+    ),
     task_id=Uuid(),
 )
 _EXPIRED = Prepared(
@@ -1515,9 +1363,15 @@ def lose_attempt(tx: Tx, task_id: UUID, max_lost: int) -> Gone | None:
 
 _REPUBLISH = Prepared(
     f"""
-UPDATE runs r SET generation = r.generation + 1, generation_at = now()
-WHERE r.id = :run_id AND r.generation = :generation AND {_RUN_OPEN}
-RETURNING r.generation
+WITH raised AS (
+    UPDATE runs r SET generation = r.generation + 1, generation_at = now()
+    WHERE r.id = :run_id AND r.generation = :generation AND {_RUN_OPEN}
+    RETURNING r.id, r.generation
+), told AS (
+    INSERT INTO events (run_id, type, data)
+    SELECT id, 'run.republished', jsonb_build_object('generation', generation) FROM raised
+)
+SELECT generation FROM raised
 """,
     run_id=Uuid(),
 )
@@ -1637,6 +1491,8 @@ _LOG = Prepared(
 INSERT INTO attempt_logs (task_id, attempt, line, at, message, fields)
 SELECT :task_id, :attempt, e.line, e.at, e.message, e.fields
 FROM jsonb_to_recordset(:entries) AS e (line int, at timestamptz, message text, fields jsonb)
+WHERE EXISTS (SELECT FROM attempts a WHERE a.task_id = :task_id AND a.number = :attempt
+              AND a.status = 'running')
 ON CONFLICT DO NOTHING
 """,
     task_id=Uuid(),
@@ -1649,7 +1505,7 @@ _CUT_LOG = Prepared(
 _PROGRESS = Prepared(
     """
 UPDATE attempts SET progress = :fraction, progress_message = :message
-WHERE task_id = :task_id AND number = :attempt
+WHERE task_id = :task_id AND number = :attempt AND status = 'running'
 """,
     task_id=Uuid(),
 )

@@ -225,6 +225,10 @@ class Task(Base):
     """The agent of the newest attempt."""
     timeout_seconds: Mapped[float]
     max_attempts: Mapped[int]
+    retry_backoff: Mapped[float]
+    retry_max_backoff: Mapped[float]
+    busy_backoff: Mapped[float]
+    busy_max_backoff: Mapped[float]
     max_wait_seconds: Mapped[float]
     goes_on: Mapped[bool]
     """`onFailure: continue`: its failure does not end the run."""
@@ -256,6 +260,8 @@ class Task(Base):
     waits: Mapped[int] = mapped_column(server_default=text("0"))
     """How often in a row it was parked as busy; the exponent of the backoff."""
     wake_at: Mapped[datetime | None]
+    not_before: Mapped[datetime | None]
+    """Its agent took no work and is not asked again before this."""
     woken_at: Mapped[datetime | None]
     """When its newest wake was decided; null again with every park."""
 

@@ -8,7 +8,6 @@ inline with a trigger is kept too, since its runs must mean the same next month,
 import hashlib
 import json
 import re
-from collections import OrderedDict
 from dataclasses import dataclass
 
 from sqlalchemy import func, insert, select, text
@@ -31,7 +30,7 @@ class StoredWorkflow:
     definition: Definition
 
 
-_compiled: OrderedDict[tuple[str, int, str], Definition] = OrderedDict()
+_compiled: dict[tuple[str, int, str], Definition] = {}
 
 
 def create_workflow(
@@ -95,16 +94,14 @@ def find_workflow(tx: Tx, workflow_id: str, version: int | None = None) -> Store
 
 def _compile(tx: Tx, workflow_id: str, version: int, digest: str) -> Definition:
     key = (workflow_id, version, digest)
-    if key not in _compiled:
-        document = tx.execute(
-            select(Workflow.definition).where(
-                Workflow.workflow_id == workflow_id, Workflow.version == version
-            )
-        ).scalar_one()
-        _compiled[key] = parse(document)
-        while len(_compiled) > CACHED_DEFINITIONS:
-            _compiled.popitem(last=False)
-    return _compiled[key]
+    definition = _compiled.get(key)
+    if definition is None:
+        where = (Workflow.workflow_id == workflow_id, Workflow.version == version)
+        definition = parse(tx.execute(select(Workflow.definition).where(*where)).scalar_one())
+        if len(_compiled) >= CACHED_DEFINITIONS:
+            _compiled.clear()
+        _compiled[key] = definition
+    return definition
 
 
 def _same_version(tx: Tx, workflow_id: str, digest: str, inline: bool) -> int | None:

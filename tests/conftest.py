@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from stack import TEMPLATE, Servers, new_redis_url, stack_environment
+from stack import TEMPLATE, Servers, guard_arrows, new_redis_url, stack_environment
 
 from celeryconfig import make_app
 from opscore import migrations
@@ -24,7 +24,9 @@ def servers() -> Iterator[Servers]:
     with PostgresServer.temporary() as postgres, RedisServer.temporary() as redis:
         servers = Servers(postgres, redis)
         servers._execute(f"CREATE DATABASE {TEMPLATE}")
-        migrations.upgrade(postgres.url.rsplit("/", 1)[0] + f"/{TEMPLATE}")
+        template = postgres.url.rsplit("/", 1)[0] + f"/{TEMPLATE}"
+        migrations.upgrade(template)
+        guard_arrows(template)
         yield servers
 
 

@@ -61,6 +61,14 @@ def says_busy(parameters: Parameters, context: Context) -> Any:
     return context.attempt
 
 
+@agent("busy-writer", capacity=2)
+def busy_writer(parameters: Parameters, context: Context) -> Any:
+    """Take no work at first, though a slot is free."""
+    if context.attempt == 1:
+        raise AgentBusy(retry_after=parameters["seconds"])
+    return context.attempt
+
+
 @agent("gives-up")
 def gives_up(parameters: Parameters, context: Context) -> Any:
     raise GiveUp("there is nothing to be done")

@@ -1,6 +1,6 @@
 """What tests share: servers, a stack of workers on databases of its own, and waiting.
 
-Nothing is mocked and nothing is skipped: the embedded servers come with the test requirements.
+Nothing is mocked: the embedded servers come with the test requirements.
 """
 
 import itertools
@@ -27,6 +27,7 @@ from opscore.db import Database
 from opscore.definition import parse
 from opscore.dispatch import Dispatcher
 from opscore.servers import PostgresServer, RedisServer
+from opscore.states import ATTEMPT_ARROWS, RUN_ARROWS, TASK_ARROWS
 
 T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
@@ -67,6 +68,33 @@ class Servers:
         connection.autocommit = True
         connection.cursor().execute(statement)
         connection.close()
+
+
+def guard_arrows(url: str) -> None:
+    """Have the tables refuse every change of status that `states` does not list.
+
+    Only here: in production the engine's guards are trusted; in the tests every statement of every
+    test is held against the arrows.
+    """
+    arrows = {"runs": RUN_ARROWS, "tasks": TASK_ARROWS, "attempts": ATTEMPT_ARROWS}
+    connection = psycopg2.connect(url)
+    for table, allowed in arrows.items():
+        pairs = [f"'{source}>{target}'" for source in allowed for target in allowed[source]]
+        connection.cursor().execute(
+            f"""
+            CREATE FUNCTION guard_{table}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                IF OLD.status <> NEW.status
+                   AND (OLD.status || '>' || NEW.status) <> ALL (ARRAY[{", ".join(pairs)}]) THEN
+                    RAISE 'no arrow in states.py: {table} % > %', OLD.status, NEW.status;
+                END IF;
+                RETURN NEW;
+            END $$;
+            CREATE TRIGGER arrows BEFORE UPDATE OF status ON {table}
+            FOR EACH ROW EXECUTE FUNCTION guard_{table}();
+            """
+        )
+    connection.commit()
+    connection.close()
 
 
 _redis_numbers = itertools.cycle(range(1, 16))

@@ -227,6 +227,32 @@ def test_an_agent_that_says_busy_is_asked_again_without_using_up_attempts(stack:
     assert stack.tasks(run_id)[0].tries == 0
 
 
+def test_an_agent_with_free_slots_that_says_busy_is_left_alone_for_as_long_as_it_asked(
+    stack: Stack,
+) -> None:
+    run_id = stack.submit(
+        {"id": "w", "tasks": [task("a", "busy-writer", parameters={"seconds": 2})]}
+    )
+    run = stack.finished(run_id)
+    assert run.output == 2, "one attempt sent away, one done"
+    assert (run.finished_at - run.started_at).total_seconds() >= 2
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"tasks": [task("a")], "output": "${'nul: \\u0000'}"},
+        {"tasks": [task("f", forEach={"items": "${['nul: \\u0000']}"})]},
+        {"tasks": [task("f", forEach={"items": "${input.x}"})]},
+    ],
+)
+def test_what_cannot_be_stored_fails_at_once_and_says_why(
+    stack: Stack, document: dict[str, Any]
+) -> None:
+    run = stack.finished(stack.submit({"id": "w", **document}, {"x": {"no": "list"}}), seconds=10)
+    assert (run.status, run.error["code"]) == ("failed", "expression_error")
+
+
 def test_in_the_graph_a_c_a_d_b_d_c_starts_though_b_still_runs(stack: Stack) -> None:
     nap = {"seconds": 1.5}
     run_id = stack.submit(

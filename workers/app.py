@@ -59,11 +59,10 @@ class Process:
         """Return a workflow version compiled; versions never change, so one look-up lasts."""
         key = (workflow_id, version)
         if key not in self._definitions:
-            with self.database.autocommit() as tx:
-                found = workflows.find_workflow(tx, workflow_id, version)
             if len(self._definitions) >= workflows.CACHED_DEFINITIONS:
                 self._definitions.clear()
-            self._definitions[key] = found.definition
+            with self.database.autocommit() as tx:
+                self._definitions[key] = workflows.find_workflow(tx, *key).definition
         return self._definitions[key]
 
     def after_fork(self) -> None:

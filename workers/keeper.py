@@ -61,7 +61,7 @@ class Round:
             return False
         self.expire()
         self.settle()
-        if self.dispatcher.is_open:
+        if self.dispatcher.is_reachable():
             self.wake()
             if self.count % RESCUE_EVERY == 0:
                 self.rescue()
@@ -92,9 +92,9 @@ class Round:
             for agent_id in engine.agents_to_wake(tx):
                 woken += engine.wake_line(tx, agent_id)
         self.dispatcher.wake(woken)
-        for task_id, reason in due.overdue:
+        for task_id in due.overdue:
             with self.database.transaction() as tx:
-                gone = engine.fail_unclaimed(tx, task_id, engine.overdue_failure(reason))
+                gone = engine.fail_overdue(tx, task_id)
             if gone is not None:
                 self._follow(task_id, gone)
 
@@ -136,9 +136,7 @@ class Keeper(bootsteps.StartStopStep):
             self.thread.join(timeout=LEASE_SECONDS)
 
     def _loop(self, app: Any) -> None:
-        from workers.app import process
-
-        settings = process.settings
+        settings = Settings.from_env(os.environ)
         database = Database(settings.database_url, pool_size=2, application="keeper")
         rounds = Round(database, Dispatcher(app, database, settings), settings)
         while not self.ended.is_set():

@@ -68,12 +68,20 @@ class Leases:
         pause = threading.Event()
         while True:
             pause.wait(min(FLUSH_SECONDS, self._settings.renew_seconds))
-            with self._lock:
-                held = dict(self._held)
-            for task_id, attempt in held.items():
-                self._flush(task_id, attempt)
-            if held and monotonic() - self._renewed_at >= self._settings.renew_seconds:
-                self._renew(held)
+            try:
+                self._round()
+            except Exception:
+                # Without this thread every attempt of the process would be lost.
+                log.exception("lease.round_failed")
+
+    def _round(self) -> None:
+        """Renew what is due, then store what was said: a slow log must not cost a lease."""
+        with self._lock:
+            held = dict(self._held)
+        if held and monotonic() - self._renewed_at >= self._settings.renew_seconds:
+            self._renew(held)
+        for task_id, attempt in held.items():
+            self._flush(task_id, attempt)
 
     def _renew(self, held: dict[UUID, _Held]) -> None:
         """Renew all leases at once; a lost or cancelled attempt's agent is told to stop."""

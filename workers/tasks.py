@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
@@ -29,9 +30,10 @@ from opscore import agentkit, engine
 from opscore.agentkit import Busy, Completed, Context, Failed
 from opscore.canvas import RUN_TASK
 from opscore.db import Tx
-from opscore.definition import Definition, TaskSpec
+from opscore.definition import TaskSpec
 from opscore.engine import Claimed, Failure, Finished, MustWait, Parked
 from opscore.expressions import ExpressionError, Template
+from opscore.json_values import check_json, kind
 from opscore.states import Reason
 from workers.app import process
 
@@ -83,8 +85,9 @@ def _visit(visit: Visit) -> None:
             return _run(visit, answer)
         if isinstance(answer, engine.Settled):
             return _go_on_after(visit, answer.generation)
-        if isinstance(answer, engine.NoSuchAgent):
-            return _give_up(visit, engine.no_such_agent(answer.agent_id))
+        if isinstance(answer, engine.Impossible):
+            fail = partial(engine.fail_unclaimed, task_id=visit.task_id, failure=answer.failure)
+            return _give_up(visit, fail)
         if isinstance(answer, engine.Elsewhere):
             _leave_to_the_other(visit)
         elif isinstance(answer, MustWait):
@@ -104,16 +107,18 @@ def _claim(tx: Tx, visit: Visit) -> engine.Answer | None:
     )
 
 
-def _insist(statement: Callable[[Tx], T]) -> T:
-    """Run a statement that is safe to repeat until the database has answered it.
+def _insist(statement: Callable[[Tx], T], *, whole: bool = False) -> T:
+    """Run statements that are safe to repeat until the database has answered; `whole`: all or none.
 
     Giving up would lose an outcome; waiting costs a worker slot, and without the database no slot
-    is worth anything. Whoever was fenced meanwhile is told so by the statement.
+    is worth anything. Whoever was fenced meanwhile is told so by the statement. Celery's hard limit
+    (see `canvas.visit`) bounds the wait in a pool child: its attempt then counts as lost.
     """
+    connect = process.database.transaction if whole else process.database.autocommit
     pause = 0.05
     while True:
         try:
-            with process.database.autocommit() as tx:
+            with connect() as tx:
                 return statement(tx)
         except (DBAPIError, PoolTimeout) as error:
             if not _is_away(error):
@@ -121,16 +126,6 @@ def _insist(statement: Callable[[Tx], T]) -> T:
             log.warning("database.away", error=repr(error)[:300])
         time.sleep(pause * random.uniform(0.5, 1))
         pause = min(pause * 2, DATABASE_PATIENCE_SECONDS)
-
-
-def _insist_together(statements: Callable[[Tx], T]) -> T:
-    """Like `_insist`, for several statements in one transaction."""
-
-    def together(tx: Tx) -> T:
-        with process.database.transaction() as inner:
-            return statements(inner)
-
-    return _insist(together)
 
 
 def _is_away(error: DBAPIError | PoolTimeout) -> bool:
@@ -144,32 +139,52 @@ def _is_away(error: DBAPIError | PoolTimeout) -> bool:
 # --- Running ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Items:
+    """What a `forEach` is to be expanded into."""
+
+    values: list[Any]
+
+
+Result = Completed | Failed | Busy | Items | None
+"""What the work of a visit came to; None: this worker does not have the agent."""
+
+
 def _run(visit: Visit, claimed: Claimed) -> None:
     """Do the work of a claimed task and record what came of it."""
     with structlog.contextvars.bound_contextvars(
         run_id=str(claimed.run_id), attempt=claimed.attempt
     ):
-        definition = process.definition(claimed.workflow_id, claimed.version)
-        spec = None if claimed.kind == "end" else definition.task(claimed.definition_id)
-        try:
-            if spec is None:
-                return _complete(visit, claimed, definition, None)
-            if claimed.kind == "for_each":
-                return _run_for_each(visit, claimed, definition, spec)
-            parameters = _parameters(claimed, spec)
-        except ExpressionError as error:
-            failed = Failed("expression_error", str(error), retryable=False)
-            return _record_failure(visit, claimed, spec, failed)
-        outcome = _call(claimed, parameters)
-        match outcome:
+        match result := _result(claimed):
             case Completed(output):
-                _complete(visit, claimed, definition, output)
+                _complete(visit, claimed, output)
             case Failed():
-                _record_failure(visit, claimed, spec, outcome)
+                _record_failure(visit, claimed, result)
+            case Items(values):
+                _expand(visit, claimed, values)
             case Busy(retry_after):
-                _release(visit, claimed, spec, Reason.AGENT_BUSY, retry_after)
+                _release(visit, claimed, Reason.AGENT_BUSY, retry_after)
             case None:
-                _release(visit, claimed, spec, Reason.AGENT_UNAVAILABLE, None)
+                _release(visit, claimed, Reason.AGENT_UNAVAILABLE, None)
+
+
+def _result(claimed: Claimed) -> Result:
+    """Do the work, outside any transaction; an accident of ours is a failure with its own name."""
+    try:
+        if claimed.kind == "end":
+            return Completed(None)
+        if claimed.expanded:
+            return Completed(_insist(lambda tx: engine.item_outputs(tx, claimed.task_id)))
+        definition = process.definition(claimed.workflow_id, claimed.version)
+        spec = definition.task(claimed.definition_id)
+        if claimed.kind == "for_each" and spec.for_each is not None:
+            return _items(spec.for_each.items, claimed)
+        return _call(claimed, _parameters(claimed, spec))
+    except ExpressionError as error:
+        return Failed("expression_error", str(error), retryable=False)
+    except Exception as error:
+        log.exception("attempt.broke")
+        return Failed("internal_error", f"opscore itself failed: {type(error).__name__}.")
 
 
 def _call(claimed: Claimed, parameters: Mapping[str, Any]) -> agentkit.Outcome | None:
@@ -191,9 +206,9 @@ def _call(claimed: Claimed, parameters: Mapping[str, Any]) -> agentkit.Outcome |
 
 def _scope(claimed: Claimed) -> dict[str, Any]:
     run = {"id": str(claimed.run_id), "workflowId": claimed.workflow_id}
-    scope = {"input": claimed.input, "tasks": claimed.tasks, "run": run}
-    if claimed.index is not None:
-        scope |= {"item": claimed.item, "index": claimed.index}
+    scope = {"input": claimed.input, "tasks": claimed.tasks or {}, "run": run}
+    if claimed.item_index is not None:
+        scope |= {"item": claimed.item, "index": claimed.item_index}
     return scope
 
 
@@ -205,42 +220,37 @@ def _parameters(claimed: Claimed, spec: TaskSpec) -> dict[str, Any]:
     return parameters
 
 
-def _run_for_each(visit: Visit, claimed: Claimed, definition: Definition, spec: TaskSpec) -> None:
-    """Expand into items and park, or, when they are over, collect their outputs."""
-    if claimed.expanded:
-        outputs = _insist(lambda tx: engine.item_outputs(tx, claimed.task_id))
-        return _complete(visit, claimed, definition, outputs)
-    assert spec.for_each is not None
-    values = _items(spec.for_each.items, claimed)
-    if not values:
-        return _complete(visit, claimed, definition, [])
+def _items(template: Template, claimed: Claimed) -> Result:
+    values = template.render(_scope(claimed))
+    if not isinstance(values, list):
+        raise ExpressionError(f"forEach.items must give a list, not {kind(values)}.")
+    _check(values, "The items")
+    return Items(values) if values else Completed([])
+
+
+def _check(value: Any, what: str) -> None:
+    """Make sure that an expression's value can be stored."""
+    for pointer, sentences in check_json(value).items():
+        raise ExpressionError(f"{what} cannot be stored: {pointer} {sentences[0]}".strip())
+
+
+def _expand(visit: Visit, claimed: Claimed, values: list[Any]) -> None:
+    """Write a task per item and publish their visits; the last to end wakes this one."""
     message = visit.message()
     items = _insist(lambda tx: engine.expand_task(tx, claimed, values, message))
     if items is None:
         return _after_fence(visit, claimed)
     request_id = (visit.task.request.headers or {}).get("opscore_request_id")
     plan = engine.Plan(claimed.run_id, claimed.generation, request_id, (), tuple(items))
-    process.dispatcher.visit_items(plan)
+    process.dispatcher.publish(plan)
     _wake_now(lambda tx: engine.wake_parent(tx, claimed.task_id))
     raise Retry(message=str(Reason.CHILDREN))
-
-
-def _items(template: Template, claimed: Claimed) -> list[Any]:
-    values = template.render(_scope(claimed))
-    if not isinstance(values, list):
-        raise ExpressionError(f"forEach.items must give a list, not {_kind(values)}.")
-    return values
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 def _after_fence(visit: Visit, claimed: Claimed) -> None:
     """Drop what this visit has: the attempt was lost, or the run is ending."""
     log.warning("attempt.fenced", attempt=claimed.attempt)
-    finished = _insist_together(lambda tx: engine.abandon_attempt(tx, claimed))
+    finished = _insist(lambda tx: engine.abandon_attempt(tx, claimed), whole=True)
     if isinstance(finished, Finished):
         process.dispatcher.follow(finished, claimed.task_id, claimed.run_id, wakes=False)
     raise Ignore
@@ -249,62 +259,59 @@ def _after_fence(visit: Visit, claimed: Claimed) -> None:
 # --- Recording ----------------------------------------------------------------------------------
 
 
-def _complete(visit: Visit, claimed: Claimed, definition: Definition, output: Any) -> None:
+def _complete(visit: Visit, claimed: Claimed, output: Any) -> None:
     """Record success, and the run's output with it if this is its last task."""
-    run_output = None
+    run_output, run_error = None, None
     if claimed.is_sink:
         try:
-            run_output = _run_output(claimed, definition, output)
+            run_output = _run_output(claimed, output)
         except ExpressionError as error:
-            failure = Failure("expression_error", str(error), retryable=False)
-            finished = _insist_together(
-                lambda tx: engine.fail_run_output(tx, claimed, output, failure)
-            )
-            return _after(visit, claimed, finished)
-    finished = _insist(lambda tx: engine.complete_attempt(tx, claimed, output, run_output))
+            run_error = Failure("expression_error", str(error))
+    finished = _insist(
+        lambda tx: engine.complete_attempt(tx, claimed, output, run_output, run_error)
+    )
     log.info("task.completed")
     _after(visit, claimed, finished)
 
 
-def _run_output(claimed: Claimed, definition: Definition, output: Any) -> Any:
-    tasks = dict(claimed.tasks)
-    if claimed.definition_id:
+def _run_output(claimed: Claimed, output: Any) -> Any:
+    """Make the run's output: of its expression, else of the outputs of the last tasks."""
+    definition = process.definition(claimed.workflow_id, claimed.version)
+    tasks = dict(claimed.tasks or {})
+    if claimed.kind != "end":
         done = {"output": output, "status": "completed", "error": None}
         tasks[claimed.definition_id] = done
-    if definition.output is not None:
-        return definition.output.render(_scope(claimed) | {"tasks": tasks})
-    if len(definition.leaves) == 1:
-        return output
-    return {leaf: tasks[leaf]["output"] for leaf in definition.leaves}
+    if definition.output is None:
+        if len(definition.leaves) == 1:
+            return output
+        return {leaf: tasks[leaf]["output"] for leaf in definition.leaves}
+    run_output = definition.output.render(_scope(claimed) | {"tasks": tasks})
+    _check(run_output, "The run's output")
+    return run_output
 
 
-def _record_failure(visit: Visit, claimed: Claimed, spec: TaskSpec | None, failed: Failed) -> None:
+def _record_failure(visit: Visit, claimed: Claimed, failed: Failed) -> None:
     """Record a failure: the task is tried again later, or fails for good."""
     failure = Failure(failed.code, failed.message, failed.traceback, failed.retryable)
-    delay = failed.retry_after
-    if delay is None and spec is not None:
-        retry = spec.retry
-        delay = backoff(retry.backoff_seconds, retry.max_backoff_seconds, claimed.tries)
     message = visit.message()
-    recorded = _insist_together(
+    recorded = _insist(
         lambda tx: engine.fail_attempt(
-            tx, claimed, failure, delay_seconds=delay or 0, message=message
-        )
+            tx, claimed, failure, delay_seconds=failed.retry_after, message=message
+        ),
+        whole=True,
     )
     log.info("task.failed", code=failed.code, parked=isinstance(recorded, Parked))
     _after(visit, claimed, recorded, failed.message)
 
 
-def _release(
-    visit: Visit, claimed: Claimed, spec: TaskSpec, reason: Reason, retry_after: float | None
-) -> None:
+def _release(visit: Visit, claimed: Claimed, reason: Reason, retry_after: float | None) -> None:
     """Give the task back: its agent took no work, which is not a failure."""
-    delay = retry_after
-    if delay is None:
-        delay = backoff(spec.busy.backoff_seconds, spec.busy.max_backoff_seconds, claimed.waits)
     message = visit.message()
-    recorded = _insist_together(
-        lambda tx: engine.release_attempt(tx, claimed, reason, delay_seconds=delay, message=message)
+    recorded = _insist(
+        lambda tx: engine.release_attempt(
+            tx, claimed, reason, delay_seconds=retry_after, message=message
+        ),
+        whole=True,
     )
     _after(visit, claimed, recorded)
 
@@ -316,7 +323,7 @@ def _after(
     complaint: str = "",
 ) -> None:
     """Wake whom the outcome concerns, and tell Celery how the canvas goes on."""
-    agent_id = claimed.agent_id if claimed.slot is not None else None
+    agent_id = claimed.agent_id if claimed.has_slot else None
     match recorded:
         case engine.Fenced():
             log.warning("attempt.fenced", attempt=claimed.attempt)
@@ -354,14 +361,6 @@ def _follow(
 # --- Not running --------------------------------------------------------------------------------
 
 
-def backoff(base: float, cap: float, exponent: int) -> float:
-    """Return seconds to wait: exponential, capped, with full jitter.
-
-    Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-    """
-    return random.uniform(0, min(cap, base * 2 ** min(exponent, 30)))
-
-
 def _go_on_after(visit: Visit, generation: int) -> None:
     """Somebody did the task: let this canvas go on, unless a newer one drives the run."""
     if visit.wakes or visit.generation < generation:
@@ -380,21 +379,16 @@ def _leave_to_the_other(visit: Visit) -> None:
 
 def _park(visit: Visit, wait: MustWait) -> None:
     """Put the task to wait, unless it moved meanwhile: then it is visited again."""
-    message, delay = visit.message(), _busy_delay(wait)
+    message = visit.message()
     overdue = _insist(
         lambda tx: engine.park_task(
-            tx,
-            visit.task_id,
-            wait,
-            delay_seconds=delay,
-            message=message,
-            generation=visit.generation,
+            tx, visit.task_id, wait, message=message, generation=visit.generation
         )
     )
     if overdue is None:
         return
     if overdue:
-        _give_up(visit, engine.overdue_failure(wait.reason))
+        _give_up(visit, lambda tx: engine.fail_overdue(tx, visit.task_id))
         raise Ignore
     if wait.reason == Reason.DEPENDENCIES:
         _wake_now(lambda tx: engine.wake_joins(tx, [visit.task_id]))
@@ -404,24 +398,15 @@ def _park(visit: Visit, wait: MustWait) -> None:
     raise Retry(message=str(wait.reason))
 
 
-def _busy_delay(wait: MustWait) -> float | None:
-    """Return seconds until a task that waits for an agent is looked at again; none for a join."""
-    if wait.reason == Reason.DEPENDENCIES:
-        return None
-    definition = process.definition(wait.workflow_id, wait.version)
-    busy = definition.task(wait.definition_id).busy
-    return backoff(busy.backoff_seconds, busy.max_backoff_seconds, wait.waits)
-
-
-def _give_up(visit: Visit, failure: Failure) -> None:
-    """Fail a task that never started."""
-    gone = _insist_together(lambda tx: engine.fail_unclaimed(tx, visit.task_id, failure))
+def _give_up(visit: Visit, statement: Callable[[Tx], engine.Gone | None]) -> None:
+    """Fail a task that never started, and tell Celery how the canvas goes on."""
+    gone = _insist(statement, whole=True)
     if gone is None or gone.finished is None:
         raise Ignore
     process.dispatcher.follow(gone.finished, visit.task_id, gone.run_id, parent_id=gone.parent_id)
     if gone.finished.failed_run:
-        raise TaskFailed(failure.message)
-    if visit.generation < gone.finished.generation:
+        raise TaskFailed
+    if visit.generation < gone.finished.generation or gone.finished.message is not None:
         raise Ignore
 
 

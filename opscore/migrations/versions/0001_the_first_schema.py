@@ -220,6 +220,10 @@ def upgrade() -> None:
         sa.Column("agent_id", sa.Text(), nullable=True),
         sa.Column("timeout_seconds", sa.Float(), nullable=False),
         sa.Column("max_attempts", sa.Integer(), nullable=False),
+        sa.Column("retry_backoff", sa.Float(), nullable=False),
+        sa.Column("retry_max_backoff", sa.Float(), nullable=False),
+        sa.Column("busy_backoff", sa.Float(), nullable=False),
+        sa.Column("busy_max_backoff", sa.Float(), nullable=False),
         sa.Column("max_wait_seconds", sa.Float(), nullable=False),
         sa.Column("goes_on", sa.Boolean(), nullable=False),
         sa.Column("priority", sa.Integer(), nullable=False),
@@ -245,6 +249,7 @@ def upgrade() -> None:
         sa.Column("waiting_since", sa.DateTime(timezone=True), nullable=True),
         sa.Column("waits", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("wake_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("not_before", sa.DateTime(timezone=True), nullable=True),
         sa.Column("woken_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column(
             "created_at",

@@ -1,0 +1,156 @@
+"""Sending visits: what a broker that is away may cost, and what rescue publishes again."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from redis import Redis
+from stack import stack_environment, wait_until
+from test_engine import Desk, task
+
+from celeryconfig import make_app
+from opscore import dispatch, engine
+from opscore.config import AGENTS_QUEUE, Settings
+from opscore.db import Database
+from opscore.dispatch import Dispatcher
+from opscore.errors import Unavailable
+from opscore.servers import RedisServer
+
+
+@pytest.fixture
+def desk(database: Database) -> Desk:
+    return Desk(database)
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[RedisServer]:
+    """A Redis of its own, to be stopped and frozen."""
+    with RedisServer.temporary() as server:
+        yield server
+
+
+@pytest.fixture
+def dispatcher(broker: RedisServer, database_url: str, database: Database) -> Dispatcher:
+    with Redis.from_url(broker.url) as redis:
+        redis.flushall()
+    settings = Settings.from_env(stack_environment(database_url, broker.url))
+    return Dispatcher(make_app(settings), database, settings)
+
+
+def visits(broker: RedisServer) -> list[dict[str, Any]]:
+    with Redis.from_url(broker.url) as redis:
+        return [json.loads(message) for message in redis.lrange(AGENTS_QUEUE, 0, -1)]
+
+
+def test_a_message_carries_ids_and_nothing_of_input_or_output(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer
+) -> None:
+    plan = desk.submit(task("a", parameters={"p": "secret parameter"}), input={"x": "secret input"})
+    assert dispatcher.publish(plan)
+    (message,) = visits(broker)
+    assert message["headers"]["id"] == str(desk.id("a"))
+    assert message["headers"]["argsrepr"] == f"('{desk.id('a')}', 1)"
+    assert "secret" not in json.dumps(message)
+
+
+def test_a_broker_that_is_away_costs_a_moment_and_no_run(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "BREAKER_SECONDS", 0.2)
+    plan = desk.submit(task("a"))
+    broker.stop()
+    try:
+        began = time.monotonic()
+        assert dispatcher.publish(plan) is False
+        assert time.monotonic() - began < 2
+        assert not dispatcher.is_reachable()
+        with pytest.raises(Unavailable):
+            dispatcher.ping()
+        for _ in range(3):
+            assert dispatcher.republish(plan.run_id, 1) is False
+        assert desk.run().generation == 1, "no generation is raised for nothing"
+    finally:
+        broker.start()
+    age(desk)
+    wait_until(lambda: dispatcher.is_reachable())
+    dispatcher.rescue()
+    assert len(visits(broker)) == 1 and desk.run().generation == 2
+
+
+def age(desk: Desk, seconds: int = 30) -> None:
+    """Let the runs and tasks of the desk have been there for a while."""
+    for table, columns in (("runs", ("created_at", "generation_at")), ("tasks", ("created_at",))):
+        moved = ", ".join(f"{c} = {c} - make_interval(secs => {seconds})" for c in columns)
+        desk.alter(f"UPDATE {table} SET {moved}")
+
+
+def test_rescue_leaves_alone_what_merely_waits_its_turn(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer
+) -> None:
+    for _ in range(5):
+        dispatcher.publish(desk.submit(task("a")))
+    age(desk)
+    dispatcher.rescue()
+    assert len(visits(broker)) == 5
+    assert desk.rows("SELECT max(generation) AS g FROM runs")[0].g == 1
+
+
+def test_rescue_publishes_again_what_an_emptied_redis_forgot(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer
+) -> None:
+    dispatcher.publish(desk.submit(task("a")))
+    with Redis.from_url(broker.url) as redis:
+        redis.flushall()
+    dispatcher.rescue()
+    assert visits(broker) == [], "too early to tell"
+    age(desk)
+    dispatcher.rescue()
+    assert len(visits(broker)) == 1
+
+
+def test_a_visit_that_a_later_run_overtook_is_lost_though_the_queue_is_full(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer
+) -> None:
+    forgotten = desk.submit(task("a"))
+    age(desk)
+    dispatcher.publish(desk.submit(task("a")))
+    desk.claim("a")
+    dispatcher.publish(desk.submit(task("a")))
+    dispatcher.rescue()
+    generations = desk.rows("SELECT id, generation FROM runs")
+    assert {r.generation for r in generations if r.id == forgotten.run_id} == {2}
+    assert {r.generation for r in generations if r.id != forgotten.run_id} == {1}
+
+
+def test_a_lost_attempt_brings_its_run_under_a_new_generation(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer
+) -> None:
+    desk.submit(task("a"), task("b"))
+    desk.claim("a")
+    desk.alter("UPDATE tasks SET lease_expires_at = now() - interval '1 s' WHERE attempt = 1")
+    with desk.tx() as tx:
+        (expired,) = engine.expired_attempts(tx, 10)
+        engine.lose_attempt(tx, expired, 3)
+    with desk.database.autocommit() as tx:
+        due = engine.wake_due(tx, 10)
+    assert dispatcher.wake(due.woken)
+    (message,) = visits(broker)
+    assert message["headers"]["argsrepr"].endswith("2)") and desk.run().generation == 2
+
+
+def test_a_frozen_broker_does_not_hang_a_submission(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer
+) -> None:
+    assert broker.pid is not None
+    os.kill(broker.pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        assert dispatcher.publish(desk.submit(task("a"))) is False
+        assert dispatcher.publish(desk.submit(task("a"))) is False, "the breaker spares the wait"
+        assert time.monotonic() - began < 8
+    finally:
+        os.kill(broker.pid, signal.SIGCONT)
