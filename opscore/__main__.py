@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE
 from opscore.errors import OpsCoreError
 
 if TYPE_CHECKING:
     from opscore.config import Settings
 
-QUEUES = "opscore.agents,opscore.io,opscore.control"
+QUEUES = ",".join((AGENTS_QUEUE, IO_QUEUE, CONTROL_QUEUE))
 
 
 class _Commands(click.Group):

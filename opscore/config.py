@@ -5,9 +5,8 @@ environment by itself, so that a test, or a second stack in the same process, pa
 mapping.
 """
 
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
 
@@ -191,12 +190,6 @@ class Settings:
                 ]
             )
 
-    @property
-    def log_level_number(self) -> int:
-        return logging.getLevelNamesMapping()[self.log_level]
-
 
 def _is_required(declared: Any) -> bool:
-    from dataclasses import MISSING
-
     return declared.default is MISSING

@@ -9,7 +9,6 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection, CursorResult, bindparam, create_engine, text
@@ -68,10 +67,6 @@ class Database:
         """Close every pooled connection."""
         self._engine.dispose()
 
-    def forget(self) -> None:
-        """Drop the pool in a forked child without closing the parent's sockets."""
-        self._engine.dispose(close=False)
-
 
 _NUMBERED = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
 
@@ -79,8 +74,9 @@ _NUMBERED = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-u
 class Prepared:
     """A statement that each connection plans once and then only executes.
 
-    Planning the claim takes several times as long as running it. Parameters are `:name`; `types`
-    names those whose Python values need a SQLAlchemy type to become SQL.
+    Planning the claim takes several times as long as running it. A pooler between us and
+    PostgreSQL must keep a session to its client: PgBouncer in transaction mode does not. Parameters
+    are `:name`; `types` names those whose Python values need a SQLAlchemy type to become SQL.
     """
 
     _names = itertools.count(1)
@@ -121,8 +117,3 @@ def driver_url(url: str) -> str:
 def dump_json(value: Any) -> str:
     """Encode what has been checked as storable JSON; NaN is refused: PostgreSQL has none."""
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
-
-
-def utc(value: datetime) -> datetime:
-    """Return an aware datetime in UTC."""
-    return value.astimezone(UTC)

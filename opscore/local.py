@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 
 import redis
 
-from opscore.config import Settings
+from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE, Settings
 from opscore.errors import OpsCoreError
 from opscore.processes import Child, Program, State, Supervisor, wait_until
 from opscore.servers import (
@@ -323,8 +323,8 @@ class Stack:
         }
 
     def _programs(self, environment: Mapping[str, str]) -> list[Program]:
-        agents = ["--queues=opscore.agents", "--pool=prefork"]
-        control = ["--queues=opscore.io,opscore.control", "--pool=threads"]
+        agents = [f"--queues={AGENTS_QUEUE}", "--pool=prefork"]
+        control = [f"--queues={IO_QUEUE},{CONTROL_QUEUE}", "--pool=threads"]
         return [
             self._web(environment),
             self._worker("worker-agents", environment, *agents, workers=self.options.workers),

@@ -1,12 +1,11 @@
 """Statuses of runs, tasks and attempts, and the arrows between them, as data.
 
-The engine guards its statements with these sets and the tests generate every refused arrow from
-them. The diagram in the README is compared with them too.
+The engine's statements guard themselves; the tests hold every one of them against these arrows,
+which they install as triggers, and compare the README's diagram with them.
 """
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import TypeVar
 
 
 class RunStatus(StrEnum):
@@ -47,8 +46,6 @@ class Reason(StrEnum):
     CHILDREN = "children"
 
 
-Status = TypeVar("Status", RunStatus, TaskStatus, AttemptStatus)
-
 _ENDS = {TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED}
 
 RUN_ARROWS: Mapping[RunStatus, frozenset[RunStatus]] = {
@@ -79,11 +76,6 @@ ATTEMPT_ARROWS: Mapping[AttemptStatus, frozenset[AttemptStatus]] = {
     AttemptStatus.LOST: frozenset(),
     AttemptStatus.CANCELLED: frozenset(),
 }
-
-
-def sources_of(arrows: Mapping[Status, frozenset[Status]], target: Status) -> frozenset[Status]:
-    """Return the statuses from which `target` may be reached."""
-    return frozenset(source for source, targets in arrows.items() if target in targets)
 
 
 RUN_ENDED = frozenset({RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED})

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from stack import Servers, Stack, running_stack, wait_until
+from stack import Servers, Stack, running_stack, stack_environment, wait_until
 
 from opscore import engine
+from opscore.servers import RedisServer
 
 
 @pytest.fixture(scope="module")
@@ -409,6 +410,39 @@ def test_a_whole_worker_killed_and_a_redis_that_forgot_everything_cost_only_time
             "SELECT task_id FROM attempts WHERE status = 'completed' GROUP BY 1 HAVING count(*) > 1"
         )
         assert doubled == []
+
+
+def test_a_worker_survives_a_restart_of_redis_under_its_tasks(
+    servers: Servers, tmp_path: Path
+) -> None:
+    """Celery 5.7.0 as it comes exits here: see workers/consumer.py."""
+    with RedisServer.temporary() as redis, servers.new_database() as url:
+        environment = stack_environment(url, redis.url, **QUICK)
+        stack = Stack(environment, tmp_path / "log")
+        try:
+            worker = stack.start_worker()
+            nap = {"seconds": 1}
+            document = {
+                "id": "w",
+                "tasks": [task(f"t{n}", "nap", parameters=nap, dependsOn=[]) for n in range(4)],
+            }
+            runs = []
+            for kill in (False, True, True):
+                runs.append(stack.submit(document))
+                wait_until(
+                    lambda: {t.status for t in stack.tasks(runs[-1])},
+                    says=lambda statuses: "running" in statuses,
+                )
+                if kill:
+                    os.kill(redis.pid or 0, signal.SIGKILL)
+                else:
+                    redis.stop()
+                redis.start()
+            for run_id in runs:
+                assert stack.finished(run_id, seconds=60).status == "completed"
+            assert worker.poll() is None, "the same worker all along"
+        finally:
+            stack.stop()
 
 
 def test_a_run_whose_publication_never_happened_is_found_and_published(

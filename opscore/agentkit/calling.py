@@ -194,9 +194,9 @@ def _let_worker_end(error: BaseException) -> None:
     In a prefork child billiard's handler of SIGTERM and SIGQUIT raises SystemExit wherever the
     agent happens to be and sets a flag, which tells it from an agent's own `sys.exit()`; what the
     agent's clean-up made of it does not matter. WorkerShutdown and WorkerTerminate are raised in a
-    worker's main process, which runs agents in the solo pool only. We set no Celery time limits;
-    where an operator does, SoftTimeLimitExceeded is an Exception like any other: a retryable
-    `agent_error`.
+    worker's main process, which runs agents in the solo pool only. Celery's hard
+    limit (see `canvas.visit`) kills the child, and nothing here sees it; where an operator sets a
+    soft one, SoftTimeLimitExceeded is an Exception like any other: a retryable `agent_error`.
     """
     billiard = sys.modules.get("billiard.common")
     if billiard is not None and billiard.terminate_handler_fired():
