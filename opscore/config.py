@@ -7,7 +7,7 @@ mapping.
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from marshmallow import EXCLUDE, Schema, ValidationError, validate
@@ -151,7 +151,6 @@ class Settings:
         "Connections a process may hold to PostgreSQL; a web process needs one a thread.",
         20,
     )
-    request_id_header: ClassVar[str] = "X-Request-ID"
 
     @classmethod
     def from_env(cls, environment: Mapping[str, str]) -> Self:

@@ -1,6 +1,7 @@
 """The README tells the truth about the tree."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 from opscore.config import Settings
@@ -20,7 +21,7 @@ def test_the_code_map_names_every_module_and_no_other() -> None:
 
 def test_the_settings_it_names_exist() -> None:
     variables = set(re.findall(r"`(OPSCORE_[A-Z_]+|DATABASE_URL|REDIS_URL)`", README))
-    declared = {field.metadata["variable"] for field in Settings.__dataclass_fields__.values()}
+    declared = {field.metadata["variable"] for field in fields(Settings)}
     assert variables - {"OPSCORE_WEBHOOK_SECRET"} <= declared
 
 
