@@ -1,6 +1,6 @@
 """What every request has: an id, a limit to its body, a line in the log, and sane headers.
 
-The body is read strictly (`definition.read_document`), never beyond the limit, and never logged.
+The body is never read beyond the limit, and never logged.
 """
 
 import re
@@ -12,17 +12,17 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import NotFound, RequestEntityTooLarge
 
 from opscore import logs
-from opscore.config import Settings
 
 log = logs.get("opscore.web")
 
+HEADER = "X-Request-ID"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 def request_id() -> str:
     """Return the id of the request at hand: the client's if it is usable, else a new one."""
     if "request_id" not in g:
-        given = request.headers.get(Settings.request_id_header, "")
+        given = request.headers.get(HEADER, "")
         g.request_id = given if _ID.fullmatch(given) else uuid4().hex
     return str(g.request_id)
 
@@ -56,7 +56,7 @@ def _check_path() -> None:
 
 
 def _end(response: Response) -> Response:
-    response.headers[Settings.request_id_header] = request_id()
+    response.headers[HEADER] = request_id()
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers.setdefault("Cache-Control", "no-store")
     response.headers.setdefault("Referrer-Policy", "no-referrer")
