@@ -9,7 +9,7 @@ from typing import Any
 
 from celery import Celery
 from celery.backends.redis import RedisBackend
-from kombu import Queue
+from kombu import Exchange, Queue
 
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE, Settings
 
@@ -84,7 +84,10 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "task_publish_retry": False,
         # A typo in a queue's name must fail, not feed a queue nobody reads.
         "task_create_missing_queues": False,
-        "task_queues": [Queue(name) for name in (AGENTS_QUEUE, IO_QUEUE, CONTROL_QUEUE)],
+        "task_queues": [
+            Queue(name, Exchange(name), routing_key=name)
+            for name in (AGENTS_QUEUE, IO_QUEUE, CONTROL_QUEUE)
+        ],
         "task_default_queue": AGENTS_QUEUE,
     }
 

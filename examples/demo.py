@@ -163,6 +163,8 @@ class Stack:
         if self._process is not None:
             in_order = self._end(self._process)
         if self._data is not None:
+            # As root, PostgreSQL's files lie elsewhere if the folders above are closed to it.
+            shutil.rmtree((self._data / "postgres").resolve(), ignore_errors=True)
             shutil.rmtree(self._data, ignore_errors=True)
         return in_order
 

@@ -134,10 +134,12 @@ def _settings() -> "Settings":
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
-@click.option("--threads", type=click.IntRange(1), default=16, show_default=True, help="In each.")
-def web(host: str, port: int, workers: int, threads: int) -> None:
+@click.option("--threads", type=click.IntRange(2), help="In each; OPSCORE_WEB_THREADS by default.")
+def web(host: str, port: int, workers: int, threads: int | None) -> None:
     """Serve the HTTP API (gunicorn)."""
-    _settings()
+    if threads is not None:
+        os.environ["OPSCORE_WEB_THREADS"] = str(threads)
+    threads = _settings().web_threads
     from gunicorn.app.wsgiapp import run
 
     # --no-control-socket: gunicorn would make one in the home folder.
@@ -154,6 +156,10 @@ def web(host: str, port: int, workers: int, threads: int) -> None:
 def worker(queues: str, pool: str, concurrency: int, name: str | None) -> None:
     """Run tasks (Celery)."""
     _settings()
+    if unknown := set(queues.split(",")) - set(QUEUES.split(",")):
+        raise click.BadParameter(
+            f"{', '.join(sorted(unknown))}: there are {QUEUES}", param_hint="--queues"
+        )
     _tell_when_ready()
     _celery(
         *("--app=workers.app:app", "worker"),

@@ -7,7 +7,7 @@ free them. Nothing an agent reports frees or keeps a slot.
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from sqlalchemy import delete, func, insert, select, text
+from sqlalchemy import delete, func, insert, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from opscore.db import Tx
@@ -63,6 +63,6 @@ def set_capacity(tx: Tx, agent_id: str, capacity: int | None) -> None:
         delete(Slot).where(
             Slot.agent_id == agent_id,
             Slot.number > wanted,
-            text("(holder IS NULL OR lease_expires_at < now())"),
+            Slot.holder.is_(None),
         )
     )

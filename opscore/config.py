@@ -145,6 +145,12 @@ class Settings:
     max_body_bytes: int = _setting(
         "OPSCORE_MAX_BODY_BYTES", _count(1024, 2**30), "Bytes of the largest request body.", 2**20
     )
+    web_threads: int = _setting(
+        "OPSCORE_WEB_THREADS",
+        _count(2, 1000),
+        "Requests a web process answers at once; half of them may be long polls.",
+        16,
+    )
     database_pool: int = _setting(
         "OPSCORE_DATABASE_POOL",
         _count(1, 1000),
@@ -180,6 +186,13 @@ class Settings:
         return settings
 
     def _check_relations(self) -> None:
+        if self.database_pool < self.web_threads:
+            raise ConfigurationError(
+                [
+                    f"OPSCORE_DATABASE_POOL ({self.database_pool}) must be at least "
+                    f"OPSCORE_WEB_THREADS ({self.web_threads}): a request may need a connection"
+                ]
+            )
         if self.lease_seconds < 3 * self.renew_seconds:
             raise ConfigurationError(
                 [

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import psycopg2
 from sqlalchemy import Connection, CursorResult, bindparam, create_engine, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
 Tx = Connection
 
@@ -37,6 +39,7 @@ class Database:
             pool_pre_ping=False,
             pool_recycle=1800,
             json_serializer=dump_json,
+            json_deserializer=load_json,
             hide_parameters=True,  # inputs and outputs stay out of errors and logs
             connect_args={
                 "application_name": application,
@@ -54,18 +57,37 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[Tx]:
         """Commit everything done with the yielded `Tx`, or nothing when an exception leaves."""
-        with self._engine.begin() as tx:
+        with _known_errors(), self._engine.begin() as tx:
             yield tx
 
     @contextmanager
     def autocommit(self) -> Iterator[Tx]:
         """Commit each statement by itself: one round trip instead of three."""
-        with self._autocommit.connect() as tx:
+        with _known_errors(), self._autocommit.connect() as tx:
             yield tx
 
     def close(self) -> None:
         """Close every pooled connection."""
         self._engine.dispose()
+
+
+@contextmanager
+def _known_errors() -> Iterator[None]:
+    """Raise as SQLAlchemy's what psycopg2 raises when a broken connection goes back to the pool."""
+    try:
+        yield
+    except psycopg2.Error as error:
+        raise OperationalError("(closing the connection)", None, error) from error
+
+
+def load_json(text: str) -> Any:
+    """Decode what PostgreSQL stored: it writes a large float as a whole number."""
+    return json.loads(text, parse_int=_integer)
+
+
+def _integer(digits: str) -> int | float:
+    value = int(digits)
+    return value if -(2**63) <= value < 2**63 else float(digits)
 
 
 _NUMBERED = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]

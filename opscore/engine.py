@@ -44,8 +44,13 @@ _ENDED = _list(TASK_ENDED)
 _RUN_OPEN = (
     "(r.status IN ('queued', 'running') AND r.cancel_requested_at IS NULL AND r.error IS NULL)"
 )
-_DEPENDENCIES_OVER = f"""NOT EXISTS (
-    SELECT FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.status NOT IN {_ENDED})"""
+
+
+def _dependencies_over(row: str = "t") -> str:
+    return f"""NOT EXISTS (
+    SELECT FROM tasks d WHERE d.id = ANY ({row}.depends_on) AND d.status NOT IN {_ENDED})"""
+
+
 _ITEMS_OVER = f"""NOT EXISTS (
     SELECT FROM tasks c WHERE c.parent_id = t.id AND c.status NOT IN {_ENDED})"""
 
@@ -274,8 +279,7 @@ class Void:
 
 Answer = Claimed | Settled | Elsewhere | MustWait | Impossible | Void
 
-_FREE = """(s.holder IS NULL OR s.lease_expires_at < now())
-    AND (s.reserved_until IS NULL OR s.reserved_until < now())"""
+_FREE = """s.holder IS NULL AND (s.reserved_until IS NULL OR s.reserved_until < now())"""
 _RESERVED = "EXISTS (SELECT FROM slots k WHERE k.reserved_for = w.id AND k.reserved_until > now())"
 _MAY_ASK = "(w.not_before IS NULL OR w.not_before <= now())"
 """Whoever an agent itself sent away does not stand in its line until the time it named."""
@@ -293,7 +297,7 @@ WITH t AS MATERIALIZED (
     FROM tasks t JOIN runs r ON r.id = t.run_id
     WHERE t.id = :task_id
 ), over AS (
-    SELECT {_DEPENDENCIES_OVER} AS dependencies FROM t
+    SELECT {_dependencies_over()} AS dependencies FROM t
 ), ready AS (
     SELECT t.* FROM t, over
     WHERE run_open AND over.dependencies AND (t.status = 'pending' OR t.status = 'waiting' AND
@@ -315,7 +319,7 @@ WITH t AS MATERIALIZED (
     SELECT s.agent_id, s.number
     FROM candidate c JOIN slots s USING (agent_id) CROSS JOIN ready
     WHERE s.number <= c.capacity
-      AND (s.holder IS NULL OR s.lease_expires_at < now())
+      AND s.holder IS NULL
       AND (s.reserved_for = :task_id AND s.reserved_until > now()
            OR {_FREE}
            AND NOT EXISTS (SELECT FROM tasks w WHERE w.wanted_agent_id = c.agent_id AND {_AHEAD})
@@ -335,6 +339,7 @@ WITH t AS MATERIALIZED (
     UPDATE runs r SET status = 'running', started_at = now()
     FROM ready, chosen
     WHERE r.id = ready.run_id AND r.status = 'queued' AND ready.run_status = 'queued'
+      AND r.cancel_requested_at IS NULL AND r.error IS NULL
     RETURNING r.id
 ), claimed AS (
     UPDATE tasks t
@@ -369,7 +374,8 @@ WITH t AS MATERIALIZED (
 )
 SELECT t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index AS item_index,
        t.item, t.items IS NOT NULL AS expanded, t.is_sink, t.merges_input, t.workflow_id, t.version,
-       t.generation, t.timeout_seconds, t.status, t.wanted_agent_id, t.run_open, over.dependencies,
+       t.generation, t.timeout_seconds, t.status, t.visit_generation, t.wanted_agent_id, t.run_open,
+       over.dependencies,
        claimed.id IS NOT NULL OR mine.held AS claimed,
        coalesce(claimed.attempt, t.attempt) AS attempt,
        coalesce(claimed.agent_id, t.agent_id) AS agent_id,
@@ -421,11 +427,13 @@ def claim_task(
         return Void()
     if row.status in TASK_ENDED:
         return Settled(row.generation)
-    return None if row.ready and row.chosen else _refused(row)
+    if row.ready and row.chosen:
+        return None
+    return Elsewhere() if row.visit_generation > generation else _refused(row)
 
 
 def _refused(row: Row[Any]) -> Answer:
-    """Say why a task of an open run cannot start."""
+    """Say why a task of an open run cannot start; for a visit as new as any other of it."""
     if row.status != "running" and not row.dependencies:
         return MustWait(Reason.DEPENDENCIES, None)
     if not row.ready:
@@ -763,7 +771,9 @@ WITH closing AS (
         reason = CASE t.status WHEN 'running' THEN t.reason ELSE :reason END,
         finished_at = CASE t.status WHEN 'running' THEN NULL ELSE now() END,
         wake_at = NULL, ends_run = true
-    WHERE t.run_id = :run_id
+    WHERE t.id IN (SELECT o.id FROM tasks o WHERE o.run_id = :run_id
+                     AND o.status IN ('pending', 'waiting', 'running')
+                   ORDER BY o.id FOR NO KEY UPDATE)
       AND (t.status IN ('pending', 'waiting') OR t.status = 'running' AND NOT t.ends_run)
     RETURNING t.id, t.run_id, t.status, t.kind
 ), told AS (
@@ -785,7 +795,7 @@ def _fail_run(tx: Tx, row: Row[Any], error: dict[str, Any]) -> None:
         _FAIL_PARENT(tx, {"task_id": row.parent_id, "error": item})
     brief = {
         "code": error["code"],
-        "message": error["message"],
+        "message": f"Task {row.definition_id}: {error['message']}",
         "taskId": str(row.id),
         "taskDefinitionId": row.definition_id,
     }
@@ -1011,13 +1021,16 @@ RETURNING t.id
 )
 
 
-def keep_message(tx: Tx, task_id: UUID, message: dict[str, Any], generation: int) -> bool:
+def keep_message(tx: Tx, task_id: UUID, message: dict[str, Any], generation: int) -> bool | None:
     """Save a newer canvas's visit with a task that runs or waits, to be published when it is over.
 
-    False when the task ended meanwhile or has a message as new: visit it again.
+    False when the task has a visit as new; None when it ended meanwhile: visit it again.
     """
     parameters = {"task_id": task_id, "message": message, "generation": generation}
-    return _KEEP_MESSAGE(tx, parameters).first() is not None
+    if _KEEP_MESSAGE(tx, parameters).first() is not None:
+        return True
+    status = tx.execute(select(Task.status).where(Task.id == task_id)).scalar()
+    return None if status in TASK_ENDED else False
 
 
 _RELEASE_ITEMS = Prepared(
@@ -1044,15 +1057,17 @@ RETURNING {_WOKEN}
 _WAKE_JOINS = f"""
 UPDATE tasks t SET woken_at = now(), wake_at = now() + make_interval(secs => {WAKE_AGAIN_SECONDS})
 FROM runs r
-WHERE {{which}} AND r.id = t.run_id
+WHERE t.id IN (SELECT o.id FROM tasks o WHERE {{which}} AND o.status = 'waiting'
+               ORDER BY o.id FOR NO KEY UPDATE)
+  AND r.id = t.run_id
   AND t.status = 'waiting' AND t.reason = 'dependencies' AND t.woken_at IS NULL
-  AND {_DEPENDENCIES_OVER}
+  AND {_dependencies_over()}
 RETURNING {_WOKEN}
 """
-_WAKE_THESE = Prepared(_WAKE_JOINS.format(which="t.id = ANY (:task_ids)"), task_ids=_UUIDS)
+_WAKE_THESE = Prepared(_WAKE_JOINS.format(which="o.id = ANY (:task_ids)"), task_ids=_UUIDS)
 _WAKE_SUCCESSORS = Prepared(
     _WAKE_JOINS.format(
-        which="t.id = ANY (ARRAY(SELECT unnest(successors) FROM tasks WHERE id = :task_id))"
+        which="o.id = ANY (ARRAY(SELECT unnest(successors) FROM tasks WHERE id = :task_id))"
     ),
     task_id=Uuid(),
 )
@@ -1141,7 +1156,7 @@ _WAKE_DUE = Prepared(
     f"""
 WITH due AS MATERIALIZED (
     SELECT t.id, CASE t.reason
-        WHEN 'dependencies' THEN {_DEPENDENCIES_OVER}
+        WHEN 'dependencies' THEN {_dependencies_over()}
         WHEN 'children' THEN {_ITEMS_OVER}
         WHEN 'agent_busy' THEN t.not_before <= now() OR EXISTS (
             SELECT FROM agents a WHERE a.capacity IS NULL AND (a.agent_id = t.wanted_agent_id
@@ -1182,7 +1197,9 @@ def wake_due(tx: Tx, limit: int) -> Due:
     )
 
 
-_WAKE_FORGOTTEN = Prepared(_WAKE_JOINS.format(which="t.wake_at IS NULL"))
+_WAKE_FORGOTTEN = Prepared(
+    _WAKE_JOINS.format(which=f"o.wake_at IS NULL AND {_dependencies_over('o')}")
+)
 
 
 _PARENTS_OVER = Prepared(
@@ -1246,9 +1263,11 @@ WITH settled AS (
     WHERE r.id = :run_id AND r.status IN ('queued', 'running')
       AND (r.error IS NOT NULL OR r.cancel_requested_at IS NOT NULL)
       AND NOT EXISTS (SELECT FROM tasks t WHERE t.run_id = r.id AND t.status NOT IN {_ENDED})
-    RETURNING r.id, r.status
+    RETURNING r.id, r.status, r.error
 )
-INSERT INTO events (run_id, type) SELECT id, 'run.' || status FROM settled RETURNING run_id
+INSERT INTO events (run_id, type, data)
+SELECT id, 'run.' || status, jsonb_strip_nulls(jsonb_build_object('error', error)) FROM settled
+RETURNING run_id
 """,
     run_id=Uuid(),
 )
@@ -1283,6 +1302,7 @@ WITH renewed AS (
     SET lease_expires_at = least(now() + make_interval(secs => :lease), t.deadline_at)
     FROM unnest(cast(:ids AS uuid[]), cast(:attempts AS int[])) AS held (id, attempt)
     WHERE t.id = held.id AND t.attempt = held.attempt AND t.status = 'running'
+      AND t.lease_expires_at > now()
     RETURNING t.id, t.run_id, t.attempt, t.lease_expires_at
 ), slots AS (
     UPDATE slots s SET lease_expires_at = renewed.lease_expires_at FROM renewed
@@ -1306,9 +1326,19 @@ def renew_leases(tx: Tx, held: Mapping[UUID, int], lease_seconds: float) -> dict
     return {row.id: row.cancelled for row in rows}
 
 
-def expired_attempts(tx: Tx, limit: int) -> list[UUID]:
-    """Return the tasks whose running attempt let its lease run out."""
-    query = select(Task.id).where(Task.status == "running", text("lease_expires_at < now()"))
+def expired_attempts(tx: Tx, limit: int, lease_seconds: float = 0) -> list[UUID]:
+    """Return the tasks whose running attempt let its lease run out.
+
+    None within `lease_seconds` of the server's start: nobody could renew while it was away, and who
+    is alive does so first.
+    """
+    query = select(Task.id).where(
+        Task.status == "running",
+        text("lease_expires_at < now()"),
+        text("pg_postmaster_start_time() < now() - make_interval(secs => :lease)").bindparams(
+            lease=lease_seconds
+        ),
+    )
     return list(tx.execute(query.order_by(Task.lease_expires_at).limit(limit)).scalars())
 
 
@@ -1423,7 +1453,8 @@ _HOLD_BACK = Prepared(
 UPDATE tasks t
 SET status = 'waiting', reason = 'dependencies', message = NULL,
     wake_at = NULL, woken_at = NULL
-WHERE t.id = ANY (:task_ids)
+WHERE t.id IN (SELECT o.id FROM tasks o WHERE o.id = ANY (:task_ids)
+               ORDER BY o.id FOR NO KEY UPDATE)
   AND (t.status = 'pending' OR t.status = 'waiting' AND t.reason = 'dependencies')
 """,
     task_ids=_UUIDS,
@@ -1447,7 +1478,7 @@ WITH unvisited AS (
     SELECT t.run_id, r.generation, min(greatest(r.generation_at, t.created_at, (
         SELECT max(d.finished_at) FROM tasks d WHERE d.id = ANY (t.depends_on)))) AS since
     FROM tasks t JOIN runs r ON r.id = t.run_id
-    WHERE t.status = 'pending' AND {_RUN_OPEN} AND {_DEPENDENCIES_OVER}
+    WHERE t.status = 'pending' AND {_RUN_OPEN} AND {_dependencies_over()}
     GROUP BY t.run_id, r.generation
 )
 SELECT u.run_id, u.generation,

@@ -6,6 +6,7 @@ values: text keys only, no duplicate keys, no NaN, no anchors, no dates, no tags
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
 from json.encoder import encode_basestring
@@ -176,7 +177,9 @@ def _decode(raw: bytes | str) -> str:
 
 def _check_brackets(text: str) -> None:
     depth = 0
-    for match in re.finditer(r'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', text):
+    # A string that never ends is one match too: tried again from every quote in it, it would take
+    # the square of its length.
+    for match in re.finditer(r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[{]|[\]}]', text, re.DOTALL):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
         if depth > MAX_DEPTH:
             line, column = text.count("\n", 0, match.start()) + 1, match.start()
@@ -187,8 +190,7 @@ def _check_brackets(text: str) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"The key {twice[:64]!r} appears twice in one object.")
     return result
 

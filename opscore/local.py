@@ -34,7 +34,7 @@ from urllib.parse import urlsplit
 import redis
 
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE, Settings
-from opscore.errors import OpsCoreError
+from opscore.errors import ConfigurationError, OpsCoreError
 from opscore.processes import Child, Program, State, Supervisor, wait_until
 from opscore.servers import (
     LOOPBACK,
@@ -464,6 +464,9 @@ def _migrate(url: str) -> None:
     except SQLAlchemyError as error:
         reason = str(error).split("\n", 1)[0]
         raise StackError(f"DATABASE_URL: the tables cannot be upgraded: {reason}") from error
+    except ConfigurationError as error:
+        hint = "It is set in your environment: unset it to have a server started."
+        raise StackError(f"{error.faults[0]} {hint}") from error
 
 
 def _reach_redis(url: str) -> None:
@@ -472,7 +475,8 @@ def _reach_redis(url: str) -> None:
         with redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
             client.ping()
     except (redis.RedisError, ValueError) as error:
-        raise StackError(f"REDIS_URL: no answer from Redis: {error}") from error
+        hint = "It is set in your environment: unset it to have a server started."
+        raise StackError(f"REDIS_URL: no answer from Redis: {error} {hint}") from error
 
 
 # -- what is asked over HTTP -----------------------------------------------------------------

@@ -82,7 +82,14 @@ def _json_tail() -> tuple[Processor, ...]:
 
 
 def _text_tail() -> tuple[Processor, ...]:
-    return (structlog.dev.ConsoleRenderer(colors=False, timestamp_key="at"),)
+    return (
+        structlog.dev.ConsoleRenderer(
+            colors=False,
+            timestamp_key="at",
+            # The default shows local variables: inputs, outputs and passwords.
+            exception_formatter=structlog.dev.plain_traceback,
+        ),
+    )
 
 
 def _named(logger: Any, method: str, event: Mapping[str, Any]) -> Mapping[str, Any]:

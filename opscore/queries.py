@@ -380,7 +380,7 @@ def _again(task: Row) -> str:
     if task["wake_at"] is None:
         return ""
     at = task["wake_at"].astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    return f"; tried again at {at}"
+    return f"; it is tried again at {at}"
 
 
 def _named(names: Sequence[str]) -> str:

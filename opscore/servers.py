@@ -301,6 +301,13 @@ def admit(account: Account | None, folder: Path) -> None:
         folder.chmod(0o710)
 
 
+def _has_name(uid: int) -> bool:
+    try:
+        return bool(pwd.getpwuid(uid).pw_name)
+    except KeyError:
+        return False
+
+
 def _home(folder: Path, account: Account | None) -> Path:
     """Return where the server keeps its files: ours, with what is `account`'s in a folder below.
 
@@ -516,6 +523,11 @@ class PostgresServer(Server):
         if self.account:
             os.chown(fresh, self.account.uid, self.account.gid)
         write_private(secret, self.password, self.account)
+        if self.account is None and not _has_name(os.geteuid()):
+            raise ServerError(
+                f"The account with uid {os.geteuid()} has no name in /etc/passwd, and PostgreSQL"
+                " does not run without: add one, or set DATABASE_URL to use a server of yours."
+            )
         made = self._launch(self._initdb(fresh, secret))
         if made.wait(START_SECONDS) != 0:
             raise ServerError(f"initdb failed:\n{self._last_words()}")
@@ -555,6 +567,10 @@ class PostgresServer(Server):
             "timezone": "UTC",
             "log_timezone": "UTC",
             "log_checkpoints": "off",
+            # A statement that fails carries inputs and outputs: they stay out of the log.
+            "log_min_error_statement": "panic",
+            "log_parameter_max_length_on_error": "0",
+            "log_error_verbosity": "terse",
             "lc_messages": "C",
         }
         options = [f"--{name}={value}" for name, value in settings.items()]

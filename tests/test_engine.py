@@ -286,8 +286,12 @@ def test_a_high_priority_waits_in_front(desk: Desk) -> None:
 
 def test_the_slot_of_a_silent_worker_is_free_when_its_lease_is_over(desk: Desk) -> None:
     desk.submit(*(task(n, "single", dependsOn=[]) for n in "ab"))
-    desk.claim("a")
-    desk.alter("UPDATE slots SET lease_expires_at = now() - interval '1 s'")
+    silent = desk.claim("a")
+    desk.alter("UPDATE tasks SET lease_expires_at = now() - interval '1 s' WHERE attempt = 1")
+    assert isinstance(desk.claim("b"), MustWait), "until its attempt is fenced it may still work"
+    with desk.database.autocommit() as tx:
+        assert engine.renew_leases(tx, {silent.task_id: 1}, 30) == {}, "too late to come back"
+    expire(desk)
     assert isinstance(desk.claim("b"), Claimed)
 
 
@@ -462,6 +466,21 @@ def test_a_newer_visit_is_kept_while_the_task_runs_and_given_out_when_it_is_over
     assert desk.complete(claimed).message == {"g": 2}
 
 
+def test_a_late_visit_of_an_older_canvas_does_not_fight_the_parked_one(desk: Desk) -> None:
+    desk.submit(task("a"), task("b"))
+    desk.park("b", desk.claim("b", generation=2), generation=2)
+    assert desk.claim("b", generation=1) == Elsewhere()
+    with desk.database.autocommit() as tx:
+        assert engine.keep_message(tx, desk.id("b"), {"g": 1}, 1) is False
+
+
+def test_a_newer_visit_to_a_task_that_just_ended_is_told_to_look_again(desk: Desk) -> None:
+    desk.submit(task("a"), task("b"))
+    desk.do("a")
+    with desk.database.autocommit() as tx:
+        assert engine.keep_message(tx, desk.id("a"), {"g": 2}, 2) is None
+
+
 def test_a_generation_is_raised_once_by_whoever_comes_first(desk: Desk) -> None:
     plan = desk.submit(task("a"), task("b"))
     desk.do("a")
@@ -588,6 +607,15 @@ def test_a_lease_is_renewed_but_never_beyond_the_deadline(desk: Desk) -> None:
         assert engine.renew_leases(tx, {claimed.task_id: 2}, 3600) == {}, "not this attempt"
     row = desk.task("a")
     assert row.lease_expires_at == row.deadline_at
+
+
+def test_nobody_is_lost_right_after_postgresql_came_back(desk: Desk) -> None:
+    desk.submit(task("a"))
+    desk.claim("a")
+    desk.alter("UPDATE tasks SET lease_expires_at = now() - interval '1 s'")
+    with desk.database.autocommit() as tx:
+        assert engine.expired_attempts(tx, 10, lease_seconds=86_400) == []
+        assert engine.expired_attempts(tx, 10, lease_seconds=0) == [desk.id("a")]
 
 
 def test_a_task_that_loses_its_worker_too_often_fails(desk: Desk) -> None:

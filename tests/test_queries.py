@@ -239,8 +239,8 @@ def test_what_a_task_waits_for_is_said_in_words(tx: Tx) -> None:
     add_task(tx, run_id, "e", "running", position=5)
     said = [task["waiting_for"] for task in queries.get_run_detail(tx, run_id)["tasks"]]
     assert said == [
-        "agent writer is busy; tried again at 2026-01-31T12:00:00Z",
-        "1 of 3 attempts failed; tried again at 2026-01-31T12:00:00Z",
+        "agent writer is busy; it is tried again at 2026-01-31T12:00:00Z",
+        "1 of 3 attempts failed; it is tried again at 2026-01-31T12:00:00Z",
         "task a is not over",
         "every agent with capability sum is unavailable",
         "1 of 2 items are over",

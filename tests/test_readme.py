@@ -1,8 +1,15 @@
 """The README tells the truth about the tree."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from dataclasses import fields
 from pathlib import Path
+
+import pytest
 
 from opscore.config import Settings
 
@@ -29,3 +36,47 @@ def test_the_make_targets_it_names_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make ([a-z]+)", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the tour is made with curl")
+def test_the_tour_runs_as_it_is_written() -> None:
+    (tour,) = re.findall(r"```sh\n(.+?)```", README, re.DOTALL)
+    setup, _, script = tour.partition("\n")
+    assert setup.startswith("make setup")
+    folder = Path(tempfile.mkdtemp(prefix="opscore-test-"))
+    folder.chmod(0o755)  # nobody, who runs PostgreSQL for root, may pass
+    (folder / "examples").symlink_to(ROOT / "examples")
+    commands = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    try:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=folder,
+            env={**os.environ, "PATH": commands},
+            capture_output=True,
+            text=True,
+            timeout=110,
+        )
+    finally:
+        subprocess.run(
+            [sys.executable, "-m", "opscore", "down", "--data", str(folder / ".opscore")],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd=folder,
+            capture_output=True,
+        )
+        shutil.rmtree(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"status": "completed"' in done.stdout or '"status":"completed"' in done.stdout
+    assert "run.completed" in done.stdout
+
+
+def test_the_agent_it_shows_runs_as_pasted() -> None:
+    (source,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(source, names)
+    from opscore import AgentBusy, Context
+
+    write = names["write"]
+    assert callable(write)
+    assert write({"topic": "queues"}, Context.for_testing()) == {"text": "All about queues"}
+    with pytest.raises(AgentBusy):
+        write({"topic": "queues", "quota": 0}, Context.for_testing())

@@ -1,8 +1,10 @@
 """The main job end to end: `opscore up --detach`, all of it over HTTP, Flower, `opscore down`."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,13 +93,12 @@ def task(name: str, agent_id: str = "echo", **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "workflows").mkdir()
-    (folder / "workflows" / "two.yaml").write_text(YAML.format(id="two"))
-    data = DataFolder(folder / "data")
+    flows = tmp_path_factory.mktemp("flows")
+    (flows / "two.yaml").write_text(YAML.format(id="two"))
+    data = DataFolder(Path(tempfile.mkdtemp(prefix="opscore-test-")))
     agents = ["--agents", "tests.fleet", "--workers", "2"]
     opscore(
-        *("up", "--data", str(data.path), "--workflows", str(folder / "workflows")),
+        *("up", "--data", str(data.path), "--workflows", str(flows)),
         *agents,
         "--detach",
     )
@@ -114,6 +115,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             yield Site(api, flower, environment, data.path / "opscore.log")
     finally:
         opscore("down", "--data", str(data.path))
+        shutil.rmtree(data.path)
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert not alive, alive
     for url in ("OPSCORE_API_URL", "FLOWER_URL", "DATABASE_URL", "REDIS_URL"):

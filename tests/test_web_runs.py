@@ -285,7 +285,7 @@ def test_a_run_shows_its_tasks_items_waits_and_attempts(client: Client) -> None:
         "cancelled": 0,
     }
     assert waiting["wakeAt"] == "2026-01-31T12:00:00Z"
-    assert waiting["waitingFor"] == "agent writer is busy; tried again at 2026-01-31T12:00:00Z"
+    assert waiting["waitingFor"] == "agent writer is busy; it is tried again at 2026-01-31T12:00:00Z"
 
 
 def test_tasks_of_a_run_are_paged_and_filtered(client: Client) -> None:
@@ -364,7 +364,7 @@ def test_a_wait_out_of_bounds_is_named(client: Client, seconds: str) -> None:
 
 
 def test_waiting_holds_no_connection_and_too_many_are_answered_at_once(settings: Settings) -> None:
-    with open_client(replace(settings, database_pool=2)) as client:
+    with open_client(replace(settings, database_pool=2, web_threads=2)) as client:
         with client.database.transaction() as tx:
             run_id = add_run(tx, "running")
         path = f"/runs/{run_id}?waitSeconds=20"

@@ -150,11 +150,11 @@ def test_validating_says_what_creating_would_do_and_writes_nothing(client: Clien
     before = count(client)
     answer = client.post("/workflows/validate", document)
     assert answer.status_code == 200, answer.json
-    expected = {"valid": True, "workflowId": "valid", "version": 1, "created": True}
+    expected = {"valid": True, "workflowId": "valid", "version": 1, "isNew": True}
     assert answer.json == {**expected, "tasks": ["b", "a"]}
     assert count(client) == before
     client.post("/workflows", document)
-    assert client.post("/workflows/validate", document).json["created"] is False
+    assert client.post("/workflows/validate", document).json["isNew"] is False
 
 
 def test_a_workflow_is_got_by_version(client: Client) -> None:

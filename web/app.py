@@ -71,7 +71,7 @@ def _make_parts(settings: Settings) -> Parts:
         database=database,
         dispatcher=dispatcher,
         # Half the threads at most, so that the other half is free for short requests.
-        polls=LongPolls(max(1, pool // 2)),
+        polls=LongPolls(settings.web_threads // 2),
         readiness=Readiness(settings, dispatcher),
     )
 

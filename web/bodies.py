@@ -49,9 +49,9 @@ def _read(read: Callable[[bytes], Any], accepted: tuple[str, ...]) -> Any:
 
 def _check_media_type(accepted: tuple[str, ...]) -> None:
     if request.mimetype not in accepted:
-        given = request.mimetype or "of no Content-Type"
+        given = f"is {request.mimetype}" if request.mimetype else "has no Content-Type"
         wanted = " or ".join(accepted)
-        raise Refused(415, f"The body is {given}; send it as Content-Type: {wanted}.")
+        raise Refused(415, f"The body {given}; send it as Content-Type: {wanted}.")
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise Refused(415, "A compressed body is not read; send it without Content-Encoding.")
 

@@ -215,7 +215,11 @@ def _docs(api: Api) -> PlainBlueprint:
     def openapi() -> Response:
         return jsonify(api.spec.to_dict())
 
-    @docs.get("/docs")
+    @docs.get("/")
+    def root() -> Response:
+        return redirect(url_for("docs.page"))
+
+    @docs.get("/docs", strict_slashes=True)
     def page() -> Response:
         return _static("index.html")
 

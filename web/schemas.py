@@ -259,7 +259,7 @@ class Verdict(Answer):
     valid = fields.Boolean(metadata=_about("Always true: faults are answered with 422."))
     workflow_id = _text("The id it would be created under.")
     version = fields.Integer(metadata=_about("The version it would be."))
-    created = fields.Boolean(
+    is_new = fields.Boolean(
         metadata=_about("Whether creating it would write that version; false if it is the newest.")
     )
     tasks = fields.List(fields.String(), metadata=_about("Its task ids, dependencies first."))

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import structlog
-from celery import Celery, signals
+from celery import Celery, bootsteps, signals
 
 from celeryconfig import app
 from opscore import logs, migrations, workflows
@@ -71,7 +71,6 @@ class Process:
             self.__dict__.pop(name, None)
 
 
-app.steps["worker"].add(Keeper)
 process = Process(app)
 
 
@@ -84,13 +83,23 @@ def configure_logging(**_: Any) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-@signals.worker_init.connect
-def offer_agents(**_: Any) -> None:
-    """Import the agents and make them known, before any child is forked."""
-    migrations.check(process.settings.database_url)
-    with process.database.transaction() as tx:
-        register_functions(tx, process.agents.values())
-    log.info("worker.agents", agents=sorted(process.agents))
+class Offer(bootsteps.Step):
+    """Imports the agents and makes them known, before any child is forked.
+
+    A step, because Celery swallows what a signal's receiver raises: a worker whose agents cannot be
+    imported must not start.
+    """
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        agents = process.agents
+        migrations.check(process.settings.database_url)
+        with process.database.transaction() as tx:
+            register_functions(tx, agents.values())
+        log.info("worker.agents", agents=sorted(agents))
+
+
+app.steps["worker"].update((Offer, Keeper))
 
 
 @signals.worker_process_init.connect

@@ -76,7 +76,7 @@ class Round:
     def expire(self) -> None:
         """Take expired attempts from workers that went silent."""
         with self.database.autocommit() as tx:
-            expired = engine.expired_attempts(tx, LIMIT)
+            expired = engine.expired_attempts(tx, LIMIT, self.settings.lease_seconds)
         for task_id in expired:
             with self.database.transaction() as tx:
                 gone = engine.lose_attempt(tx, task_id, self.settings.max_lost)

@@ -94,6 +94,8 @@ def _visit(visit: Visit) -> None:
             _park(visit, answer)
         elif isinstance(answer, engine.Void):
             raise Ignore
+        # Others move the task at this moment; whoever would agree with nobody must not spin.
+        time.sleep(random.uniform(0, 0.1))
 
 
 def _claim(tx: Tx, visit: Visit) -> engine.Answer | None:
@@ -370,11 +372,13 @@ def _go_on_after(visit: Visit, generation: int) -> None:
 
 
 def _leave_to_the_other(visit: Visit) -> None:
-    """Save a newer canvas's visit with the task; a duplicate is dropped."""
+    """Save a newer canvas's visit with the task, unless it ended; a duplicate is dropped."""
     message = visit.message()
-    if _insist(lambda tx: engine.keep_message(tx, visit.task_id, message, visit.generation)):
+    kept = _insist(lambda tx: engine.keep_message(tx, visit.task_id, message, visit.generation))
+    if kept is False:
+        raise Ignore
+    if kept:
         raise Retry(message="elsewhere")
-    raise Ignore
 
 
 def _park(visit: Visit, wait: MustWait) -> None:

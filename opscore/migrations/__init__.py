@@ -40,11 +40,24 @@ def connect(database_url: str) -> Connection:
 
 
 def upgrade(database_url: str) -> None:
-    """Bring the schema to the newest revision; two at once do it one after the other."""
+    """Bring the schema to the newest revision; two at once do it one after the other.
+
+    Raises:
+        ConfigurationError: the database does not answer.
+    """
     from alembic import command
 
-    with connect(database_url) as connection, connection.begin():
+    with _reached(database_url) as connection, connection.begin():
         command.upgrade(alembic_config(connection), "head")
+
+
+def _reached(database_url: str) -> Connection:
+    try:
+        return connect(database_url)
+    except DBAPIError as error:
+        sentence = str(error.orig).strip().splitlines()[0]
+        fault = f"DATABASE_URL: PostgreSQL does not answer: {sentence}"
+        raise ConfigurationError([fault]) from error
 
 
 def present(connection: Connection) -> str | None:
@@ -60,14 +73,8 @@ def check(database_url: str) -> None:
     Raises:
         ConfigurationError: it does not, with the command that helps.
     """
-    try:
-        with connect(database_url) as connection:
-            revision = present(connection)
-    except DBAPIError as error:
-        sentence = str(error.orig).strip().splitlines()[0]
-        raise ConfigurationError(
-            [f"DATABASE_URL: PostgreSQL does not answer: {sentence}"]
-        ) from error
+    with _reached(database_url) as connection:
+        revision = present(connection)
     if revision != NEWEST:
         raise ConfigurationError(
             [

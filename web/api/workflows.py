@@ -72,7 +72,7 @@ def validate(document: Any) -> Any:
     with database().transaction() as tx, tx.begin_nested() as trial:
         stored, created = create_workflow(tx, definition)
         trial.rollback()
-    found = {"workflow_id": stored.workflow_id, "version": stored.version, "created": created}
+    found = {"workflow_id": stored.workflow_id, "version": stored.version, "is_new": created}
     return {"valid": True, **found, "tasks": [task.id for task in definition.tasks]}
 
 
