@@ -101,7 +101,7 @@ _redis_numbers = itertools.cycle(range(1, 16))
 
 
 def new_redis_url(servers: Servers) -> str:
-    """Return the URL of an empty Redis database."""
+    """Return the URL of an empty Redis database; number 0 is that of `test_celery`'s worker."""
     url = servers.redis.url.rsplit("/", 1)[0] + f"/{next(_redis_numbers)}"
     with Redis.from_url(url) as redis:
         redis.flushdb()

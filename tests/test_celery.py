@@ -14,7 +14,7 @@ import pytest
 from celery import Celery
 from celery.exceptions import Ignore, Retry
 from hypothesis import HealthCheck, given, settings
-from stack import Servers, new_redis_url, stack_environment, wait_until
+from stack import Servers, stack_environment, wait_until
 from test_canvas import ancestors, graph, graphs, nodes_left, uid
 
 from celeryconfig import celery_settings
@@ -25,7 +25,8 @@ from opscore.engine import Node
 
 @pytest.fixture(scope="session")
 def celery_config(servers: Servers) -> dict[str, Any]:
-    environment = stack_environment("postgresql://h/d", new_redis_url(servers))
+    # Number 0, which no test is given: this worker lives as long as the session and would take theirs.
+    environment = stack_environment("postgresql://h/d", servers.redis.url)
     return celery_settings(Settings.from_env(environment))
 
 

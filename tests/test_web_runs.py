@@ -285,7 +285,9 @@ def test_a_run_shows_its_tasks_items_waits_and_attempts(client: Client) -> None:
         "cancelled": 0,
     }
     assert waiting["wakeAt"] == "2026-01-31T12:00:00Z"
-    assert waiting["waitingFor"] == "agent writer is busy; it is tried again at 2026-01-31T12:00:00Z"
+    assert (
+        waiting["waitingFor"] == "agent writer is busy; it is tried again at 2026-01-31T12:00:00Z"
+    )
 
 
 def test_tasks_of_a_run_are_paged_and_filtered(client: Client) -> None:
