@@ -25,7 +25,8 @@ from opscore.engine import Node
 
 @pytest.fixture(scope="session")
 def celery_config(servers: Servers) -> dict[str, Any]:
-    # Number 0, which no test is given: this worker lives as long as the session and would take theirs.
+    # Number 0, which no test is given: this worker lives as long as the session, and would take
+    # the visits of a test on the same number.
     environment = stack_environment("postgresql://h/d", servers.redis.url)
     return celery_settings(Settings.from_env(environment))
 
