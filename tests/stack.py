@@ -139,7 +139,8 @@ class Stack:
         with self.log.open("ab") as log:
             worker = subprocess.Popen(
                 [sys.executable, "-m", "opscore", "worker", *options],
-                env=os.environ | self.environment,
+                # A killed worker leaves its temporary folder: in ours, which pytest removes.
+                env=os.environ | self.environment | {"TMPDIR": str(self.log.parent)},
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
