@@ -179,28 +179,21 @@ class Settings:
             by_variable: dict[str, list[str]] = dict(error.messages_dict)
             faults += [f"{name}: {' '.join(texts)}" for name, texts in by_variable.items()]
             values = error.valid_data
+        known = {f.name: values.get(name, f.default) for name, f in declared.items()}
+        faults += _broken_relations(known["lease_seconds"], known["renew_seconds"])
         if faults:
             raise ConfigurationError(faults)
-        settings = cls(**{f.name: values[name] for name, f in declared.items() if name in values})
-        settings._check_relations()
-        return settings
+        return cls(**known)
 
-    def _check_relations(self) -> None:
-        if self.database_pool < self.web_threads:
-            raise ConfigurationError(
-                [
-                    f"OPSCORE_DATABASE_POOL ({self.database_pool}) must be at least "
-                    f"OPSCORE_WEB_THREADS ({self.web_threads}): a request may need a connection"
-                ]
-            )
-        if self.lease_seconds < 3 * self.renew_seconds:
-            raise ConfigurationError(
-                [
-                    f"OPSCORE_LEASE_SECONDS ({self.lease_seconds:g}) must be at least three times "
-                    f"OPSCORE_RENEW_SECONDS ({self.renew_seconds:g}): set "
-                    f"OPSCORE_RENEW_SECONDS={self.lease_seconds / 3:g} or a longer lease"
-                ]
-            )
+
+def _broken_relations(lease_seconds: float, renew_seconds: float) -> list[str]:
+    if lease_seconds >= 3 * renew_seconds:
+        return []
+    return [
+        f"OPSCORE_LEASE_SECONDS ({lease_seconds:g}) must be at least three times "
+        f"OPSCORE_RENEW_SECONDS ({renew_seconds:g}): set "
+        f"OPSCORE_RENEW_SECONDS={lease_seconds / 3:g} or a longer lease"
+    ]
 
 
 def _is_required(declared: Any) -> bool:
