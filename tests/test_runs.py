@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from sqlalchemy import text
 from stack import Servers, Stack, running_stack, stack_environment, wait_until
 
 from opscore import engine
@@ -410,6 +411,22 @@ def test_a_whole_worker_killed_and_a_redis_that_forgot_everything_cost_only_time
             "SELECT task_id FROM attempts WHERE status = 'completed' GROUP BY 1 HAVING count(*) > 1"
         )
         assert doubled == []
+
+
+def test_a_definition_this_version_cannot_read_fails_the_run_by_name_and_blames_no_worker(
+    servers: Servers, tmp_path: Path
+) -> None:
+    once = {"retry": {"maxAttempts": 1}, "onFailure": "continue", "dependsOn": []}
+    with running_stack(servers, tmp_path / "log", **QUICK) as stack:
+        run_id = stack.submit({"id": "w", "tasks": [task("a", **once), task("b", **once)]})
+        with stack.database.transaction() as tx:
+            tx.execute(text("UPDATE workflows SET definition = '{}'"))
+        stack.start_worker()
+        run = stack.finished(run_id)
+        assert (run.status, run.error["code"]) == ("failed", "internal_error")
+        assert {t.error["code"] for t in stack.tasks(run_id) if t.kind == "agent"} == {
+            "internal_error"
+        }
 
 
 def test_a_worker_survives_a_restart_of_redis_under_its_tasks(

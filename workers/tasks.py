@@ -269,6 +269,9 @@ def _complete(visit: Visit, claimed: Claimed, output: Any) -> None:
             run_output = _run_output(claimed, output)
         except ExpressionError as error:
             run_error = Failure("expression_error", str(error))
+        except Exception as error:
+            log.exception("attempt.broke")
+            run_error = Failure("internal_error", f"opscore itself failed: {type(error).__name__}.")
     finished = _insist(
         lambda tx: engine.complete_attempt(tx, claimed, output, run_output, run_error)
     )
