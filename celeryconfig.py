@@ -71,7 +71,8 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,  # a broker may be away for a night
         "broker_pool_acquire_timeout": 10,
-        "broker_pool_limit": 10,
+        # A chord's header holds a connection a level while it is published, in every thread.
+        "broker_pool_limit": 4 * settings.database_pool,
         "broker_transport_options": {
             "visibility_timeout": VISIBILITY_TIMEOUT_SECONDS,
             "health_check_interval": 25,

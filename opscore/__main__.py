@@ -118,16 +118,17 @@ def _table(processes: Sequence[Mapping[str, Any]]) -> list[str]:
     return [layout.format(**{head: head.upper() for head in heads}), *lines] if lines else []
 
 
-def _settings() -> "Settings":
+def _settings(threads: int | str = 0) -> "Settings":
     """Return the settings in the environment; the current folder's modules become importable.
 
-    They come last, so that a folder `web` there does not stand in front of ours.
+    They come last, so that a folder `web` there does not stand in front of ours. `threads` is that
+    of `Settings.from_env`.
     """
     from opscore.config import Settings
 
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
-    return Settings.from_env(os.environ)
+    return Settings.from_env(os.environ, threads=threads)
 
 
 @main.command()
@@ -139,7 +140,7 @@ def web(host: str, port: int, workers: int, threads: int | None) -> None:
     """Serve the HTTP API (gunicorn)."""
     if threads is not None:
         os.environ["OPSCORE_WEB_THREADS"] = str(threads)
-    threads = _settings().web_threads
+    threads = _settings("web_threads").web_threads
     from gunicorn.app.wsgiapp import run
 
     # --no-control-socket: gunicorn would make one in the home folder.
@@ -155,7 +156,9 @@ def web(host: str, port: int, workers: int, threads: int | None) -> None:
 @click.option("--name", help="Name of this worker, unique on this host; by its pid by default.")
 def worker(queues: str, pool: str, concurrency: int, name: str | None) -> None:
     """Run tasks (Celery)."""
-    _settings()
+    # Those that run tasks in one process, and one that renews their leases.
+    pool_size = _settings((concurrency if pool == "threads" else 1) + 1).database_pool
+    os.environ["OPSCORE_DATABASE_POOL"] = str(pool_size)
     if unknown := set(queues.split(",")) - set(QUEUES.split(",")):
         raise click.BadParameter(
             f"{', '.join(sorted(unknown))}: there are {QUEUES}", param_hint="--queues"

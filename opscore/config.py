@@ -21,7 +21,13 @@ IO_QUEUE = "opscore.io"
 """Agents behind HTTP."""
 CONTROL_QUEUE = "opscore.control"
 """What must never lie behind agent work."""
+SET_ASIDE = "opscore.set_aside"
+"""The Redis list of the newest queue entries that were no message, as JSON: `queue`, `reason`,
+`at`, `bytes` (its whole length) and `entry`."""
+SET_ASIDE_COUNT = "opscore.set_aside.count"
+"""The Redis hash that says how many were set aside ever, per queue."""
 
+DATABASE_POOL = "OPSCORE_DATABASE_POOL"
 SECRET_LENGTH = 16
 """Characters; a shorter key is guessed rather than found."""
 
@@ -152,15 +158,19 @@ class Settings:
         16,
     )
     database_pool: int = _setting(
-        "OPSCORE_DATABASE_POOL",
+        DATABASE_POOL,
         _count(1, 1000),
-        "Connections a process may hold to PostgreSQL; a web process needs one a thread.",
+        "Connections a process may hold to PostgreSQL: one for each of its threads that uses it. "
+        "Web and workers know how many those are if this is not set.",
         20,
     )
 
     @classmethod
-    def from_env(cls, environment: Mapping[str, str]) -> Self:
+    def from_env(cls, environment: Mapping[str, str], *, threads: int | str = 0) -> Self:
         """Read the settings from `environment`; an empty variable counts as absent.
+
+        `threads`: how many threads of this process may use the database at once, or the name of
+        the setting that says it. The pool becomes as large, or must be if it is given.
 
         Raises:
             ConfigurationError: naming every fault at once, never a secret's value.
@@ -180,19 +190,33 @@ class Settings:
             faults += [f"{name}: {' '.join(texts)}" for name, texts in by_variable.items()]
             values = error.valid_data
         known = {f.name: values.get(name, f.default) for name, f in declared.items()}
-        faults += _broken_relations(known["lease_seconds"], known["renew_seconds"])
+        needed = known[threads] if isinstance(threads, str) else threads
+        if needed and DATABASE_POOL not in values:
+            known["database_pool"] = needed
+        faults += _lease_faults(known["lease_seconds"], known["renew_seconds"])
+        faults += _pool_faults(known["database_pool"], needed)
         if faults:
             raise ConfigurationError(faults)
         return cls(**known)
 
 
-def _broken_relations(lease_seconds: float, renew_seconds: float) -> list[str]:
+def _lease_faults(lease_seconds: float, renew_seconds: float) -> list[str]:
     if lease_seconds >= 3 * renew_seconds:
         return []
     return [
         f"OPSCORE_LEASE_SECONDS ({lease_seconds:g}) must be at least three times "
         f"OPSCORE_RENEW_SECONDS ({renew_seconds:g}): set "
         f"OPSCORE_RENEW_SECONDS={lease_seconds / 3:g} or a longer lease"
+    ]
+
+
+def _pool_faults(pool: int, threads: int) -> list[str]:
+    if pool >= threads:
+        return []
+    return [
+        f"{DATABASE_POOL} ({pool}) must be at least {threads}, one connection for each thread of "
+        f"this process that uses the database: set {DATABASE_POOL}={threads}, leave it unset, or "
+        "use fewer threads"
     ]
 
 

@@ -261,7 +261,8 @@ class Stack:
     def _start(self) -> None:
         threading.Thread(target=importlib.import_module, args=["opscore.migrations"]).start()
         # Faults of the settings first, before anything is made or runs.
-        Settings.from_env({"DATABASE_URL": "postgresql://to-come"} | self._environment({}))
+        probe = {"DATABASE_URL": "postgresql://to-come"} | self._environment({})
+        Settings.from_env(probe, threads="web_threads")
         servers = self._servers()
         self._supervisor.start([server.program() for server in servers.values()])
         environment = self._environment(servers)

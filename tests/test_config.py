@@ -4,7 +4,6 @@ import pytest
 
 from opscore.config import Settings
 from opscore.errors import ConfigurationError
-from web.app import create_app
 
 GIVEN = {
     "DATABASE_URL": "postgresql://user:s3cret-word@127.0.0.1:1/db",
@@ -12,9 +11,9 @@ GIVEN = {
 }
 
 
-def faults(**more: str) -> str:
+def faults(*, threads: int | str = 0, **more: str) -> str:
     with pytest.raises(ConfigurationError) as refused:
-        Settings.from_env(GIVEN | more)
+        Settings.from_env(GIVEN | more, threads=threads)
     return "\n".join(refused.value.faults)
 
 
@@ -38,11 +37,29 @@ def test_no_error_shows_a_secret() -> None:
     assert "s3cret-word" not in said and "short-secret" not in said
 
 
-def test_a_worker_may_have_a_small_pool_whatever_web_needs() -> None:
+def test_a_pool_that_is_not_given_is_as_large_as_the_threads_need() -> None:
+    def pool(threads: int | str, **more: str) -> int:
+        return Settings.from_env(GIVEN | more, threads=threads).database_pool
+
+    assert (pool(2), pool(33), pool("web_threads")) == (2, 33, 16)
+    assert pool("web_threads", OPSCORE_WEB_THREADS="50") == 50
+    assert pool(9, OPSCORE_DATABASE_POOL="12") == 12
+    assert pool(9, OPSCORE_DATABASE_POOL="") == 9, "empty is absent"
+
+
+def test_a_given_pool_smaller_than_the_threads_is_refused_with_every_other_fault() -> None:
+    given = {"OPSCORE_DATABASE_POOL": "8", "OPSCORE_LEASE_SECONDS": "9"}
+    said = faults(threads=9, **given)
+    assert "OPSCORE_DATABASE_POOL (8) must be at least 9" in said
+    assert "set OPSCORE_DATABASE_POOL=9" in said and "OPSCORE_RENEW_SECONDS=3" in said
+    assert "must be at least 16" in faults(threads="web_threads", **given)
+    assert "OPSCORE_DATABASE_POOL" not in faults(threads=8, **given)
+
+
+def test_a_pool_that_is_no_number_is_called_that_only() -> None:
+    said = faults(threads=50, OPSCORE_DATABASE_POOL="many")
+    assert "OPSCORE_DATABASE_POOL: Not a valid integer" in said and "at least" not in said
+
+
+def test_whoever_needs_no_pool_may_have_any() -> None:
     assert Settings.from_env(GIVEN | {"OPSCORE_DATABASE_POOL": "3"}).database_pool == 3
-
-
-def test_web_refuses_a_pool_smaller_than_its_threads() -> None:
-    settings = Settings.from_env(GIVEN | {"OPSCORE_DATABASE_POOL": "3"})
-    with pytest.raises(ConfigurationError, match="OPSCORE_DATABASE_POOL"):
-        create_app(settings)

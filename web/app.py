@@ -17,7 +17,7 @@ from opscore import logs, migrations
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
-from opscore.errors import ConfigurationError, OpsCoreError
+from opscore.errors import OpsCoreError
 from web import auth, errors, requests
 from web.api import BLUEPRINTS
 from web.current import Parts, attach
@@ -33,10 +33,8 @@ def create_app(settings: Settings) -> Flask:
     """Make the application of this process.
 
     Raises:
-        ConfigurationError: there are fewer connections than threads, the database does not
-            answer, or its schema is not the newest.
+        ConfigurationError: the database does not answer, or its schema is not the newest.
     """
-    _check_pool(settings)
     migrations.check(settings.database_url)
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
@@ -54,7 +52,7 @@ def create_app(settings: Settings) -> Flask:
 def app_from_env() -> Flask:
     """Make the application from the environment's settings; what gunicorn calls."""
     try:
-        settings = Settings.from_env(os.environ)
+        settings = Settings.from_env(os.environ, threads="web_threads")
         logs.configure(settings.log_level, settings.log_format)
         app = create_app(settings)
     except OpsCoreError as error:
@@ -62,16 +60,6 @@ def app_from_env() -> Flask:
         sys.exit(GUNICORN_BOOT_ERROR)
     _end_polls_on_sigterm(app)
     return app
-
-
-def _check_pool(settings: Settings) -> None:
-    if settings.database_pool < settings.web_threads:
-        raise ConfigurationError(
-            [
-                f"OPSCORE_DATABASE_POOL ({settings.database_pool}) must be at least "
-                f"OPSCORE_WEB_THREADS ({settings.web_threads}): each request may need a connection"
-            ]
-        )
 
 
 def _make_parts(settings: Settings) -> Parts:
