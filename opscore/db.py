@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import psycopg2
-from sqlalchemy import Connection, CursorResult, bindparam, create_engine, text
+from psycopg2.extras import NamedTupleCursor
+from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 Tx = Connection
 
@@ -38,6 +39,7 @@ class Database:
             # and every caller of a statement that matters repeats it.
             pool_pre_ping=False,
             pool_recycle=1800,
+            use_native_hstore=False,  # or it asks for the type's number on every connection
             json_serializer=dump_json,
             json_deserializer=load_json,
             hide_parameters=True,  # inputs and outputs stay out of errors and logs
@@ -49,10 +51,12 @@ class Database:
                 "options": f"-c statement_timeout={STATEMENT_TIMEOUT_SECONDS}s"
                 " -c idle_in_transaction_session_timeout=60s -c timezone=UTC"
                 # Our prepared statements are looked up by key: one plan fits every value.
-                " -c plan_cache_mode=force_generic_plan",
+                " -c plan_cache_mode=force_generic_plan -c jit=off"
+                # They are planned once, perhaps while the tables are empty, and must not scan them
+                # when they are full.
+                " -c enable_seqscan=off",
             },
         )
-        self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
 
     @contextmanager
     def transaction(self) -> Iterator[Tx]:
@@ -62,9 +66,18 @@ class Database:
 
     @contextmanager
     def autocommit(self) -> Iterator[Tx]:
-        """Commit each statement by itself: one round trip instead of three."""
-        with _known_errors(), self._autocommit.connect() as tx:
-            yield tx
+        """Commit each statement by itself: one round trip instead of three.
+
+        SQLAlchemy's own way to this sends a SET with every use.
+        """
+        with _known_errors(), self._engine.connect() as tx:
+            connection: Any = tx.connection.dbapi_connection
+            connection.autocommit = True
+            try:
+                yield tx
+            finally:
+                if not connection.closed:
+                    connection.autocommit = False
 
     def close(self) -> None:
         """Close every pooled connection."""
@@ -93,41 +106,76 @@ def _integer(digits: str) -> int | float:
 _NUMBERED = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
 
 
+class Rows(list[Any]):
+    """What a prepared statement answered: named tuples."""
+
+    def first(self) -> Any | None:
+        """Return the first row, or None."""
+        return self[0] if self else None
+
+    def scalars(self) -> list[Any]:
+        """Return the first column."""
+        return [row[0] for row in self]
+
+
 class Prepared:
     """A statement that each connection plans once and then only executes.
 
-    Planning the claim takes several times as long as running it. A pooler between us and
-    PostgreSQL must keep a session to its client: PgBouncer in transaction mode does not. Parameters
-    are `:name`; `types` names those whose Python values need a SQLAlchemy type to become SQL.
+    Planning the claim takes several times as long as running it, and SQLAlchemy's way to a result
+    costs as much again, so these go to psycopg2 directly; errors are SQLAlchemy's all the same. A
+    pooler between us and PostgreSQL must keep a session to its client: PgBouncer in transaction
+    mode does not. Parameters are `:name`; those in `json` are stored as JSON, where None is JSON's
+    null; in `json_or_null` None is SQL's.
     """
 
     _names = itertools.count(1)
 
-    def __init__(self, statement: str, **types: Any) -> None:
+    def __init__(
+        self, statement: str, *, json: tuple[str, ...] = (), json_or_null: tuple[str, ...] = ()
+    ) -> None:
         self._name = f"opscore_{next(self._names)}"
         numbered = text(statement).compile(dialect=_NUMBERED)
-        names = list(numbered.positiontup or ())
-        self._prepare = text(f"PREPARE {self._name} AS {_literal(str(numbered))}")
-        given = ", ".join(f":{name}" for name in names)
-        self._execute = text(
-            f"EXECUTE {self._name} ({given})" if names else f"EXECUTE {self._name}"
-        )
-        self._execute = self._execute.bindparams(
-            *(bindparam(name, type_=kind) for name, kind in types.items())
-        )
+        self._prepare = f"PREPARE {self._name} AS {numbered}"
+        self._parameters = tuple(numbered.positiontup or ())
+        given = f" ({', '.join(['%s'] * len(self._parameters))})" if self._parameters else ""
+        self._execute = f"EXECUTE {self._name}{given}"
+        self._json, self._json_or_null = frozenset(json), frozenset(json_or_null)
 
-    def __call__(self, tx: Tx, parameters: Mapping[str, Any] | None = None) -> CursorResult[Any]:
+    def __call__(self, tx: Tx, parameters: Mapping[str, Any] | None = None) -> Rows:
         """Run it on `tx` and return its rows."""
+        values = [self._value(name, (parameters or {})[name]) for name in self._parameters]
         prepared: set[str] = tx.info.setdefault("prepared", set())
-        if self._name not in prepared:
-            tx.execute(self._prepare)
-            prepared.add(self._name)
-        return tx.execute(self._execute, dict(parameters or {}))
+        connection: Any = tx.connection.dbapi_connection
+        try:
+            with connection.cursor(cursor_factory=NamedTupleCursor) as cursor:
+                if self._name not in prepared:
+                    cursor.execute(self._prepare)
+                    prepared.add(self._name)
+                cursor.execute(self._execute, values)
+                return Rows(cursor.fetchall() if cursor.description else ())
+        except psycopg2.Error as error:
+            raise self._as_sqlalchemy(tx, connection, error) from error
 
+    def _value(self, name: str, value: Any) -> Any:
+        if name in self._json or (name in self._json_or_null and value is not None):
+            return dump_json(value)
+        return value
 
-def _literal(statement: str) -> str:
-    """Keep `text` from reading colons of a statement as parameters."""
-    return statement.replace(":", "\\:")
+    def _as_sqlalchemy(self, tx: Tx, connection: Any, error: psycopg2.Error) -> Exception:
+        """Return SQLAlchemy's error for psycopg2's; a lost connection takes the idle ones along."""
+        lost = tx.dialect.is_disconnect(error, connection, None)
+        if lost:
+            tx.invalidate(error)
+            tx.engine.dispose()
+        wrapped: Exception = DBAPIError.instance(
+            self._execute,
+            None,
+            error,
+            psycopg2.Error,
+            hide_parameters=True,
+            connection_invalidated=lost,
+        )
+        return wrapped
 
 
 def driver_url(url: str) -> str:
