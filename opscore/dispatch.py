@@ -19,7 +19,7 @@ from kombu.exceptions import KombuError, OperationalError
 from redis import Redis
 from redis.exceptions import RedisError
 
-from opscore import canvas, engine
+from opscore import canvas, engine, graph
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, Settings
 from opscore.db import Database
 from opscore.engine import Finished, Plan, Woken
@@ -52,9 +52,9 @@ class Dispatcher:
 
         With `start`, only what follows these tasks and no others: a segment.
         """
-        drawn = canvas.build(plan.nodes, start)
+        drawn = plan.drawn or graph.build(plan.nodes, start)
         woken: list[Woken] = []
-        if drawn.beyond:
+        if drawn.beyond and plan.drawn is None:
             with self.database.transaction() as tx:
                 engine.hold_back(tx, drawn.beyond)
             with self.database.autocommit() as tx:
@@ -62,23 +62,19 @@ class Dispatcher:
         signatures = canvas.signatures(
             self.app, drawn, plan.nodes, plan.generation, plan.request_id
         )
-        items = [
-            self._visit(item, plan.generation, timeout, plan.request_id)
-            for item, timeout in plan.items
-        ]
-        sent = self._send([*signatures, *items], run_id=str(plan.run_id))
+        sent = self.send([*signatures, *self._items(plan)], run_id=str(plan.run_id))
         return self.wake(woken) and sent
 
     def wake(self, woken: Iterable[Woken]) -> bool:
         """Send the visits of woken tasks: the saved message, a plain one, or a whole segment."""
-        signatures: list[Signature] = []
+        messages: list[Signature | dict[str, Any]] = []
         segments: defaultdict[UUID, set[UUID]] = defaultdict(set)
         dead: dict[UUID, int] = {}
         for task in woken:
             if task.message is not None:
-                signatures.append(self.app.signature(task.message))
+                messages.append(task.message)
             elif task.is_item:
-                signatures.append(
+                messages.append(
                     self._visit(
                         task.task_id, task.generation, task.timeout_seconds, task.request_id
                     )
@@ -87,7 +83,7 @@ class Dispatcher:
                 segments[task.run_id].add(task.task_id)
             else:
                 dead[task.run_id] = task.generation
-        sent = self._send(signatures)
+        sent = self.send(messages)
         for run_id, start in segments.items():
             sent &= self._publish_segment(run_id, start)
         for run_id, generation in dead.items():
@@ -120,8 +116,17 @@ class Dispatcher:
             if agent_id is not None:
                 woken += engine.wake_line(tx, agent_id)
         if finished.message is not None and not finished.failed_run:
-            self._send([self.app.signature(finished.message)], task_id=str(task_id))
+            self.send([finished.message], task_id=str(task_id))
         self.wake(woken)
+
+    def _items(self, plan: Plan) -> list[Signature]:
+        timeouts = dict(plan.items)
+        return [
+            canvas.lane_signature(
+                self.app, lane, timeouts, plan.generation, request_id=plan.request_id
+            )
+            for lane in graph.lanes(list(timeouts))
+        ]
 
     def _visit(
         self, task_id: UUID, generation: int, timeout_seconds: float, request_id: str | None
@@ -187,16 +192,17 @@ class Dispatcher:
                 self._break(error)
         return not self._broken
 
-    def _send(self, signatures: Sequence[Signature], **context: Any) -> bool:
-        if not signatures:
+    def send(self, messages: Sequence[Signature | dict[str, Any]], **context: Any) -> bool:
+        """Send messages in one go; False if the broker did not take them."""
+        if not messages:
             return True
         if not self.is_reachable():
-            log.warning("dispatch.skipped", messages=len(signatures), **context)
+            log.warning("dispatch.skipped", messages=len(messages), **context)
             return False
         try:
             with self.app.producer_or_acquire() as producer, producer.batch(BATCH):
-                for signature in signatures:
-                    signature.apply_async(producer=producer)
+                for message in messages:
+                    self.app.signature(message).apply_async(producer=producer)
         except BrokerErrors as error:
             self._break(error, **context)
             return False

@@ -15,14 +15,13 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Row, insert, select, text
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
-from sqlalchemy.types import Uuid
 from uuid6 import uuid7
 
 from opscore.db import Prepared, Tx
 from opscore.definition import Definition, TaskSpec
 from opscore.errors import AgentNotFound, InvalidRequest, RunFinished, RunNotFound
 from opscore.expressions import Template
+from opscore.graph import Canvas, Node, build
 from opscore.json_values import Faults
 from opscore.models import Agent, Event, Run, Task
 from opscore.states import RUN_ENDED, TASK_ENDED, Reason
@@ -55,23 +54,12 @@ _ITEMS_OVER = f"""NOT EXISTS (
     SELECT FROM tasks c WHERE c.parent_id = t.id AND c.status NOT IN {_ENDED})"""
 
 
-_UUIDS = ARRAY(Uuid)
 END = ""
 """The definition id of the implicit end; no task of a definition can have it."""
 _WAKE_AT = """to_char(wake_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
 
 
 # --- Submitting ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """An unfinished task as the canvas sees it: `depends_on` names unfinished tasks only."""
-
-    id: UUID
-    depends_on: frozenset[UUID]
-    timeout_seconds: float
-    is_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +72,8 @@ class Plan:
     nodes: tuple[Node, ...]
     items: tuple[tuple[UUID, float], ...] = ()
     """Items of expanded `forEach` tasks that need a visit of their own: (task id, timeout)."""
+    drawn: Canvas | None = None
+    """The canvas, if it was drawn already and what lies beyond it is held back."""
 
 
 def submit_run(
@@ -112,6 +102,12 @@ def submit_run(
     _check_agents(tx, definition, agent_id)
     run_id = uuid7()
     tasks = _task_rows(definition, run_id, agent_id, priority)
+    nodes = tuple(
+        Node(row["id"], frozenset(row["depends_on"]), row["timeout_seconds"], row["kind"] == "end")
+        for row in tasks
+    )
+    drawn = build(nodes)
+    _hold_beyond(tasks, drawn)
     tx.execute(
         insert(Run).values(
             id=run_id,
@@ -128,11 +124,16 @@ def submit_run(
     tx.execute(
         insert(Event).values(run_id=run_id, type="run.queued", data={"version": stored.version})
     )
-    nodes = tuple(
-        Node(row["id"], frozenset(row["depends_on"]), row["timeout_seconds"], row["kind"] == "end")
-        for row in tasks
-    )
-    return Plan(run_id, 1, request_id, nodes)
+    return Plan(run_id, 1, request_id, nodes, drawn=drawn)
+
+
+def _hold_beyond(tasks: list[dict[str, Any]], drawn: Canvas) -> None:
+    """Let what no message carries yet wait for its dependencies: waking it builds its segment."""
+    beyond = set(drawn.beyond)
+    for row in tasks:
+        is_beyond = row["id"] in beyond
+        row["status"] = "waiting" if is_beyond else "pending"
+        row["reason"] = "dependencies" if is_beyond else None
 
 
 def _check_agents(tx: Tx, definition: Definition, agent_id: str | None) -> None:
@@ -208,11 +209,21 @@ def _task_row(
         "busy_max_backoff": spec.busy.max_backoff_seconds,
         "max_wait_seconds": spec.busy.max_wait_seconds,
         "goes_on": spec.on_failure == "continue",
-        "status": "pending",
     }
 
 
 # --- Claiming -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A task's turn in a worker."""
+
+    task_id: UUID
+    generation: int
+    """The message's: an older one may still do the work, but does not carry its canvas on."""
+    token: UUID
+    """Its own: who asks again after a lost answer is told by it that the claim is his."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +299,15 @@ _AHEAD = f"""w.status = 'waiting' AND w.reason = 'agent_busy' AND w.id <> ready.
     AND (w.priority > ready.priority OR w.priority = ready.priority
          AND w.waiting_since < coalesce(ready.waiting_since, now()))"""
 
+_START = """status = 'running', reason = NULL, attempt = t.attempt + 1, claim_token = :token,
+        started_at = coalesce(t.started_at, now()),
+        deadline_at = now() + make_interval(secs => t.timeout_seconds + :grace),
+        lease_expires_at = now() + make_interval(secs => least(:lease, t.timeout_seconds + :grace)),
+        -- An old visit does the work, but a newer canvas's saved one must still go on after it.
+        message = CASE WHEN t.visit_generation > :generation THEN t.message END,
+        visit_generation = greatest(t.visit_generation, :generation),
+        wake_at = NULL, woken_at = NULL, not_before = NULL"""
+
 _CLAIM = Prepared(
     f"""
 WITH t AS MATERIALIZED (
@@ -343,14 +363,7 @@ WITH t AS MATERIALIZED (
     RETURNING r.id
 ), claimed AS (
     UPDATE tasks t
-    SET status = 'running', reason = NULL, attempt = t.attempt + 1, claim_token = :token,
-        agent_id = chosen.agent_id, started_at = coalesce(t.started_at, now()),
-        deadline_at = now() + make_interval(secs => t.timeout_seconds + :grace),
-        lease_expires_at = now() + make_interval(secs => least(:lease, t.timeout_seconds + :grace)),
-        -- An old visit does the work, but a newer canvas's saved one must still go on after it.
-        message = CASE WHEN t.visit_generation > :generation THEN t.message END,
-        visit_generation = greatest(t.visit_generation, :generation),
-        wake_at = NULL, woken_at = NULL, not_before = NULL
+    SET {_START}, agent_id = chosen.agent_id
     FROM chosen LEFT JOIN starting ON true
     WHERE t.id = :task_id AND t.status IN ('pending', 'waiting')
     RETURNING t.id, t.run_id, t.attempt, t.kind, t.agent_id, t.lease_expires_at, t.deadline_at,
@@ -394,31 +407,25 @@ SELECT t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index 
 FROM t CROSS JOIN over LEFT JOIN claimed ON true
      CROSS JOIN LATERAL (SELECT t.status = 'running' AND t.claim_token = :token AS held) AS mine
 """,
-    task_id=Uuid(),
-    token=Uuid(),
 )
 
 
-def claim_task(
-    tx: Tx, task_id: UUID, *, generation: int, token: UUID, worker: str, lease_seconds: float
-) -> Answer | None:
+def claim_task(tx: Tx, visit: Visit, *, worker: str, lease_seconds: float) -> Answer | None:
     """Take the task for this visit if it may start now, with a slot of its agent.
 
-    `token` is the visit's own: asked again with it after a lost answer, the claim answers the same.
-    `generation` is the message's: an older one may still do the work (refusing it could starve a
-    long queue). Returns None when another visit moved the task at the same moment: ask again.
+    Returns None when another visit moved the task at the same moment: ask again.
     """
     row = _CLAIM(
         tx,
         {
-            "task_id": task_id,
-            "generation": generation,
-            "token": token,
+            "task_id": visit.task_id,
+            "generation": visit.generation,
+            "token": visit.token,
             "worker": worker,
             "lease": lease_seconds,
             "grace": DEADLINE_GRACE_SECONDS,
         },
-    ).one_or_none()
+    ).first()
     if row is None:
         return Void()
     if row.claimed:
@@ -429,7 +436,7 @@ def claim_task(
         return Settled(row.generation)
     if row.ready and row.chosen:
         return None
-    return Elsewhere() if row.visit_generation > generation else _refused(row)
+    return Elsewhere() if row.visit_generation > visit.generation else _refused(row)
 
 
 def _refused(row: Row[Any]) -> Answer:
@@ -470,6 +477,8 @@ class Finished:
     """The failure ends the run: nothing below the task may start."""
     message: dict[str, Any] | None = None
     """A newer canvas's visit that came meanwhile: publish it, so that its canvas goes on."""
+    next: Claimed | None = None
+    """The visit that was to follow, claimed in the same breath."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -501,7 +510,7 @@ WITH {before} gone AS (
     WHERE t.id = :task_id AND {guard}
     RETURNING t.id, t.run_id, t.definition_id, t.kind, t.parent_id, t.index AS item_index,
               t.is_sink, t.goes_on, t.status, t.attempt, t.agent_id, t.ends_run, t.message,
-              t.wake_at
+              t.wake_at, t.output
 ), closed AS (
     UPDATE attempts a SET {attempt}, finished_at = now() FROM gone
     WHERE a.task_id = gone.id AND a.number = gone.attempt AND a.status = 'running'
@@ -537,11 +546,7 @@ _SETTLED = f""", settled AS (
     INSERT INTO events (run_id, type)
     SELECT id, 'run.' || status FROM settled, (SELECT max(seq) FROM told) AS after_that
 )"""
-_RUN_ENDING: dict[str, Any] = {
-    "run_output": JSONB(none_as_null=True),
-    "run_error": JSONB(none_as_null=True),
-}
-_FINISH = Prepared(_leave(**_COMPLETE), task_id=Uuid(), output=JSONB())
+_FINISH = Prepared(_leave(**_COMPLETE), json=("output",))
 _FINISH_LAST = Prepared(
     _leave(
         before="run AS (SELECT id FROM runs WHERE id = :run_id FOR NO KEY UPDATE),",
@@ -549,10 +554,48 @@ _FINISH_LAST = Prepared(
         after=_SETTLED.format(ends="true"),
         **_COMPLETE,
     ),
-    task_id=Uuid(),
-    run_id=Uuid(),
-    output=JSONB(),
-    **_RUN_ENDING,
+    json=("output",),
+    json_or_null=(
+        "run_output",
+        "run_error",
+    ),
+)
+_FINISH_AND_CLAIM = Prepared(
+    _leave(
+        **_COMPLETE
+        | {
+            "after": f""", next AS (
+    UPDATE tasks t SET {_START}, agent_id = a.agent_id
+    FROM gone, runs r, agents a
+    WHERE t.id = :next_id AND t.kind = 'agent' AND NOT gone.ends_run
+      AND (t.status = 'pending' OR t.status = 'waiting' AND t.reason = 'dependencies')
+      AND r.id = t.run_id AND r.status = 'running' AND r.generation = :generation AND {_RUN_OPEN}
+      AND a.agent_id = t.wanted_agent_id AND a.capacity IS NULL
+      AND NOT EXISTS (SELECT FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.id <> :task_id
+                      AND d.status NOT IN {_ENDED})
+    RETURNING t.*, r.agent_id IS NOT NULL AND t.position = 0 AS merges_input
+), begun AS (
+    INSERT INTO attempts (task_id, number, agent_id, worker, status)
+    SELECT id, attempt, agent_id, :worker, 'running' FROM next
+), next_told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, 'task.started', jsonb_build_object(
+        'attempt', attempt, 'agentId', agent_id, 'worker', cast(:worker AS text))
+    FROM next, (SELECT max(seq) FROM told) AS after_that
+)""",
+            "answer": """gone.message, gone.ends_run, r.generation, gone.output,
+       next.id AS task_id, next.kind, next.definition_id, next.parent_id, next.index AS item_index,
+       next.item, next.merges_input, next.is_sink, next.agent_id, next.attempt,
+       next.timeout_seconds, next.deadline_at, next.reads,
+       CASE WHEN next.reads <> '{}'
+            THEN (SELECT jsonb_object_agg(d.definition_id, jsonb_build_object(
+                      'output', d.output, 'status', d.status, 'error', d.error))
+                  FROM tasks d WHERE d.run_id = next.run_id AND d.index IS NULL
+                  AND d.definition_id = ANY (next.reads) AND d.id <> :task_id) END AS tasks
+    FROM gone JOIN runs r ON r.id = gone.run_id LEFT JOIN next ON true""",
+        }
+    ),
+    json=("output",),
 )
 
 
@@ -572,12 +615,75 @@ def complete_attempt(
     if claimed.is_sink:
         error = None if run_error is None else _error(run_error)
         ending = {"run_id": claimed.run_id, "run_output": run_output, "run_error": error}
-        row = _FINISH_LAST(tx, parameters | ending).one_or_none()
+        row = _FINISH_LAST(tx, parameters | ending).first()
     else:
-        row = _FINISH(tx, parameters).one_or_none()
+        row = _FINISH(tx, parameters).first()
     if row is None:
         return _repeated(tx, claimed)
     return Finished(row.generation, ends_run=row.ends_run, message=row.message)
+
+
+def complete_and_claim(
+    tx: Tx,
+    claimed: Claimed,
+    output: Any,
+    then: Visit,
+    *,
+    worker: str,
+    lease_seconds: float,
+) -> Finished | Fenced:
+    """Record success, and take the next task of the same run in the same statement if that is easy.
+
+    Easy is a task that waits for nothing but this one and whose agent has no capacity to count. The
+    others come with `claim_task`; so does one whose answer was lost here, by its token.
+    """
+    row = _FINISH_AND_CLAIM(
+        tx,
+        {
+            "task_id": claimed.task_id,
+            "attempt": claimed.attempt,
+            "output": output,
+            "next_id": then.task_id,
+            "generation": then.generation,
+            "token": then.token,
+            "worker": worker,
+            "lease": lease_seconds,
+            "grace": DEADLINE_GRACE_SECONDS,
+        },
+    ).first()
+    if row is None:
+        return _repeated(tx, claimed)
+    following = None if row.task_id is None else _following(claimed, row)
+    return Finished(row.generation, row.ends_run, message=row.message, next=following)
+
+
+def _following(claimed: Claimed, row: Any) -> Claimed:
+    """Return the claim that came with a finish; its statement could not see what it finished."""
+    tasks = None if not row.reads else dict(row.tasks or {})
+    if tasks is not None and claimed.parent_id is None and claimed.definition_id in row.reads:
+        tasks[claimed.definition_id] = {"output": row.output, "status": "completed", "error": None}
+    return Claimed(
+        task_id=row.task_id,
+        run_id=claimed.run_id,
+        attempt=row.attempt,
+        kind=row.kind,
+        definition_id=row.definition_id,
+        parent_id=row.parent_id,
+        item_index=row.item_index,
+        item=row.item,
+        merges_input=row.merges_input,
+        expanded=False,
+        is_sink=row.is_sink,
+        agent_id=row.agent_id,
+        has_slot=False,
+        workflow_id=claimed.workflow_id,
+        version=claimed.version,
+        generation=row.generation,
+        timeout_seconds=row.timeout_seconds,
+        deadline_at=row.deadline_at,
+        input=claimed.input,
+        tasks=tasks,
+    )
 
 
 _RECORDED = Prepared(
@@ -588,14 +694,13 @@ WHERE t.id = :task_id AND t.attempt = :attempt AND t.status IN {_ENDED}
   AND NOT EXISTS (SELECT FROM attempts a WHERE a.task_id = t.id AND a.number = t.attempt
                   AND a.status IN ('lost', 'cancelled'))
 """,
-    task_id=Uuid(),
 )
 
 
 def _repeated(tx: Tx, claimed: Claimed) -> Finished | Fenced:
     """Tell an outcome whose answer was lost on the way from one that came too late."""
     parameters = {"task_id": claimed.task_id, "attempt": claimed.attempt}
-    row = _RECORDED(tx, parameters).one_or_none()
+    row = _RECORDED(tx, parameters).first()
     if row is None:
         return Fenced()
     failed_run = row.status == "failed" and not row.goes_on
@@ -621,9 +726,8 @@ _RETRY = Prepared(
         f"""'task.retrying', jsonb_build_object(
             'attempt', attempt, 'wakeAt', {_WAKE_AT}, 'error', {_BRIEF})""",
     ),
-    task_id=Uuid(),
-    message=JSONB(none_as_null=True),
-    error=JSONB(),
+    json=("error",),
+    json_or_null=("message",),
 )
 
 
@@ -707,9 +811,11 @@ _END_TASK = Prepared(
         answer=f"""gone.*, r.generation, {_RUN_OPEN} AS run_open
         FROM gone JOIN runs r ON r.id = gone.run_id""",
     ),
-    task_id=Uuid(),
-    error=JSONB(none_as_null=True),
-    **_RUN_ENDING,
+    json_or_null=(
+        "error",
+        "run_output",
+        "run_error",
+    ),
 )
 
 
@@ -728,9 +834,7 @@ def _end_task(
     """
     _lock_run(tx, run_id)
     ending = {"run_output": None, "run_error": None}
-    row = _END_TASK(
-        tx, {"task_id": task_id, "error": error, "attempt": attempt, **ending}
-    ).one_or_none()
+    row = _END_TASK(tx, {"task_id": task_id, "error": error, "attempt": attempt, **ending}).first()
     if row is None:
         return None
     failed_run = row.status == "failed" and not row.goes_on
@@ -750,8 +854,7 @@ def _lock_run(tx: Tx, run_id: UUID) -> None:
 
 _FAIL_RUN = Prepared(
     "UPDATE runs r SET error = :error WHERE r.id = :run_id AND r.error IS NULL",
-    run_id=Uuid(),
-    error=JSONB(),
+    json=("error",),
 )
 _FAIL_PARENT = Prepared(
     _leave(
@@ -760,8 +863,7 @@ _FAIL_PARENT = Prepared(
         "status = 'failed'",
         "'task.failed', jsonb_build_object('error', cast(:error AS jsonb))",
     ),
-    task_id=Uuid(),
-    error=JSONB(),
+    json=("error",),
 )
 _CLOSE = Prepared(
     """
@@ -783,7 +885,6 @@ WITH closing AS (
 )
 SELECT id FROM closing
 """,
-    run_id=Uuid(),
 )
 
 
@@ -809,7 +910,7 @@ def _close_tasks(tx: Tx, run_id: UUID, reason: str) -> None:
     Repeated, because a `forEach` that expands at this moment holds its row until its items are
     written, and a statement that waited for that row does not see them; the next one does.
     """
-    while _CLOSE(tx, {"run_id": run_id, "reason": reason}).all():
+    while _CLOSE(tx, {"run_id": run_id, "reason": reason}):
         pass
 
 
@@ -826,8 +927,7 @@ _RELEASE = Prepared(
         f"""'task.waiting', jsonb_build_object(
             'reason', cast(:reason AS text), 'wakeAt', {_WAKE_AT}, 'agentId', agent_id)""",
     ),
-    task_id=Uuid(),
-    message=JSONB(none_as_null=True),
+    json_or_null=("message",),
 )
 
 
@@ -893,10 +993,8 @@ WITH expanded AS (
 )
 SELECT items.id, items.timeout_seconds FROM items WHERE status = 'pending' ORDER BY index
 """,
-    task_id=Uuid(),
-    ids=_UUIDS,
-    values=JSONB(),
-    message=JSONB(none_as_null=True),
+    json=("values",),
+    json_or_null=("message",),
 )
 
 
@@ -918,7 +1016,7 @@ def expand_task(
             "values": list(values),
             "message": message,
         },
-    ).all()
+    )
     return [(row.id, row.timeout_seconds) for row in rows] or None
 
 
@@ -977,8 +1075,7 @@ WITH before AS (
 )
 SELECT id, waiting_since + make_interval(secs => max_wait_seconds) < now() AS overdue FROM parked
 """,
-    task_id=Uuid(),
-    message=JSONB(),
+    json=("message",),
 )
 
 
@@ -1006,7 +1103,7 @@ def park_task(
             "message": message,
             "generation": generation,
         },
-    ).one_or_none()
+    ).first()
     return None if row is None else bool(row.overdue)
 
 
@@ -1016,8 +1113,7 @@ UPDATE tasks t SET message = :message, visit_generation = :generation
 WHERE t.id = :task_id AND t.status IN ('waiting', 'running') AND t.visit_generation < :generation
 RETURNING t.id
 """,
-    task_id=Uuid(),
-    message=JSONB(),
+    json=("message",),
 )
 
 
@@ -1052,7 +1148,6 @@ UPDATE tasks t SET status = 'pending', reason = NULL FROM next, runs r
 WHERE t.id = next.id AND t.status = 'waiting' AND r.id = t.run_id
 RETURNING {_WOKEN}
 """,
-    parent_id=Uuid(),
 )
 _WAKE_JOINS = f"""
 UPDATE tasks t SET woken_at = now(), wake_at = now() + make_interval(secs => {WAKE_AGAIN_SECONDS})
@@ -1064,12 +1159,11 @@ WHERE t.id IN (SELECT o.id FROM tasks o WHERE {{which}} AND o.status = 'waiting'
   AND {_dependencies_over()}
 RETURNING {_WOKEN}
 """
-_WAKE_THESE = Prepared(_WAKE_JOINS.format(which="o.id = ANY (:task_ids)"), task_ids=_UUIDS)
+_WAKE_THESE = Prepared(_WAKE_JOINS.format(which="o.id = ANY (:task_ids)"))
 _WAKE_SUCCESSORS = Prepared(
     _WAKE_JOINS.format(
         which="o.id = ANY (ARRAY(SELECT unnest(successors) FROM tasks WHERE id = :task_id))"
     ),
-    task_id=Uuid(),
 )
 _WAKE_PARENT = Prepared(
     f"""
@@ -1079,7 +1173,6 @@ WHERE t.id = :task_id AND r.id = t.run_id
   AND t.status = 'waiting' AND t.reason = 'children' AND t.woken_at IS NULL AND {_ITEMS_OVER}
 RETURNING {_WOKEN}
 """,
-    task_id=Uuid(),
 )
 
 
@@ -1149,7 +1242,7 @@ s.number <= a.capacity AND {_FREE})
 
 def agents_to_wake(tx: Tx) -> list[str]:
     """Return the agents that have a free slot while somebody waits for one."""
-    return list(_LINES(tx).scalars())
+    return _LINES(tx).scalars()
 
 
 _WAKE_DUE = Prepared(
@@ -1190,7 +1283,7 @@ class Due:
 
 def wake_due(tx: Tx, limit: int) -> Due:
     """Wake parked tasks past their moment if what they wait for could now be had."""
-    rows = _WAKE_DUE(tx, {"limit": limit}).all()
+    rows = _WAKE_DUE(tx, {"limit": limit})
     return Due(
         _woken(row for row in rows if not row.overdue),
         [row.task_id for row in rows if row.overdue],
@@ -1214,7 +1307,7 @@ WHERE t.status = 'waiting' AND t.reason = 'children' AND t.wake_at IS NULL
 def wake_forgotten(tx: Tx) -> list[Woken]:
     """Wake joins and `forEach` tasks whose last one died between its commit and its wake."""
     woken = _woken(_WAKE_FORGOTTEN(tx))
-    for parent_id in _PARENTS_OVER(tx).scalars().all():
+    for parent_id in _PARENTS_OVER(tx).scalars():
         woken += wake_parent(tx, parent_id)
     return woken
 
@@ -1252,7 +1345,6 @@ WITH asked AS (
 )
 INSERT INTO events (run_id, type) SELECT id, 'run.cancel_requested' FROM asked
 """,
-    run_id=Uuid(),
 )
 _SETTLE = Prepared(
     f"""
@@ -1269,7 +1361,6 @@ INSERT INTO events (run_id, type, data)
 SELECT id, 'run.' || status, jsonb_strip_nulls(jsonb_build_object('error', error)) FROM settled
 RETURNING run_id
 """,
-    run_id=Uuid(),
 )
 
 
@@ -1290,7 +1381,7 @@ LIMIT :limit
 
 def runs_to_settle(tx: Tx, limit: int) -> list[UUID]:
     """Return runs with nothing left to end, whose last finisher died before settling them."""
-    return list(_ENDING(tx, {"limit": limit}).scalars())
+    return _ENDING(tx, {"limit": limit}).scalars()
 
 
 # --- Leases -------------------------------------------------------------------------------------
@@ -1311,7 +1402,6 @@ WITH renewed AS (
 SELECT renewed.id, r.cancel_requested_at IS NOT NULL AS cancelled
 FROM renewed JOIN runs r ON r.id = renewed.run_id
 """,
-    ids=_UUIDS,
 )
 
 
@@ -1356,14 +1446,12 @@ _LOSE = Prepared(
         "'task.lost', jsonb_build_object('attempt', attempt)",
         answer="run_id, parent_id FROM gone",
     ),
-    task_id=Uuid(),
 )
 _EXPIRED = Prepared(
     """
 SELECT t.run_id, t.parent_id, t.attempt, t.lost, t.ends_run, t.deadline_at < now() AS timed_out,
 t.timeout_seconds FROM tasks t WHERE t.id = :task_id AND t.status = 'running' AND t.lease_expires_at
 < now() """,
-    task_id=Uuid(),
 )
 
 
@@ -1374,10 +1462,10 @@ def lose_attempt(tx: Tx, task_id: UUID, max_lost: int) -> Gone | None:
     The `max_lost`-th time, or past its deadline with no attempt left, the task fails for good. None
     if it was finished or renewed meanwhile.
     """
-    back = _LOSE(tx, {"task_id": task_id, "max_lost": max_lost}).one_or_none()
+    back = _LOSE(tx, {"task_id": task_id, "max_lost": max_lost}).first()
     if back is not None:
         return Gone(back.run_id, back.parent_id, None)
-    row = _EXPIRED(tx, {"task_id": task_id}).one_or_none()
+    row = _EXPIRED(tx, {"task_id": task_id}).first()
     if row is None:
         return None
     if row.timed_out:
@@ -1403,7 +1491,6 @@ WITH raised AS (
 )
 SELECT generation FROM raised
 """,
-    run_id=Uuid(),
 )
 _NODES = Prepared(
     f"""
@@ -1414,14 +1501,12 @@ FROM tasks t JOIN runs r ON r.id = t.run_id
 WHERE t.run_id = :run_id AND t.index IS NULL AND t.status NOT IN {_ENDED} AND {_RUN_OPEN}
 ORDER BY t.position
 """,
-    run_id=Uuid(),
 )
 _LOOSE_ITEMS = Prepared(
     """
 SELECT t.id, t.timeout_seconds FROM tasks t
 WHERE t.run_id = :run_id AND t.index IS NOT NULL AND t.status = 'pending' ORDER BY t.index
 """,
-    run_id=Uuid(),
 )
 
 
@@ -1436,7 +1521,7 @@ def republish_run(tx: Tx, run_id: UUID, generation: int) -> Plan | None:
 
 def plan_run(tx: Tx, run_id: UUID) -> Plan | None:
     """Return what is left of an open run, under its present generation."""
-    rows = _NODES(tx, {"run_id": run_id}).all()
+    rows = _NODES(tx, {"run_id": run_id})
     if not rows:
         return None
     nodes = tuple(
@@ -1457,7 +1542,6 @@ WHERE t.id IN (SELECT o.id FROM tasks o WHERE o.id = ANY (:task_ids)
                ORDER BY o.id FOR NO KEY UPDATE)
   AND (t.status = 'pending' OR t.status = 'waiting' AND t.reason = 'dependencies')
 """,
-    task_ids=_UUIDS,
 )
 
 
@@ -1526,19 +1610,16 @@ WHERE EXISTS (SELECT FROM attempts a WHERE a.task_id = :task_id AND a.number = :
               AND a.status = 'running')
 ON CONFLICT DO NOTHING
 """,
-    task_id=Uuid(),
-    entries=JSONB(),
+    json=("entries",),
 )
 _CUT_LOG = Prepared(
     "DELETE FROM attempt_logs WHERE task_id = :task_id AND attempt = :attempt AND line <= :line",
-    task_id=Uuid(),
 )
 _PROGRESS = Prepared(
     """
 UPDATE attempts SET progress = :fraction, progress_message = :message
 WHERE task_id = :task_id AND number = :attempt AND status = 'running'
 """,
-    task_id=Uuid(),
 )
 
 

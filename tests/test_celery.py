@@ -15,12 +15,12 @@ from celery import Celery
 from celery.exceptions import Ignore, Retry
 from hypothesis import HealthCheck, given, settings
 from stack import Servers, stack_environment, wait_until
-from test_canvas import ancestors, graph, graphs, nodes_left, uid
+from test_graph import ancestors, carried_before, graph, graphs, nodes_left, uid
 
 from celeryconfig import celery_settings
 from opscore import canvas
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, Settings
-from opscore.engine import Node
+from opscore.graph import Canvas, Node, build
 
 
 @pytest.fixture(scope="session")
@@ -80,8 +80,8 @@ def notes(every_note: Notes, celery_session_worker: Any) -> Iterator[Notes]:
     yield every_note
 
 
-def publish(app: Celery, nodes: list[Node]) -> canvas.Canvas:
-    drawn = canvas.build(nodes)
+def publish(app: Celery, nodes: list[Node]) -> Canvas:
+    drawn = build(nodes)
     for signature in canvas.signatures(app, drawn, nodes, 1, "request"):
         signature.apply_async()
     return drawn
@@ -146,9 +146,7 @@ def test_whatever_the_graph_its_canvas_visits_each_task_once_behind_ancestors_on
     expected = {node.id for node in nodes} - set(drawn.beyond)
     wait_until(lambda: set(notes.visits), says=lambda seen: seen == expected)
     assert len(notes.visits) == len(expected)
-    carried: dict[UUID, frozenset[UUID]] = {}
-    for block in drawn.blocks:
-        canvas._preceding(block, drawn.links, frozenset(), carried)
+    carried = carried_before(drawn)
     known = ancestors(nodes)
     for place, task in enumerate(notes.visits):
         assert carried[task] <= set(notes.visits[:place]) and carried[task] <= known[task]

@@ -22,6 +22,7 @@ from opscore.engine import (
     MustWait,
     Parked,
     Settled,
+    Visit,
     Void,
 )
 from opscore.errors import AgentNotFound, InvalidInput, InvalidRequest, RunFinished, RunNotFound
@@ -65,10 +66,19 @@ class Desk:
             tx.execute(text("SET LOCAL session_replication_role = replica"))  # no arrows, no keys
             tx.execute(text(statement), {"run": self.plan.run_id} | parameters)
 
-    def claim(self, name: str, index: int | None = None, **options: Any) -> Any:
-        options = {"generation": 1, "token": uuid4(), "worker": "w", "lease_seconds": 30} | options
+    def claim(
+        self,
+        name: str,
+        index: int | None = None,
+        *,
+        generation: int = 1,
+        token: UUID | None = None,
+        worker: str = "w",
+        lease_seconds: float = 30,
+    ) -> Any:
+        visit = Visit(self.id(name, index), generation, token or uuid4())
         with self.database.autocommit() as tx:
-            return engine.claim_task(tx, self.id(name, index), **options)
+            return engine.claim_task(tx, visit, worker=worker, lease_seconds=lease_seconds)
 
     def complete(self, claimed: Claimed, output: Any = None, run_output: Any = None) -> Any:
         with self.database.autocommit() as tx:
@@ -232,9 +242,8 @@ def test_a_capability_is_served_by_an_agent_that_has_it(desk: Desk) -> None:
 def test_a_visit_of_no_task_is_void(desk: Desk) -> None:
     desk.submit(task("a"))
     with desk.database.autocommit() as tx:
-        answer = engine.claim_task(
-            tx, uuid4(), generation=1, token=uuid4(), worker="w", lease_seconds=1
-        )
+        visit = Visit(uuid4(), 1, uuid4())
+        answer = engine.claim_task(tx, visit, worker="w", lease_seconds=1)
     assert answer == Void()
 
 

@@ -1,16 +1,25 @@
 """The graph becomes blocks: nothing is lost, nothing comes early, nothing waits for a stranger."""
 
 from collections import defaultdict
+from itertools import chain
 from uuid import UUID
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from celeryconfig import make_app
-from opscore import canvas
-from opscore.canvas import AHEAD, MAX_NESTING, Block, Canvas, Parallel, Series, build
-from opscore.config import Settings
-from opscore.engine import Node
+from opscore.graph import (
+    AHEAD,
+    LANE,
+    LANES,
+    WIDE,
+    Block,
+    Canvas,
+    Node,
+    Parallel,
+    Series,
+    build,
+    lanes,
+)
 
 Edges = dict[str, str]
 
@@ -75,8 +84,33 @@ def test_siblings_too_many_for_one_message_are_held_back_together() -> None:
     nodes.append(Node(uid(2001), frozenset(n.id for n in nodes[1:]), 60.0))
     made = build(nodes)
     assert made.blocks == (uid(0),) and made.wakes == {uid(0)}
-    segment = build(nodes_left(nodes, {uid(0)}), start={n.id for n in nodes[1:2001]})
-    assert carried_before(segment)[uid(2001)] == {n.id for n in nodes[1:2001]}, "one chord"
+
+
+def test_many_side_by_side_share_messages_and_their_join_is_left_to_the_claim() -> None:
+    nodes = [Node(uid(n), frozenset(), 60.0) for n in range(2000)]
+    nodes.append(Node(uid(2000), frozenset(n.id for n in nodes), 60.0))
+    made = build(nodes)
+    assert made.blocks == () and made.beyond == (uid(2000),)
+    assert [task for lane in made.lanes for task in lane] == [n.id for n in nodes[:2000]]
+    assert max(map(len, made.lanes)) == LANE
+    assert made.wakes == {n.id for n in nodes[:2000]}
+
+
+def test_few_side_by_side_are_a_chord() -> None:
+    nodes = [Node(uid(n), frozenset(), 60.0) for n in range(WIDE)]
+    nodes.append(Node(uid(WIDE), frozenset(n.id for n in nodes), 60.0))
+    made = build(nodes)
+    assert made.lanes == () and not made.beyond
+    assert carried_before(made)[uid(WIDE)] == {n.id for n in nodes[:WIDE]}
+
+
+def test_lanes_are_several_and_lose_nobody() -> None:
+    for count in (1, 2, WIDE, WIDE + 1, 50, 99, 1000):
+        ids = [uid(n) for n in range(count)]
+        made = lanes(ids)
+        assert [task for lane in made for task in lane] == ids
+        assert len(made) == count if count <= WIDE else len(made) >= LANES
+    assert lanes([]) == ()
 
 
 def test_a_segment_takes_only_what_follows_its_start_alone() -> None:
@@ -111,16 +145,17 @@ def carried_before(made: Canvas) -> dict[UUID, set[UUID]]:
             walk(linked, over | {block})
         return over | {block}
 
-    for block in made.blocks:
+    for block in [*made.blocks, *chain.from_iterable(made.lanes)]:
         walk(block, set())
     return before
 
 
 @st.composite
 def graphs(draw: st.DrawFn, size: int = 60) -> list[Node]:
+    """Any graph, and some that begin with many tasks side by side."""
     count = draw(st.integers(1, size))
-    nodes = []
-    for n in range(count):
+    nodes = [Node(uid(n), frozenset(), 60.0) for n in range(min(count, draw(st.integers(0, 40))))]
+    for n in range(len(nodes), count):
         among = draw(st.sets(st.integers(max(0, n - 8), n - 1), max_size=3)) if n else set()
         nodes.append(Node(uid(n), frozenset(map(uid, among)), 60.0))
     return nodes
@@ -205,24 +240,3 @@ class Play:
         self.parked -= woken
         if start := woken & self.held:
             self.publish(build(nodes_left(list(self.nodes.values()), self.over), start))
-
-
-def test_messages_stay_small_and_headers_shallow() -> None:
-    app = make_app(
-        Settings.from_env({"DATABASE_URL": "postgresql://h/d", "OPSCORE_API_KEY": "k" * 20})
-    )
-    nodes = [Node(uid(0), frozenset(), 60.0)]
-    for level in range(8):
-        (join,) = nodes[-1:]
-        wide = [Node(uid(100 * level + n + 1), frozenset({join.id}), 60.0) for n in range(3)]
-        nodes += [*wide, Node(uid(100 * level + 50), frozenset(n.id for n in wide), 60.0)]
-    made = build(nodes)
-    assert max(nesting(block) for block in made.blocks) <= MAX_NESTING
-    (signature,) = canvas.signatures(app, made, nodes, 1, None)
-    assert len(str(dict(signature))) < 60_000
-
-
-def nesting(block: Block) -> int:
-    if isinstance(block, Parallel):
-        return 1 + max(map(nesting, block.parts))
-    return max(map(nesting, block.parts)) if isinstance(block, Series) else 0

@@ -74,6 +74,12 @@ class Site:
         body: dict[str, Any] = answer.json()
         return body
 
+    def in_flower(self, task_id: str) -> dict[str, Any]:
+        """Return what Flower knows of a task; nothing before its first event came."""
+        answer = self.flower.get(f"/api/task/info/{task_id}")
+        info: dict[str, Any] = answer.json() if answer.status_code == 200 else {}
+        return info
+
     def result(self, run_id: str) -> dict[str, Any]:
         """Wait by long poll, as a client would."""
         return wait_until(
@@ -244,13 +250,26 @@ def test_a_busy_agent_makes_tasks_wait_visibly_here_and_in_flower(site: Site) ->
     )
     assert all(t["status"] == "waiting" and t["wakeAt"] for t in waiting)
     shown = wait_until(
-        lambda: site.flower.get(f"/api/task/info/{waiting[-1]['taskId']}").json(),
-        says=lambda info: info["state"] == "RETRY",
+        lambda: site.in_flower(waiting[-1]["taskId"]),
+        says=lambda info: info.get("state") == "RETRY",
     )
     assert shown["name"] == "opscore.run_task"
     run = site.result(run_id)
     assert run["status"] == "completed"
     assert all(len(t["attempts"]) == 1 for t in run["tasks"]), "waiting used up no attempt"
+
+
+def test_flower_hears_of_every_task_of_a_chain_done_in_one_go(site: Site) -> None:
+    last = {"retry": {"maxAttempts": 1}, "onFailure": "fail"}
+    run = site.do(task("a", "echo"), task("b", "echo"), task("c", "gives-up", **last))
+    states = {t["taskDefinitionId"]: t["taskId"] for t in run["tasks"]}
+    for name, state in (("a", "SUCCESS"), ("b", "SUCCESS"), ("c", "FAILURE")):
+        wait_until(
+            lambda name=name: site.in_flower(states[name]),
+            says=lambda info, state=state: (
+                (info.get("state"), info.get("name")) == (state, "opscore.run_task")
+            ),
+        )
 
 
 def test_flower_shows_workers_queues_and_a_failure_in_red(site: Site) -> None:
@@ -263,8 +282,8 @@ def test_flower_shows_workers_queues_and_a_failure_in_red(site: Site) -> None:
     run = site.do(task("a", "gives-up"))
     failed = run["tasks"][0]["taskId"]
     wait_until(
-        lambda: site.flower.get(f"/api/task/info/{failed}").json()["state"],
-        says=lambda state: state == "FAILURE",
+        lambda: site.in_flower(failed),
+        says=lambda info: info.get("state") == "FAILURE",
     )
     assert httpx2.get(f"{site.environment['FLOWER_URL']}/api/workers").status_code == 401
 

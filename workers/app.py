@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 from celery import Celery, bootsteps, signals
 
-from celeryconfig import app
+from celeryconfig import VISIBILITY_TIMEOUT_SECONDS, app
 from opscore import logs, migrations, workflows
 from opscore.agentkit import Registry, load_agents
 from opscore.agents import register_functions
@@ -22,6 +22,7 @@ from opscore.definition import Definition
 from opscore.dispatch import Dispatcher
 from workers.keeper import Keeper
 from workers.leases import Leases
+from workers.trips import Events, Patience
 
 log = structlog.get_logger()
 
@@ -52,6 +53,14 @@ class Process:
         return Leases(self.database, self.settings)
 
     @cached_property
+    def events(self) -> Events:
+        return Events(self.celery, self.dispatcher)
+
+    @cached_property
+    def patience(self) -> Patience:
+        return Patience()
+
+    @cached_property
     def agents(self) -> Registry:
         return load_agents(self.settings.agents)
 
@@ -63,12 +72,20 @@ class Process:
                 self._definitions.clear()
             with self.database.autocommit() as tx:
                 self._definitions[key] = workflows.find_workflow(tx, *key).definition
+            _mention_long_tasks(workflow_id, self._definitions[key])
         return self._definitions[key]
 
     def after_fork(self) -> None:
         """Start anew in a child: sockets and threads of the parent are not ours."""
-        for name in ("database", "dispatcher", "leases"):
+        for name in ("database", "dispatcher", "leases", "events", "patience"):
             self.__dict__.pop(name, None)
+
+
+def _mention_long_tasks(workflow_id: str, definition: Definition) -> None:
+    """Redis gives such a task's message out again while it runs; the claim refuses the double."""
+    longest = max(task.timeout_seconds for task in definition.tasks)
+    if longest > VISIBILITY_TIMEOUT_SECONDS:
+        log.info("workflow.outlasts_visibility", workflow_id=workflow_id, timeout_seconds=longest)
 
 
 process = Process(app)

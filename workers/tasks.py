@@ -10,7 +10,6 @@ written already.
     TaskFailed  the task failed and nothing below it may run (Flower shows FAILURE)
 """
 
-import json
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -28,14 +27,15 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from celeryconfig import app
 from opscore import agentkit, engine
 from opscore.agentkit import Busy, Completed, Context, Failed
-from opscore.canvas import RUN_TASK
+from opscore.canvas import REQUEST_HEADER, RUN_TASK
 from opscore.db import Tx
 from opscore.definition import TaskSpec
-from opscore.engine import Claimed, Failure, Finished, MustWait, Parked
+from opscore.engine import Claimed, Failure, Finished, MustWait, Parked, Visit
 from opscore.expressions import ExpressionError, Template
 from opscore.json_values import check_json, kind
 from opscore.states import Reason
 from workers.app import process
+from workers.trips import Outcome, TaskFailed, Trip
 
 log = structlog.get_logger()
 
@@ -45,67 +45,57 @@ DATABASE_PATIENCE_SECONDS = 5.0
 """The longest pause between two tries at a database that is away."""
 
 
-class TaskFailed(Exception):
-    """The task failed for good, and its run with it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Visit:
-    """One message: whose turn it is, of which canvas, and how to come back."""
-
-    task: "Task[Any, Any]"
-    task_id: UUID
-    generation: int
-    wakes: bool
-    """Some successor of the task does not come by this canvas: finishing, it must be woken."""
-    token: UUID
-
-    def message(self) -> dict[str, Any]:
-        """Return the message with its place in the canvas, to be published again one day."""
-        signature: dict[str, Any] = json.loads(json.dumps(self.task.signature_from_request()))
-        return signature
-
-
 @app.task(bind=True, name=RUN_TASK, throws=(TaskFailed,))
 def run_task(self: "Task[Any, Any]", task_id: str, generation: int) -> None:
-    """See whether the task can be moved, and move it."""
-    headers = self.request.headers or {}
-    visit = Visit(self, UUID(task_id), generation, bool(headers.get("opscore_wakes")), uuid4())
+    """See whether the task can be moved, and move it; then go on with what the message carries."""
+    visit = Visit(UUID(task_id), generation, uuid4())
+    trip = Trip(self, visit, process.dispatcher, process.events, process.patience)
+    while trip.goes_on_after(outcome := _outcome(trip)):
+        pass
+    _pay(trip)
+    trip.end(outcome)
+    if outcome is not None:
+        raise Ignore if trip.has_moved else outcome
+
+
+def _outcome(trip: Trip) -> Outcome:
+    """Make the trip's present visit and return what it tells Celery."""
     with structlog.contextvars.bound_contextvars(
-        task_id=task_id, request_id=headers.get("opscore_request_id")
+        task_id=str(trip.visit.task_id), request_id=trip.headers.get(REQUEST_HEADER)
     ):
-        _visit(visit)
+        try:
+            _visit(trip)
+        except (Ignore, Retry, TaskFailed) as outcome:
+            return outcome
+    return None
 
 
-def _visit(visit: Visit) -> None:
+def _visit(trip: Trip) -> None:
     """Claim, and do what the answer says; ask again while others move the task meanwhile."""
     while True:
-        answer = _insist(lambda tx: _claim(tx, visit))
+        answer = trip.claimed or _insist(lambda tx: _claim(tx, trip))
         if isinstance(answer, Claimed):
-            return _run(visit, answer)
+            return _run(trip, answer)
         if isinstance(answer, engine.Settled):
-            return _go_on_after(visit, answer.generation)
+            return _go_on_after(trip, answer.generation)
         if isinstance(answer, engine.Impossible):
-            fail = partial(engine.fail_unclaimed, task_id=visit.task_id, failure=answer.failure)
-            return _give_up(visit, fail)
+            fail = partial(
+                engine.fail_unclaimed, task_id=trip.visit.task_id, failure=answer.failure
+            )
+            return _give_up(trip, fail)
         if isinstance(answer, engine.Elsewhere):
-            _leave_to_the_other(visit)
+            _leave_to_the_other(trip)
         elif isinstance(answer, MustWait):
-            _park(visit, answer)
+            _park(trip, answer)
         elif isinstance(answer, engine.Void):
             raise Ignore
         # Others move the task at this moment; whoever would agree with nobody must not spin.
         time.sleep(random.uniform(0, 0.1))
 
 
-def _claim(tx: Tx, visit: Visit) -> engine.Answer | None:
+def _claim(tx: Tx, trip: Trip) -> engine.Answer | None:
     return engine.claim_task(
-        tx,
-        visit.task_id,
-        generation=visit.generation,
-        token=visit.token,
-        worker=visit.task.request.hostname or "?",
-        lease_seconds=process.settings.lease_seconds,
+        tx, trip.visit, worker=trip.worker, lease_seconds=process.settings.lease_seconds
     )
 
 
@@ -152,25 +142,25 @@ Result = Completed | Failed | Busy | Items | None
 """What the work of a visit came to; None: this worker does not have the agent."""
 
 
-def _run(visit: Visit, claimed: Claimed) -> None:
+def _run(trip: Trip, claimed: Claimed) -> None:
     """Do the work of a claimed task and record what came of it."""
     with structlog.contextvars.bound_contextvars(
         run_id=str(claimed.run_id), attempt=claimed.attempt
     ):
-        match result := _result(claimed):
+        match result := _result(trip, claimed):
             case Completed(output):
-                _complete(visit, claimed, output)
+                _complete(trip, claimed, output)
             case Failed():
-                _record_failure(visit, claimed, result)
+                _record_failure(trip, claimed, result)
             case Items(values):
-                _expand(visit, claimed, values)
+                _expand(trip, claimed, values)
             case Busy(retry_after):
-                _release(visit, claimed, Reason.AGENT_BUSY, retry_after)
+                _release(trip, claimed, Reason.AGENT_BUSY, retry_after)
             case None:
-                _release(visit, claimed, Reason.AGENT_UNAVAILABLE, None)
+                _release(trip, claimed, Reason.AGENT_UNAVAILABLE, None)
 
 
-def _result(claimed: Claimed) -> Result:
+def _result(trip: Trip, claimed: Claimed) -> Result:
     """Do the work, outside any transaction; an accident of ours is a failure with its own name."""
     try:
         if claimed.kind == "end":
@@ -181,7 +171,7 @@ def _result(claimed: Claimed) -> Result:
         spec = definition.task(claimed.definition_id)
         if claimed.kind == "for_each" and spec.for_each is not None:
             return _items(spec.for_each.items, claimed)
-        return _call(claimed, _parameters(claimed, spec))
+        return _call(trip, claimed, _parameters(claimed, spec))
     except ExpressionError as error:
         return Failed("expression_error", str(error), retryable=False)
     except Exception as error:
@@ -189,7 +179,7 @@ def _result(claimed: Claimed) -> Result:
         return Failed("internal_error", f"opscore itself failed: {type(error).__name__}.")
 
 
-def _call(claimed: Claimed, parameters: Mapping[str, Any]) -> agentkit.Outcome | None:
+def _call(trip: Trip, claimed: Claimed, parameters: Mapping[str, Any]) -> agentkit.Outcome | None:
     """Call the agent under the lease, outside any transaction; None if it is not loaded here."""
     agent = process.agents.get(claimed.agent_id or "")
     if agent is None:
@@ -202,7 +192,7 @@ def _call(claimed: Claimed, parameters: Mapping[str, Any]) -> agentkit.Outcome |
         deadline=claimed.deadline_at,
     )
     log.info("task.started", agent_id=claimed.agent_id)
-    with process.leases.hold(claimed.task_id, context):
+    with process.leases.hold(claimed.task_id, context), trip.patience():
         return agentkit.call(agent, parameters, context, claimed.timeout_seconds)
 
 
@@ -236,20 +226,20 @@ def _check(value: Any, what: str) -> None:
         raise ExpressionError(f"{what} cannot be stored: {pointer} {sentences[0]}".strip())
 
 
-def _expand(visit: Visit, claimed: Claimed, values: list[Any]) -> None:
+def _expand(trip: Trip, claimed: Claimed, values: list[Any]) -> None:
     """Write a task per item and publish their visits; the last to end wakes this one."""
-    message = visit.message()
+    message = trip.message()
     items = _insist(lambda tx: engine.expand_task(tx, claimed, values, message))
     if items is None:
-        return _after_fence(visit, claimed)
-    request_id = (visit.task.request.headers or {}).get("opscore_request_id")
+        return _after_fence(trip, claimed)
+    request_id = trip.headers.get(REQUEST_HEADER)
     plan = engine.Plan(claimed.run_id, claimed.generation, request_id, (), tuple(items))
     process.dispatcher.publish(plan)
     _wake_now(lambda tx: engine.wake_parent(tx, claimed.task_id))
     raise Retry(message=str(Reason.CHILDREN))
 
 
-def _after_fence(visit: Visit, claimed: Claimed) -> None:
+def _after_fence(trip: Trip, claimed: Claimed) -> None:
     """Drop what this visit has: the attempt was lost, or the run is ending."""
     log.warning("attempt.fenced", attempt=claimed.attempt)
     finished = _insist(lambda tx: engine.abandon_attempt(tx, claimed), whole=True)
@@ -261,7 +251,7 @@ def _after_fence(visit: Visit, claimed: Claimed) -> None:
 # --- Recording ----------------------------------------------------------------------------------
 
 
-def _complete(visit: Visit, claimed: Claimed, output: Any) -> None:
+def _complete(trip: Trip, claimed: Claimed, output: Any) -> None:
     """Record success, and the run's output with it if this is its last task."""
     run_output, run_error = None, None
     if claimed.is_sink:
@@ -272,11 +262,31 @@ def _complete(visit: Visit, claimed: Claimed, output: Any) -> None:
         except Exception as error:
             log.exception("attempt.broke")
             run_error = Failure("internal_error", f"opscore itself failed: {type(error).__name__}.")
+    then = None if claimed.is_sink else trip.look_ahead()
     finished = _insist(
-        lambda tx: engine.complete_attempt(tx, claimed, output, run_output, run_error)
+        lambda tx: (
+            engine.complete_attempt(tx, claimed, output, run_output, run_error)
+            if then is None
+            else _complete_and_claim(tx, trip, claimed, output, then)
+        )
     )
     log.info("task.completed")
-    _after(visit, claimed, finished)
+    if isinstance(finished, Finished):
+        trip.claimed_next = finished.next
+    _after(trip, claimed, finished)
+
+
+def _complete_and_claim(
+    tx: Tx, trip: Trip, claimed: Claimed, output: Any, then: Visit
+) -> Finished | engine.Fenced:
+    return engine.complete_and_claim(
+        tx,
+        claimed,
+        output,
+        then,
+        worker=trip.worker,
+        lease_seconds=process.settings.lease_seconds,
+    )
 
 
 def _run_output(claimed: Claimed, output: Any) -> Any:
@@ -295,10 +305,10 @@ def _run_output(claimed: Claimed, output: Any) -> Any:
     return run_output
 
 
-def _record_failure(visit: Visit, claimed: Claimed, failed: Failed) -> None:
+def _record_failure(trip: Trip, claimed: Claimed, failed: Failed) -> None:
     """Record a failure: the task is tried again later, or fails for good."""
     failure = Failure(failed.code, failed.message, failed.traceback, failed.retryable)
-    message = visit.message()
+    message = trip.message()
     recorded = _insist(
         lambda tx: engine.fail_attempt(
             tx, claimed, failure, delay_seconds=failed.retry_after, message=message
@@ -306,23 +316,23 @@ def _record_failure(visit: Visit, claimed: Claimed, failed: Failed) -> None:
         whole=True,
     )
     log.info("task.failed", code=failed.code, parked=isinstance(recorded, Parked))
-    _after(visit, claimed, recorded, failed.message)
+    _after(trip, claimed, recorded, failed.message)
 
 
-def _release(visit: Visit, claimed: Claimed, reason: Reason, retry_after: float | None) -> None:
+def _release(trip: Trip, claimed: Claimed, reason: Reason, retry_after: float | None) -> None:
     """Give the task back: its agent took no work, which is not a failure."""
-    message = visit.message()
+    message = trip.message()
     recorded = _insist(
         lambda tx: engine.release_attempt(
             tx, claimed, reason, delay_seconds=retry_after, message=message
         ),
         whole=True,
     )
-    _after(visit, claimed, recorded)
+    _after(trip, claimed, recorded)
 
 
 def _after(
-    visit: Visit,
+    trip: Trip,
     claimed: Claimed,
     recorded: Finished | Parked | engine.Fenced,
     complaint: str = "",
@@ -338,8 +348,8 @@ def _after(
                 _wake_now(lambda tx: engine.wake_line(tx, agent_id))
             raise Retry(message="parked")
         case Finished():
-            is_old = visit.generation < recorded.generation
-            _follow(visit, claimed, recorded, agent_id, is_old)
+            is_old = trip.visit.generation < recorded.generation
+            _follow(trip, claimed, recorded, agent_id, is_old)
             if recorded.failed_run:
                 raise TaskFailed(complaint)
             if is_old:
@@ -347,73 +357,94 @@ def _after(
 
 
 def _follow(
-    visit: Visit, claimed: Claimed, finished: Finished, agent_id: str | None, is_old: bool
+    trip: Trip, claimed: Claimed, finished: Finished, agent_id: str | None, is_old: bool
 ) -> None:
-    """Do what must follow the commit, if anything; most tasks have nothing to wake."""
-    wakes = visit.wakes or is_old
-    busy = agent_id is not None or claimed.parent_id is not None
-    if wakes or busy or finished.ends_run or finished.message is not None:
+    """Do what must follow the commit, if anything; most tasks have nothing to wake.
+
+    In a lane, whose tasks all have the same successors, the last one wakes them for all.
+    """
+    wakes = trip.wakes or is_old
+    parent_id = claimed.parent_id
+    if trip.is_lane and finished.next is not None:
+        trip.owes = (finished, claimed)
+        wakes, parent_id = False, None
+    if wakes or parent_id or agent_id or finished.ends_run or finished.message is not None:
+        if wakes or parent_id:
+            trip.owes = None
         process.dispatcher.follow(
             finished,
             claimed.task_id,
             claimed.run_id,
-            parent_id=claimed.parent_id,
+            parent_id=parent_id,
             agent_id=agent_id,
             wakes=wakes,
+        )
+
+
+def _pay(trip: Trip) -> None:
+    """Wake what the tasks of a lane left to their last one, if that one could not."""
+    if trip.owes is not None:
+        finished, claimed = trip.owes
+        process.dispatcher.follow(
+            finished, claimed.task_id, claimed.run_id, parent_id=claimed.parent_id
         )
 
 
 # --- Not running --------------------------------------------------------------------------------
 
 
-def _go_on_after(visit: Visit, generation: int) -> None:
+def _go_on_after(trip: Trip, generation: int) -> None:
     """Somebody did the task: let this canvas go on, unless a newer one drives the run."""
-    if visit.wakes or visit.generation < generation:
-        _wake_now(lambda tx: engine.wake_successors(tx, visit.task_id))
-    if visit.generation < generation:
+    if trip.wakes or trip.visit.generation < generation:
+        _wake_now(lambda tx: engine.wake_successors(tx, trip.visit.task_id))
+    if trip.visit.generation < generation:
         raise Ignore
 
 
-def _leave_to_the_other(visit: Visit) -> None:
+def _leave_to_the_other(trip: Trip) -> None:
     """Save a newer canvas's visit with the task, unless it ended; a duplicate is dropped."""
-    message = visit.message()
-    kept = _insist(lambda tx: engine.keep_message(tx, visit.task_id, message, visit.generation))
+    message = trip.message()
+    kept = _insist(
+        lambda tx: engine.keep_message(tx, trip.visit.task_id, message, trip.visit.generation)
+    )
     if kept is False:
         raise Ignore
     if kept:
         raise Retry(message="elsewhere")
 
 
-def _park(visit: Visit, wait: MustWait) -> None:
+def _park(trip: Trip, wait: MustWait) -> None:
     """Put the task to wait, unless it moved meanwhile: then it is visited again."""
-    message = visit.message()
+    message = trip.message()
     overdue = _insist(
         lambda tx: engine.park_task(
-            tx, visit.task_id, wait, message=message, generation=visit.generation
+            tx, trip.visit.task_id, wait, message=message, generation=trip.visit.generation
         )
     )
     if overdue is None:
         return
     if overdue:
-        _give_up(visit, lambda tx: engine.fail_overdue(tx, visit.task_id))
+        _give_up(trip, lambda tx: engine.fail_overdue(tx, trip.visit.task_id))
         raise Ignore
     if wait.reason == Reason.DEPENDENCIES:
-        _wake_now(lambda tx: engine.wake_joins(tx, [visit.task_id]))
+        _wake_now(lambda tx: engine.wake_joins(tx, [trip.visit.task_id]))
     elif wait.agent_id is not None:
         agent_id = wait.agent_id
         _wake_now(lambda tx: engine.wake_line(tx, agent_id))
     raise Retry(message=str(wait.reason))
 
 
-def _give_up(visit: Visit, statement: Callable[[Tx], engine.Gone | None]) -> None:
+def _give_up(trip: Trip, statement: Callable[[Tx], engine.Gone | None]) -> None:
     """Fail a task that never started, and tell Celery how the canvas goes on."""
     gone = _insist(statement, whole=True)
     if gone is None or gone.finished is None:
         raise Ignore
-    process.dispatcher.follow(gone.finished, visit.task_id, gone.run_id, parent_id=gone.parent_id)
+    process.dispatcher.follow(
+        gone.finished, trip.visit.task_id, gone.run_id, parent_id=gone.parent_id
+    )
     if gone.finished.failed_run:
         raise TaskFailed
-    if visit.generation < gone.finished.generation or gone.finished.message is not None:
+    if trip.visit.generation < gone.finished.generation or gone.finished.message is not None:
         raise Ignore
 
 

@@ -1,0 +1,309 @@
+"""A trip: what one message has a worker do, from its first task to the last it goes on with.
+
+A message carries what follows its task, and a worker that is done goes on with that itself as far
+as Celery would have sent it to the same queue: no hop over the broker, no wait in line. What
+follows is the rest of a chain, or of a lane: tasks side by side that share a message because there
+are many of them. Nothing orders a lane, so nobody in it waits for a slow mate: after
+`PATIENCE_SECONDS` its rest goes back to the queue, each task by itself. Celery knows of a message's
+first task only; what Flower should hear of the others is told here.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any
+from uuid import UUID, uuid4
+
+import structlog
+from celery import Celery, Task
+from celery.exceptions import Retry
+
+from opscore.canvas import HARD_LIMIT_GRACE_SECONDS, LANE_HEADER, RUN_TASK, WAKES_HEADER
+from opscore.dispatch import BrokerErrors, Dispatcher
+from opscore.engine import DEADLINE_GRACE_SECONDS, Claimed, Finished, Visit
+
+log = structlog.get_logger()
+
+LONGEST_TRIP = 20
+"""Tasks of one trip; then the rest goes back to the queue, so that others have their turn."""
+TRIP_SECONDS = 1.0
+"""A trip that took this long goes on with nothing more."""
+PATIENCE_SECONDS = 0.05
+"""How long the tasks of a lane wait for the one that runs."""
+IDLE_ROUNDS = 100
+"""Empty looks after which the thread that watches the lanes sleeps until it is called."""
+
+
+class TaskFailed(Exception):
+    """The task failed for good, and its run with it."""
+
+
+Outcome = Exception | None
+"""How a visit ended: None lets the canvas go on; `Retry`, `Ignore` and `TaskFailed` do not."""
+
+
+class Trip:
+    """One message in one worker; all but `give_back` belongs to the thread that runs it."""
+
+    def __init__(
+        self,
+        task: "Task[Any, Any]",
+        visit: Visit,
+        dispatcher: Dispatcher,
+        events: "Events",
+        patience: "Patience",
+    ) -> None:
+        self.task = task
+        self.request: Any = task.request
+        self.visit = visit
+        self.claimed: Claimed | None = None
+        """The present task, if the one before it took it along."""
+        self.claimed_next: Claimed | None = None
+        """The next task, if the present one took it along."""
+        self.owes: tuple[Finished, Claimed] | None = None
+        """Whose successors were not woken yet."""
+        self._dispatcher, self._events, self._patience = dispatcher, events, patience
+        self._started = monotonic()
+        self._seconds: float = (self.request.timelimit or (None,))[0] or 0.0
+        self._length = 1
+        self._next: tuple[Visit, Any] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def worker(self) -> str:
+        return self.request.hostname or "?"
+
+    @property
+    def headers(self) -> Mapping[str, Any]:
+        return self.request.headers or {}
+
+    @property
+    def wakes(self) -> bool:
+        """Some successor of the task does not come by this canvas: finishing, it must be woken."""
+        return bool(self.headers.get(WAKES_HEADER))
+
+    @property
+    def is_lane(self) -> bool:
+        return bool(self.headers.get(LANE_HEADER))
+
+    @property
+    def has_moved(self) -> bool:
+        """It is past the task that Celery knows of."""
+        return self._length > 1
+
+    # --- Going on -------------------------------------------------------------------------------
+
+    def look_ahead(self) -> Visit | None:
+        """Return the visit that would come next, if it may be made here."""
+        with self._lock:
+            upcoming = self._upcoming()
+        if upcoming is None:
+            self._next = None
+            return None
+        if self._next is None or self._next[1] is not upcoming:
+            task_id, generation = upcoming["args"]
+            self._next = (Visit(UUID(task_id), generation, uuid4()), upcoming)
+        return self._next[0]
+
+    def _upcoming(self) -> Any | None:
+        request = self.request
+        if not request.chain or request.callbacks:
+            return None
+        upcoming = request.chain[-1]
+        options = upcoming["options"]
+        is_alike = (
+            upcoming["task"] == RUN_TASK
+            and not upcoming.get("subtask_type")
+            and options.get("queue") == request.delivery_info["routing_key"]
+        )
+        return upcoming if is_alike and self._has_time_for(options["time_limit"]) else None
+
+    def _has_time_for(self, limit: float) -> bool:
+        """Celery's hard limit was set for the first task and ends the process, whoever runs."""
+        gone = monotonic() - self._started
+        needed = gone + limit - HARD_LIMIT_GRACE_SECONDS + DEADLINE_GRACE_SECONDS
+        return self._length < LONGEST_TRIP and gone < TRIP_SECONDS and needed <= self._seconds
+
+    def goes_on_after(self, outcome: Outcome) -> bool:
+        """Move to the next visit if there is one and this one's outcome lets it come."""
+        may = outcome is None or self._is_survived(outcome)
+        goes_on = may and (self.claimed_next is not None or self.look_ahead() is not None)
+        if goes_on or self.has_moved:
+            self._events.ended(self.request, outcome)
+        return goes_on and self._move()
+
+    def _is_survived(self, outcome: Exception) -> bool:
+        """In a lane nobody comes after anybody; but a run that fails has no use for the rest."""
+        return self.is_lane and not isinstance(outcome, TaskFailed)
+
+    def _move(self) -> bool:
+        """Become the next visit of the message, as Celery would have made it in its worker."""
+        assert self._next is not None
+        visit, upcoming = self._next
+        request = self.request
+        with self._lock:
+            if request.chain and request.chain[-1] is upcoming:
+                request.chain.pop()
+            elif self.claimed_next is None:  # given back meanwhile
+                return False
+        self.visit, self.claimed, self.claimed_next = visit, self.claimed_next, None
+        options = upcoming["options"]
+        request.parent_id, request.id = request.id, options["task_id"]
+        request.args, request.kwargs = upcoming["args"], upcoming["kwargs"]
+        request.chord = options.get("chord")
+        request.group, request.group_index = options.get("group_id"), options.get("group_index")
+        request.callbacks, request.errbacks = options.get("link"), options.get("link_error")
+        request.headers = options.get("headers")
+        request.timelimit = [options["time_limit"], None]
+        self._length += 1
+        self._events.began(request)
+        return True
+
+    def end(self, outcome: Outcome) -> None:
+        """Leave nothing of the message behind that Celery will not send on, and no event untold."""
+        if outcome is not None and self._is_survived(outcome):
+            self.give_back()
+        if self.has_moved:
+            self._events.flush()
+
+    def message(self) -> dict[str, Any]:
+        """Return the present visit as a message, with its place in the canvas."""
+        signature: dict[str, Any] = dict(self.task.signature_from_request())
+        return _alone(signature) if self.is_lane else signature
+
+    # --- Lanes ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Give the rest of a lane back, and tell Flower what it missed, if the block takes long."""
+        if not self.has_moved and not (self.is_lane and self.request.chain):
+            yield
+            return
+        self._patience.watch(self)
+        try:
+            yield
+        finally:
+            self._patience.forget(self)
+
+    def give_back(self) -> None:
+        """Send the rest of a lane, each task by itself."""
+        with self._lock:
+            rest = self.request.chain if self.is_lane else None
+            if rest:
+                self.request.chain = None
+        if rest and not self._dispatcher.send([_alone(visit) for visit in rest]):
+            self.request.chain = rest
+        self._events.flush()
+
+
+def _alone(visit: dict[str, Any]) -> dict[str, Any]:
+    """Return a visit of a lane as a message without its lane."""
+    options = {**visit["options"], "chain": None}
+    options["headers"] = {**(options.get("headers") or {}), LANE_HEADER: False}
+    return {**visit, "options": options}
+
+
+class Patience:
+    """The thread of a process that watches how long its lanes have waited."""
+
+    def __init__(self) -> None:
+        self._due: dict[Trip, float] = {}
+        self._changed = threading.Condition()
+        self._sleeps = True
+        self._thread: threading.Thread | None = None
+
+    def watch(self, trip: Trip) -> None:
+        with self._changed:
+            self._due[trip] = monotonic() + PATIENCE_SECONDS
+            if self._sleeps:
+                self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="patience", daemon=True)
+                self._thread.start()
+
+    def forget(self, trip: Trip) -> None:
+        with self._changed:
+            self._due.pop(trip, None)
+
+    def _loop(self) -> None:
+        empty = 0
+        while True:
+            with self._changed:
+                self._sleeps = empty >= IDLE_ROUNDS
+                self._changed.wait(None if self._sleeps else PATIENCE_SECONDS / 2)
+                now = monotonic()
+                empty = 0 if self._due else empty + 1
+                ripe = [trip for trip, due in self._due.items() if due <= now]
+                for trip in ripe:
+                    del self._due[trip]
+            for trip in ripe:
+                try:
+                    trip.give_back()
+                except Exception:
+                    # Without this thread a lane would wait for its slowest task.
+                    log.exception("lane.not_given_back")
+
+
+class Events:
+    """What Flower hears of the tasks that Celery knows nothing of; lost without harm."""
+
+    def __init__(self, app: Celery, dispatcher: Dispatcher) -> None:
+        self._app = app
+        self._dispatcher = dispatcher
+        self._lock = threading.Lock()
+        self._sender: Any = None
+        self._began = 0.0
+
+    def began(self, request: Any) -> None:
+        """Tell that a visit begins that Celery did not receive."""
+        self._began = monotonic()
+        self._tell(
+            "received",
+            request,
+            name=RUN_TASK,
+            args=repr(tuple(request.args)),
+            kwargs="{}",
+            root_id=request.root_id,
+            parent_id=request.parent_id,
+            retries=0,
+            eta=None,
+            expires=None,
+        )
+        self._tell("started", request)
+
+    def ended(self, request: Any, outcome: Outcome) -> None:
+        """Tell how a visit ended."""
+        if outcome is None:
+            runtime = monotonic() - self._began
+            self._tell("succeeded", request, result="None", runtime=runtime)
+        elif isinstance(outcome, Retry):
+            self._tell("retried", request, exception=repr(outcome), traceback="")
+        elif isinstance(outcome, TaskFailed):
+            self._tell("failed", request, exception=repr(outcome), traceback="")
+
+    def _tell(self, what: str, request: Any, **fields: Any) -> None:
+        if not self._app.conf.worker_send_task_events:
+            return
+        with self._lock:
+            if self._sender is None:
+                self._sender = self._app.events.Dispatcher(
+                    self._app.connection_for_write(),
+                    hostname=request.hostname,
+                    buffer_while_offline=False,
+                    buffer_group=("task",),
+                    buffer_limit=10_000,
+                )
+            self._sender.send(f"task-{what}", uuid=request.id, **fields)
+
+    def flush(self) -> None:
+        """Send what was told."""
+        with self._lock:
+            if self._sender is None:
+                return
+            try:
+                if self._dispatcher.is_reachable():
+                    self._sender.flush()
+            except BrokerErrors as error:
+                log.warning("events.not_sent", error=repr(error)[:300])
+                self._sender = None
