@@ -5,11 +5,13 @@ and the keeper sends it later. So every broker error ends in one log line, and w
 away a breaker spares everybody the wait for its timeout.
 """
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -21,7 +23,7 @@ from redis.exceptions import RedisError
 
 from opscore import canvas, engine, graph
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, Settings
-from opscore.db import Database
+from opscore.db import Database, Tx
 from opscore.engine import Finished, Plan, Woken
 from opscore.errors import Unavailable
 from opscore.states import Reason
@@ -33,6 +35,8 @@ BREAKER_SECONDS = 5.0
 BATCH = 500
 """Messages sent in one pipeline."""
 PING_SECONDS = 1.0
+HEAD = 20
+"""Entries looked at to learn how old the oldest visit of a queue is; some are double or late."""
 
 BrokerErrors = (OperationalError, KombuError, RedisError, OSError)
 
@@ -158,28 +162,49 @@ class Dispatcher:
         log.info("run.republished", run_id=str(run_id), generation=plan.generation)
         return self.publish(plan)
 
-    def rescue(self) -> None:
-        """Publish again the runs with a task that could start but whose visit was lost.
+    def rescue(self, limit: int = 500) -> bool:
+        """Send again what should have been visited and was not: its visit was lost.
 
-        Lost, not late: while visits lie in the queue, that of the task may be one of them, unless a
-        run published after it was begun already.
+        Lost, not late: queues are first in, first out, so a visit that was sent before the oldest
+        entry of its queue has left it. Returns whether there may be more than `limit` to send.
         """
+        if not self.is_reachable():
+            return False
+        heads = self._heads()
+        after = self.settings.rescue_seconds
         with self.database.autocommit() as tx:
-            runs = engine.unvisited_runs(tx, self.settings.rescue_seconds, limit=50)
-        if not runs or not self.is_reachable():
-            return
-        is_empty = self._queue_is_empty()
-        for run in runs:
-            if is_empty or run.was_overtaken:
-                self.republish(run.run_id, run.generation)
+            left = engine.Sent(
+                agents=self._left(tx, heads.get(AGENTS_QUEUE)),
+                control=self._left(tx, heads.get(CONTROL_QUEUE)),
+            )
+            runs = engine.unvisited_runs(tx, left, after, limit)
+            woken = engine.wake_lost(tx, left, after, limit)
+        self.wake(woken)
+        for run_id, generation in runs:
+            self.republish(run_id, generation)
+        return len(runs) == limit or len(woken) == limit
 
-    def _queue_is_empty(self) -> bool:
+    def _left(self, tx: Tx, head: Sequence[UUID] | None) -> datetime | str:
+        """Return the moment before which everything sent to a queue with this head has left it."""
+        if not head:
+            return engine.NOTHING if head is None else engine.EVERYTHING
+        oldest = engine.oldest_visit(tx, head)
+        if oldest is None:
+            return engine.NOTHING
+        # A run may have been published some time after a younger one.
+        return oldest - timedelta(seconds=self.settings.rescue_seconds)
+
+    def _heads(self) -> dict[str, list[UUID] | None]:
+        """Return the tasks next in line in each queue; None if what lies there is unknown."""
+        queues = (AGENTS_QUEUE, CONTROL_QUEUE)
         try:
-            with self._redis() as redis:
-                return not any(redis.llen(queue) for queue in (AGENTS_QUEUE, CONTROL_QUEUE))
+            with self._redis() as redis, redis.pipeline(transaction=False) as pipe:
+                for queue in queues:
+                    pipe.lrange(queue, -HEAD, -1)
+                return dict(zip(queues, map(_visited, pipe.execute()), strict=True))
         except RedisError as error:
             self._break(error)
-            return False
+            return {}
 
     def is_reachable(self) -> bool:
         """Say whether the broker is worth a try: after a failure it must first answer a ping."""
@@ -191,6 +216,20 @@ class Dispatcher:
             except Unavailable as error:
                 self._break(error)
         return not self._broken
+
+    def give_back(self, messages: Sequence[dict[str, Any]]) -> bool:
+        """Send visits that had left the queue back to its front: others came after them."""
+        if not self.send(messages):
+            return False
+        try:
+            with self._redis() as redis, redis.pipeline(transaction=False) as pipe:
+                for message in messages:
+                    queue = message["options"]["queue"]
+                    pipe.lmove(queue, queue, "LEFT", "RIGHT")
+                pipe.execute()
+        except RedisError as error:
+            self._break(error)
+        return True
 
     def send(self, messages: Sequence[Signature | dict[str, Any]], **context: Any) -> bool:
         """Send messages in one go; False if the broker did not take them."""
@@ -237,3 +276,12 @@ class Dispatcher:
         except RedisError as error:
             raise Unavailable("Redis does not answer.") from error
         self._broken = False
+
+
+def _visited(entries: Sequence[bytes]) -> list[UUID] | None:
+    """Return the tasks that these entries of a queue visit; None if there are only others."""
+    tasks = []
+    for entry in entries:
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            tasks.append(UUID(json.loads(entry)["headers"]["id"]))
+    return tasks if tasks or not entries else None

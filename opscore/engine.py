@@ -31,8 +31,8 @@ DEADLINE_GRACE_SECONDS = 5
 """The worker ends an attempt at its timeout; only when it could not does the deadline come."""
 RESERVE_SECONDS = 5
 """A freed slot is kept this long for the task it woke."""
-WAKE_AGAIN_SECONDS = 30
-"""A woken task that was not claimed by then is woken again: its visit may have been lost."""
+LOOK_AGAIN_SECONDS = 30
+"""What a task waits for is looked at again after this, should nobody say that it came."""
 
 
 def _list(statuses: Iterable[str]) -> str:
@@ -1144,13 +1144,13 @@ WITH parent AS (
     WHERE c.status = 'waiting' AND c.reason = 'max_parallel'
     ORDER BY c.index LIMIT (SELECT greatest(places, 0) FROM room)
 )
-UPDATE tasks t SET status = 'pending', reason = NULL FROM next, runs r
+UPDATE tasks t SET status = 'pending', reason = NULL, woken_at = now() FROM next, runs r
 WHERE t.id = next.id AND t.status = 'waiting' AND r.id = t.run_id
 RETURNING {_WOKEN}
 """,
 )
 _WAKE_JOINS = f"""
-UPDATE tasks t SET woken_at = now(), wake_at = now() + make_interval(secs => {WAKE_AGAIN_SECONDS})
+UPDATE tasks t SET woken_at = now(), wake_at = NULL
 FROM runs r
 WHERE t.id IN (SELECT o.id FROM tasks o WHERE {{which}} AND o.status = 'waiting'
                ORDER BY o.id FOR NO KEY UPDATE)
@@ -1167,7 +1167,7 @@ _WAKE_SUCCESSORS = Prepared(
 )
 _WAKE_PARENT = Prepared(
     f"""
-UPDATE tasks t SET woken_at = now(), wake_at = now() + make_interval(secs => {WAKE_AGAIN_SECONDS})
+UPDATE tasks t SET woken_at = now(), wake_at = NULL
 FROM runs r
 WHERE t.id = :task_id AND r.id = t.run_id
   AND t.status = 'waiting' AND t.reason = 'children' AND t.woken_at IS NULL AND {_ITEMS_OVER}
@@ -1201,9 +1201,8 @@ WITH free AS MATERIALIZED (
 ), line AS MATERIALIZED (
     SELECT w.id FROM tasks w, agents a
     WHERE a.agent_id = :agent_id AND w.status = 'waiting' AND w.reason = 'agent_busy'
-      AND {_MAY_ASK} AND (w.wanted_agent_id = :agent_id
+      AND w.woken_at IS NULL AND {_MAY_ASK} AND (w.wanted_agent_id = :agent_id
            OR w.wanted_agent_id IS NULL AND w.wanted_capability = ANY (a.capabilities))
-      AND NOT {_RESERVED}
     ORDER BY w.priority DESC, w.waiting_since, w.id
     LIMIT (SELECT count(*) FROM free) FOR UPDATE OF w SKIP LOCKED
 ), pairs AS (
@@ -1215,7 +1214,7 @@ WITH free AS MATERIALIZED (
         reserved_until = now() + make_interval(secs => {RESERVE_SECONDS})
     FROM pairs WHERE s.agent_id = :agent_id AND s.number = pairs.number
 )
-UPDATE tasks t SET woken_at = now(), wake_at = now() + make_interval(secs => {WAKE_AGAIN_SECONDS})
+UPDATE tasks t SET woken_at = now(), wake_at = NULL
 FROM pairs, runs r
 WHERE t.id = pairs.id AND r.id = t.run_id AND t.status = 'waiting'
 RETURNING {_WOKEN}
@@ -1234,7 +1233,7 @@ SELECT a.agent_id FROM agents a WHERE EXISTS (SELECT FROM slots s WHERE s.agent_
 s.number <= a.capacity AND {_FREE})
   AND EXISTS (
     SELECT FROM tasks w WHERE w.status = 'waiting' AND w.reason = 'agent_busy'
-      AND {_MAY_ASK} AND (w.wanted_agent_id = a.agent_id
+      AND w.woken_at IS NULL AND {_MAY_ASK} AND (w.wanted_agent_id = a.agent_id
            OR w.wanted_agent_id IS NULL AND w.wanted_capability = ANY (a.capabilities)))
 """
 )
@@ -1261,8 +1260,9 @@ WITH due AS MATERIALIZED (
     ORDER BY t.wake_at LIMIT :limit FOR UPDATE OF t SKIP LOCKED
 ), moved AS (
     UPDATE tasks t
-    SET wake_at = now() + make_interval(secs => {WAKE_AGAIN_SECONDS}),
-        woken_at = CASE WHEN due.ready THEN now() ELSE t.woken_at END
+    SET woken_at = CASE WHEN due.ready THEN now() END,
+        wake_at = CASE WHEN NOT due.ready THEN now() + make_interval(secs => {LOOK_AGAIN_SECONDS})
+            END
     FROM due, runs r
     WHERE t.id = due.id AND t.status = 'waiting' AND r.id = t.run_id
     RETURNING {_WOKEN}, due.ready,
@@ -1298,7 +1298,7 @@ _WAKE_FORGOTTEN = Prepared(
 _PARENTS_OVER = Prepared(
     f"""
 SELECT t.id FROM tasks t
-WHERE t.status = 'waiting' AND t.reason = 'children' AND t.wake_at IS NULL
+WHERE t.status = 'waiting' AND t.reason = 'children' AND t.woken_at IS NULL
   AND ({_ITEMS_OVER} OR t.max_parallel IS NOT NULL)
 """
 )
@@ -1553,47 +1553,93 @@ def hold_back(tx: Tx, task_ids: Sequence[UUID]) -> None:
     _HOLD_BACK(tx, {"task_ids": list(task_ids)})
 
 
+# --- Lost visits --------------------------------------------------------------------------------
+
 LOST_BY_AGE_SECONDS = 600
 """Whatever its queue looks like, a visit that did not come for this long is lost."""
+NOTHING, EVERYTHING = "-infinity", "infinity"
+"""Of a queue whose oldest entry is unknown, and of one that has none, what was sent before is
+lost."""
+
+_SENT_AT = """greatest(r.generation_at, t.created_at, t.woken_at,
+    (SELECT max(d.finished_at) FROM tasks d WHERE d.id = ANY (t.depends_on)))"""
+_IS_UNDER_WAY = "(t.status = 'pending' OR t.status = 'waiting' AND t.woken_at IS NOT NULL)"
+
+_OLDEST = Prepared(
+    f"""
+SELECT min({_SENT_AT}) FROM tasks t JOIN runs r ON r.id = t.run_id
+WHERE t.id = ANY (:task_ids) AND {_IS_UNDER_WAY} AND {_RUN_OPEN} AND {_dependencies_over()}
+"""
+)
+
+
+def oldest_visit(tx: Tx, task_ids: Sequence[UUID]) -> datetime | None:
+    """Return when the first of these visits, as they lie in a queue, was sent; None: all late."""
+    (row,) = _OLDEST(tx, {"task_ids": list(task_ids)})
+    moment: datetime | None = row[0]
+    return moment
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Visits sent before these moments (or `NOTHING`, or `EVERYTHING`) have left their queue."""
+
+    agents: datetime | str
+    control: datetime | str
+
+
+_LOST = f"""(sent.at < CASE t.kind WHEN 'end' THEN cast(:control AS timestamptz)
+                         ELSE cast(:agents AS timestamptz) END
+    OR sent.at < now() - make_interval(secs => {LOST_BY_AGE_SECONDS}))"""
 
 _UNVISITED = Prepared(
     f"""
-WITH unvisited AS (
-    SELECT t.run_id, r.generation, min(greatest(r.generation_at, t.created_at, (
-        SELECT max(d.finished_at) FROM tasks d WHERE d.id = ANY (t.depends_on)))) AS since
-    FROM tasks t JOIN runs r ON r.id = t.run_id
-    WHERE t.status = 'pending' AND {_RUN_OPEN} AND {_dependencies_over()}
-    GROUP BY t.run_id, r.generation
-)
-SELECT u.run_id, u.generation,
-       u.since < now() - make_interval(secs => {LOST_BY_AGE_SECONDS}) OR EXISTS (
-           SELECT FROM runs later
-           WHERE later.started_at IS NOT NULL AND later.generation = 1
-             AND later.created_at > u.since) AS was_overtaken
-FROM unvisited u
-WHERE u.since < now() - make_interval(secs => :after * power(2, least(u.generation, 3) - 1))
+SELECT t.run_id, r.generation
+FROM tasks t JOIN runs r ON r.id = t.run_id CROSS JOIN LATERAL (SELECT {_SENT_AT} AS at) AS sent
+WHERE t.status = 'pending' AND {_RUN_OPEN} AND {_dependencies_over()}
+  AND sent.at < now() - make_interval(secs => :after * power(2, least(r.generation, 3) - 1))
+  AND {_LOST}
+GROUP BY t.run_id, r.generation
 LIMIT :limit
 """
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Unvisited:
-    """A run with a task that could start and has lain unvisited."""
+def unvisited_runs(tx: Tx, left: Sent, after_seconds: float, limit: int) -> list[tuple[UUID, int]]:
+    """Return (id, generation) of runs with a task that could start and whose visit was lost.
 
-    run_id: UUID
-    generation: int
-    was_overtaken: bool
-    """A run published later has begun, or it has lain too long in any case: its visit is lost."""
-
-
-def unvisited_runs(tx: Tx, after_seconds: float, limit: int) -> list[Unvisited]:
-    """Return runs with a task that could start and has lain unvisited for `after_seconds`.
-
-    The time doubles with the first generations, so that a slow queue is never flooded.
+    Lost is not late: the visit has left its queue, `after_seconds` ago at least, and did not come.
+    The time doubles with the first generations, so that no queue is ever flooded.
     """
-    rows = _UNVISITED(tx, {"after": after_seconds, "limit": limit})
-    return [Unvisited(row.run_id, row.generation, row.was_overtaken) for row in rows]
+    rows = _UNVISITED(tx, _lost_parameters(left, after_seconds, limit))
+    return [(row.run_id, row.generation) for row in rows]
+
+
+def _lost_parameters(left: Sent, after_seconds: float, limit: int) -> dict[str, Any]:
+    return {
+        "agents": left.agents,
+        "control": left.control,
+        "after": after_seconds,
+        "limit": limit,
+    }
+
+
+_WAKE_LOST = Prepared(
+    f"""
+UPDATE tasks t SET woken_at = now() FROM runs r
+WHERE t.id IN (
+    SELECT t.id FROM tasks t CROSS JOIN LATERAL (SELECT t.woken_at AS at) AS sent
+    WHERE t.status = 'waiting' AND t.woken_at < now() - make_interval(secs => :after) AND {_LOST}
+    ORDER BY t.id LIMIT :limit FOR NO KEY UPDATE OF t SKIP LOCKED)
+  AND t.status = 'waiting' AND r.id = t.run_id
+RETURNING {_WOKEN}
+"""
+)
+
+
+def wake_lost(tx: Tx, left: Sent, after_seconds: float, limit: int) -> list[Woken]:
+    """Wake again the parked tasks whose wake was lost on its way, as `unvisited_runs` tells it."""
+    return _woken(_WAKE_LOST(tx, _lost_parameters(left, after_seconds, limit)))
 
 
 # --- What an attempt says while it runs ---------------------------------------------------------

@@ -44,6 +44,11 @@ def _among(column: str, values: Any) -> str:
     return f"{column} IN ({', '.join(repr(str(v)) for v in sorted(values))})"
 
 
+def _ended() -> str:
+    """Write it as `engine` does, so that PostgreSQL knows the one in the other."""
+    return "(" + ", ".join(f"'{status}'" for status in sorted(TASK_ENDED)) + ")"
+
+
 class Base(DeclarativeBase):
     metadata = MetaData(
         naming_convention={
@@ -292,6 +297,16 @@ class Task(Base):
         ),
         Index("ix_tasks_leases", "lease_expires_at", postgresql_where=text("status = 'running'")),
         Index("ix_tasks_wakes", "wake_at", postgresql_where=text("status = 'waiting'")),
+        Index(
+            "ix_tasks_woken",
+            "woken_at",
+            postgresql_where=text("status = 'waiting' AND woken_at IS NOT NULL"),
+        ),
+        Index(
+            "ix_tasks_items_open",
+            "parent_id",
+            postgresql_where=text(f"parent_id IS NOT NULL AND status NOT IN {_ended()}"),
+        ),
         Index("ix_tasks_pending", "run_id", postgresql_where=text("status = 'pending'")),
         Index(
             "ix_tasks_line_agent",

@@ -17,6 +17,7 @@ from opscore import dispatch, engine
 from opscore.config import AGENTS_QUEUE, Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
+from opscore.engine import Failure
 from opscore.errors import Unavailable
 from opscore.servers import RedisServer
 
@@ -124,6 +125,40 @@ def test_a_visit_that_a_later_run_overtook_is_lost_though_the_queue_is_full(
     generations = desk.rows("SELECT id, generation FROM runs")
     assert {r.generation for r in generations if r.id == forgotten.run_id} == {2}
     assert {r.generation for r in generations if r.id != forgotten.run_id} == {1}
+
+
+def test_a_wake_that_was_lost_is_repeated_and_one_that_is_late_is_not(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer
+) -> None:
+    desk.submit(task("a"))
+    signature = dispatcher._visit(desk.id("a"), 1, 60, None)
+    with desk.tx() as tx:
+        engine.fail_attempt(
+            tx, desk.claim("a"), Failure("x", "x"), delay_seconds=0, message=dict(signature)
+        )
+        dispatcher.wake(engine.wake_due(tx, 10).woken)
+    assert len(visits(broker)) == 1
+    desk.alter("UPDATE tasks SET woken_at = now() - interval '30 s'")
+    age(desk)
+    dispatcher.rescue()
+    assert len(visits(broker)) == 1, "it lies in the queue and merely waits its turn"
+    with Redis.from_url(broker.url) as redis:
+        redis.flushall()
+    dispatcher.rescue()
+    assert len(visits(broker)) == 1
+    dispatcher.rescue()
+    assert len(visits(broker)) == 1, "it was sent a moment ago"
+
+
+def test_visits_given_back_stand_in_front_in_their_order(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer
+) -> None:
+    desk.submit(*(task(name, dependsOn=[]) for name in "abcd"))
+    messages = [dict(dispatcher._visit(desk.id(name), 1, 60, None)) for name in "abcd"]
+    dispatcher.send(messages[3:])
+    assert dispatcher.give_back(messages[:3])
+    in_line = [message["headers"]["id"] for message in reversed(visits(broker))]
+    assert in_line == [str(desk.id(name)) for name in "abcd"]
 
 
 def test_a_lost_attempt_brings_its_run_under_a_new_generation(

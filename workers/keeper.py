@@ -52,6 +52,7 @@ class Round:
         self.settings = settings
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
         self.count = 0
+        self.has_more = False
 
     def run(self) -> bool:
         """Do one round; False if another keeper leads."""
@@ -63,7 +64,7 @@ class Round:
         self.settle()
         if self.dispatcher.is_reachable():
             self.wake()
-            if self.count % RESCUE_EVERY == 0:
+            if self.count % RESCUE_EVERY == 0 or self.has_more:
                 self.rescue()
         self.count += 1
         return True
@@ -113,7 +114,7 @@ class Round:
         with self.database.autocommit() as tx:
             woken = engine.wake_forgotten(tx)
         self.dispatcher.wake(woken)
-        self.dispatcher.rescue()
+        self.has_more = self.dispatcher.rescue(LIMIT)
 
 
 class Keeper(bootsteps.StartStopStep):

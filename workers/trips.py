@@ -162,7 +162,7 @@ class Trip:
 
     def end(self, outcome: Outcome) -> None:
         """Leave nothing of the message behind that Celery will not send on, and no event untold."""
-        if outcome is not None and self._is_survived(outcome):
+        if outcome is None or self._is_survived(outcome):
             self.give_back()
         if self.has_moved:
             self._events.flush()
@@ -187,12 +187,12 @@ class Trip:
             self._patience.forget(self)
 
     def give_back(self) -> None:
-        """Send the rest of a lane, each task by itself."""
+        """Send the rest of a lane back to where it was in line, each task by itself."""
         with self._lock:
             rest = self.request.chain if self.is_lane else None
             if rest:
                 self.request.chain = None
-        if rest and not self._dispatcher.send([_alone(visit) for visit in rest]):
+        if rest and not self._dispatcher.give_back([_alone(visit) for visit in reversed(rest)]):
             self.request.chain = rest
         self._events.flush()
 

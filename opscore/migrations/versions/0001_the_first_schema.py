@@ -296,6 +296,15 @@ def upgrade() -> None:
         postgresql_where=sa.text("parent_id IS NOT NULL"),
     )
     op.create_index(
+        "ix_tasks_items_open",
+        "tasks",
+        ["parent_id"],
+        unique=False,
+        postgresql_where=sa.text(
+            "parent_id IS NOT NULL AND status NOT IN ('cancelled', 'completed', 'failed', 'skipped')"
+        ),
+    )
+    op.create_index(
         "ix_tasks_leases",
         "tasks",
         ["lease_expires_at"],
@@ -337,6 +346,13 @@ def upgrade() -> None:
         ["wake_at"],
         unique=False,
         postgresql_where=sa.text("status = 'waiting'"),
+    )
+    op.create_index(
+        "ix_tasks_woken",
+        "tasks",
+        ["woken_at"],
+        unique=False,
+        postgresql_where=sa.text("status = 'waiting' AND woken_at IS NOT NULL"),
     )
     op.create_table(
         "attempts",
@@ -395,6 +411,11 @@ def downgrade() -> None:
     op.drop_table("attempt_logs")
     op.drop_table("attempts")
     op.drop_index(
+        "ix_tasks_woken",
+        table_name="tasks",
+        postgresql_where=sa.text("status = 'waiting' AND woken_at IS NOT NULL"),
+    )
+    op.drop_index(
         "ix_tasks_wakes", table_name="tasks", postgresql_where=sa.text("status = 'waiting'")
     )
     op.drop_index(op.f("ix_tasks_run_id_position_index"), table_name="tasks")
@@ -415,6 +436,13 @@ def downgrade() -> None:
     )
     op.drop_index(
         "ix_tasks_leases", table_name="tasks", postgresql_where=sa.text("status = 'running'")
+    )
+    op.drop_index(
+        "ix_tasks_items_open",
+        table_name="tasks",
+        postgresql_where=sa.text(
+            "parent_id IS NOT NULL AND status NOT IN ('cancelled', 'completed', 'failed', 'skipped')"
+        ),
     )
     op.drop_index(
         "ix_tasks_items", table_name="tasks", postgresql_where=sa.text("parent_id IS NOT NULL")
