@@ -8,6 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -164,12 +165,30 @@ def worker(queues: str, pool: str, concurrency: int, name: str | None) -> None:
             f"{', '.join(sorted(unknown))}: there are {QUEUES}", param_hint="--queues"
         )
     _tell_when_ready()
-    _celery(
-        *("--app=workers.app:app", "worker"),
-        *(f"--queues={queues}", f"--pool={pool}", f"--concurrency={concurrency}"),
-        f"--hostname={name or f'worker-{os.getpid()}'}@%h",
-        *("--task-events", "--without-gossip", "--without-mingle"),
+    _run_worker(queues, pool, concurrency, name or f"worker-{os.getpid()}")
+
+
+def _run_worker(queues: str, pool: str, concurrency: int, name: str) -> NoReturn:
+    """Do what `celery worker` does, without loading every other command of Celery with it."""
+    from celery.concurrency import get_implementation
+    from celery.utils.nodenames import host_format
+
+    from celeryconfig import app
+
+    _allow_root()
+    app.set_default()
+    import_module("workers.app")  # gives the worker its steps
+    worker = app.Worker(
+        hostname=host_format(f"{name}@%h"),
+        pool_cls=get_implementation(pool),
+        concurrency=concurrency,
+        queues=queues,
+        task_events=True,
+        without_gossip=True,
+        without_mingle=True,
     )
+    worker.start()
+    sys.exit(worker.exitcode)
 
 
 def _tell_when_ready() -> None:
@@ -213,15 +232,21 @@ def _use_celery(settings: "Settings") -> None:
 
 
 def _celery(*arguments: str) -> NoReturn:
-    """Become a Celery command and exit with it; as root too, since nothing here is pickled."""
+    """Become a Celery command and exit with it."""
     from celery.bin.celery import celery
+
+    _allow_root()
+    celery(args=list(arguments), prog_name="celery")
+    sys.exit(0)
+
+
+def _allow_root() -> None:
+    """Have Celery run as root too, since nothing here is pickled."""
     from celery.exceptions import SecurityWarning
 
     if os.geteuid() == 0:
         os.environ.setdefault("C_FORCE_ROOT", "1")
         warnings.simplefilter("ignore", SecurityWarning)
-    celery(args=list(arguments), prog_name="celery")
-    sys.exit(0)
 
 
 @main.group()

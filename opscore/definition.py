@@ -119,8 +119,11 @@ def read_document(raw: bytes | str, kind: Literal["json", "yaml"]) -> Any:
         raise InvalidDefinition({"": [str(error)]}) from None
 
 
-def parse(document: Any) -> Definition:
-    """Turn a document into a definition. Raises InvalidDefinition with every fault."""
+def parse(document: Any, *, is_stored: bool = False) -> Definition:
+    """Turn a document into a definition. Raises InvalidDefinition with every fault.
+
+    Of a stored one the inputSchema was checked when it came; it is compiled when it is used.
+    """
     faults = check_json(document)
     if faults.fatal:
         raise InvalidDefinition(faults)
@@ -129,7 +132,7 @@ def parse(document: Any) -> Definition:
         raise InvalidDefinition(faults)
     schema = None
     if (shape := top.get("inputSchema", dict)) is not None:
-        schema = Schema.compile(shape, "/inputSchema", faults)
+        schema = Schema(shape) if is_stored else Schema.compile(shape, "/inputSchema", faults)
     output = Template.compile(top.values["output"], "/output", faults) if "output" in top else None
     rows = _rows(top)
     specs = [_task(row) for row in rows]

@@ -8,7 +8,7 @@ away a breaker spares everybody the wait for its timeout.
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -41,6 +41,13 @@ HEAD = 20
 BrokerErrors = (OperationalError, KombuError, RedisError, OSError)
 
 
+Take = Callable[[dict[str, Any]], bool]
+
+
+def _take_nothing(message: dict[str, Any]) -> bool:
+    return False
+
+
 class Dispatcher:
     """Sends visits for one process."""
 
@@ -69,14 +76,18 @@ class Dispatcher:
         sent = self.send([*signatures, *self._items(plan)], run_id=str(plan.run_id))
         return self.wake(woken) and sent
 
-    def wake(self, woken: Iterable[Woken]) -> bool:
-        """Send the visits of woken tasks: the saved message, a plain one, or a whole segment."""
+    def wake(self, woken: Iterable[Woken], take: Take = _take_nothing) -> bool:
+        """Send the visits of woken tasks: the saved message, a plain one, or a whole segment.
+
+        `take` is offered each saved message first: whoever takes it makes the visit himself.
+        """
         messages: list[Signature | dict[str, Any]] = []
         segments: defaultdict[UUID, set[UUID]] = defaultdict(set)
         dead: dict[UUID, int] = {}
         for task in woken:
             if task.message is not None:
-                messages.append(task.message)
+                if not take(task.message):
+                    messages.append(task.message)
             elif task.is_item:
                 messages.append(
                     self._visit(
@@ -103,6 +114,7 @@ class Dispatcher:
         parent_id: UUID | None = None,
         agent_id: str | None = None,
         wakes: bool = True,
+        take: Take = _take_nothing,
     ) -> None:
         """Do what an outcome asks for, after its commit.
 
@@ -121,7 +133,7 @@ class Dispatcher:
                 woken += engine.wake_line(tx, agent_id)
         if finished.message is not None and not finished.failed_run:
             self.send([finished.message], task_id=str(task_id))
-        self.wake(woken)
+        self.wake(woken, take)
 
     def _items(self, plan: Plan) -> list[Signature]:
         timeouts = dict(plan.items)

@@ -323,10 +323,10 @@ WITH t AS MATERIALIZED (
     WHERE run_open AND over.dependencies AND (t.status = 'pending' OR t.status = 'waiting' AND
         CASE t.reason
             WHEN 'retry' THEN t.wake_at <= now() OR t.woken_at IS NOT NULL
-            WHEN 'children' THEN {_ITEMS_OVER}
+            WHEN 'children' THEN true
             WHEN 'max_parallel' THEN false
             ELSE t.not_before IS NULL OR t.not_before <= now()
-        END)
+        END) AND (t.items IS NULL OR {_ITEMS_OVER})
 ), candidate AS (
     SELECT a.agent_id, a.capacity, a.capabilities,
            a.agent_id IS NOT DISTINCT FROM ready.preferred_agent_id AS preferred
@@ -364,8 +364,10 @@ WITH t AS MATERIALIZED (
 ), claimed AS (
     UPDATE tasks t
     SET {_START}, agent_id = chosen.agent_id
-    FROM chosen LEFT JOIN starting ON true
-    WHERE t.id = :task_id AND t.status IN ('pending', 'waiting')
+    FROM ready CROSS JOIN chosen LEFT JOIN starting ON true
+    -- As it was seen above: whoever waited here for the row's lock may find it moved.
+    WHERE t.id = :task_id AND t.status = ready.status AND t.attempt = ready.attempt
+      AND t.reason IS NOT DISTINCT FROM ready.reason
     RETURNING t.id, t.run_id, t.attempt, t.kind, t.agent_id, t.lease_expires_at, t.deadline_at,
               chosen.number
 ), held AS (
@@ -1434,10 +1436,11 @@ def expired_attempts(tx: Tx, limit: int, lease_seconds: float = 0) -> list[UUID]
 
 _LOSE = Prepared(
     _leave(
-        """status = 'waiting', reason = 'retry', waits = 0, waiting_since = NULL,
+        """status = 'waiting', waits = 0, waiting_since = NULL, woken_at = NULL,
+        reason = CASE WHEN t.items IS NULL THEN 'retry' ELSE 'children' END,
+        wake_at = CASE WHEN t.items IS NULL THEN now() END,
         lost = t.lost + CASE WHEN t.deadline_at < now() THEN 0 ELSE 1 END,
-        tries = t.tries + CASE WHEN t.deadline_at < now() THEN 1 ELSE 0 END,
-        wake_at = now(), woken_at = NULL""",
+        tries = t.tries + CASE WHEN t.deadline_at < now() THEN 1 ELSE 0 END""",
         """t.status = 'running' AND t.lease_expires_at < now() AND NOT t.ends_run
         AND CASE WHEN t.deadline_at < now() THEN t.tries + 1 < t.max_attempts
                  ELSE t.lost + 1 < :max_lost END""",

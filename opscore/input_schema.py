@@ -9,16 +9,16 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from functools import cache, cached_property
 from itertools import islice
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cel
-from jsonschema import Draft202012Validator, validators
-from jsonschema.exceptions import ValidationError
-from referencing import Registry
-from referencing.exceptions import Unresolvable
-from referencing.jsonschema import DRAFT202012
+
+if TYPE_CHECKING:
+    # Ten megabytes that a worker, which checks no input, need not hold.
+    from jsonschema.exceptions import ValidationError
 
 from opscore.json_values import MAX_FAULTS, Faults, at, check_json
 
@@ -60,7 +60,9 @@ class _TooMuch(Exception):
 
 
 def _counted(keyword: Keyword) -> Keyword:
-    def check(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
+    def check(
+        validator: Any, value: Any, instance: Any, schema: Any
+    ) -> "Iterator[ValidationError]":
         left = _left.get()
         left[0] -= 1
         if left[0] < 0:
@@ -70,16 +72,20 @@ def _counted(keyword: Keyword) -> Keyword:
     return check
 
 
-def _pattern(validator: Any, pattern: str, text: Any, schema: Any) -> Iterator[ValidationError]:
+def _pattern(validator: Any, pattern: str, text: Any, schema: Any) -> "Iterator[ValidationError]":
     """Match in time linear in the text, which Python's own `re` does not promise."""
+    from jsonschema.exceptions import ValidationError
+
     if isinstance(text, str) and not _MATCHES.execute({"text": text, "pattern": pattern}):
         yield ValidationError(f"does not match the pattern {pattern!r}")
 
 
 def _unique_items(
     validator: Any, wanted: Any, items: Any, schema: Any
-) -> Iterator[ValidationError]:
+) -> "Iterator[ValidationError]":
     """Compare by canonical text: jsonschema's own way is quadratic."""
+    from jsonschema.exceptions import ValidationError
+
     if wanted and isinstance(items, list):
         numbers = json.loads(json.dumps(items), parse_float=_plain_number)
         if len({json.dumps(item, sort_keys=True) for item in numbers}) < len(items):
@@ -91,22 +97,33 @@ def _plain_number(text: str) -> float:
     return int(number) if number.is_integer() else number
 
 
-_OURS: dict[str, Keyword] = {"pattern": _pattern, "uniqueItems": _unique_items}
-_KEYWORDS = {**Draft202012Validator.VALIDATORS, **_OURS}
-_Validator: Any = validators.extend(  # type: ignore[no-untyped-call]
-    Draft202012Validator, {name: _counted(check) for name, check in _KEYWORDS.items()}
-)
+@cache
+def _validator_class() -> Any:
+    from jsonschema import Draft202012Validator, validators
+
+    ours: dict[str, Keyword] = {"pattern": _pattern, "uniqueItems": _unique_items}
+    keywords = {**Draft202012Validator.VALIDATORS, **ours}
+    return validators.extend(  # type: ignore[no-untyped-call]
+        Draft202012Validator, {name: _counted(check) for name, check in keywords.items()}
+    )
+
+
 _NAMED_SCHEMAS = {"properties", "$defs", "definitions", "dependentSchemas"}
 _PLAIN_VALUES = {"const", "enum", "default", "examples", "required", "dependentRequired"}
 
 
 class Schema:
-    """An inputSchema (JSON Schema 2020-12), compiled once."""
+    """An inputSchema (JSON Schema 2020-12), compiled once, when it is first used."""
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
         # The two would make the validator change its own class and its base address.
         self._schema = {k: v for k, v in schema.items() if k not in ("$schema", "$id")}
-        self._validator = _Validator(self._schema, registry=Registry())
+
+    @cached_property
+    def _validator(self) -> Any:
+        from referencing import Registry
+
+        return _validator_class()(self._schema, registry=Registry())
 
     @classmethod
     def compile(cls, schema: Mapping[str, Any], pointer: str, faults: Faults) -> "Schema | None":
@@ -140,7 +157,7 @@ class Schema:
         return faults
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: "ValidationError") -> str:
     return f"Does not fit inputSchema: {_shortened(error.message)}."
 
 
@@ -149,6 +166,10 @@ def _shortened(text: str) -> str:
 
 
 def _schema_faults(schema: Mapping[str, Any], pointer: str) -> Faults:
+    from jsonschema import Draft202012Validator
+    from referencing import Registry
+    from referencing.jsonschema import DRAFT202012
+
     faults = check_json(schema, pointer, MAX_SCHEMA_BYTES)
     if faults:
         return faults
@@ -199,6 +220,8 @@ def _keyword_fault(key: str, value: Any, root: bool) -> str | None:
 
 def _reference_fault(reference: str, lookup: Callable[[str], Any], targets: set[int]) -> str | None:
     """Follow only what was itself checked as a schema."""
+    from referencing.exceptions import Unresolvable
+
     if not reference.startswith("#"):
         return "Only references within the schema are followed; write #/$defs/name."
     try:

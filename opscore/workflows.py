@@ -97,7 +97,9 @@ def _compile(tx: Tx, workflow_id: str, version: int, digest: str) -> Definition:
     definition = _compiled.get(key)
     if definition is None:
         where = (Workflow.workflow_id == workflow_id, Workflow.version == version)
-        definition = parse(tx.execute(select(Workflow.definition).where(*where)).scalar_one())
+        definition = parse(
+            tx.execute(select(Workflow.definition).where(*where)).scalar_one(), is_stored=True
+        )
         if len(_compiled) >= CACHED_DEFINITIONS:
             _compiled.clear()
         _compiled[key] = definition

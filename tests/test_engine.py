@@ -348,6 +348,17 @@ def test_a_worker_that_lost_its_lease_can_write_nothing(desk: Desk) -> None:
     assert [(r.number, r.status) for r in statuses] == [(1, "lost"), (2, "completed")]
 
 
+def test_a_lost_for_each_waits_for_its_items_again(desk: Desk) -> None:
+    desk.submit(task("f", forEach={"items": "${input.n}"}))
+    expand(desk, [1, 2])
+    desk.alter("UPDATE tasks SET status = 'completed', finished_at = now() WHERE index IS NOT NULL")
+    assert desk.claim("f").expanded, "it collects"
+    desk.alter("UPDATE tasks SET status = 'pending', finished_at = NULL WHERE index IS NOT NULL")
+    expire(desk)
+    assert (desk.task("f").status, desk.task("f").reason) == ("waiting", "children")
+    assert desk.claim("f") == Elsewhere(), "its items are not over"
+
+
 def test_a_retryable_failure_parks_the_task_until_its_moment(desk: Desk) -> None:
     desk.submit(task("a"))
     assert desk.fail(desk.claim("a"), delay=60) == Parked()

@@ -7,13 +7,15 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 import pytest
+from sqlalchemy import text
+from stack import wait_until
 from test_engine import Desk, task
 
 from opscore import engine
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
-from opscore.engine import Claimed, Finished, MustWait
+from opscore.engine import Claimed, Finished, MustWait, Visit
 from workers.keeper import Round
 
 T = TypeVar("T")
@@ -174,6 +176,26 @@ def test_items_written_while_the_run_is_cancelled_are_cancelled_too(
             "SELECT status FROM tasks WHERE run_id = :run AND status IN ('pending', 'waiting')"
         )
         assert open_tasks == []
+
+
+WAITING_FOR_A_LOCK = """SELECT count(*) AS n FROM pg_stat_activity
+    WHERE wait_event_type = 'Lock' AND datname = current_database()"""
+
+
+def test_a_duplicate_that_waited_for_the_row_does_not_take_what_moved_meanwhile(
+    desk: Desk, threads: ThreadPoolExecutor
+) -> None:
+    desk.submit(task("a"), task("each", forEach={"items": "${input.n}"}))
+    desk.complete(desk.claim("a"))
+    with desk.tx() as tx:
+        tx.execute(text("SELECT 1 FROM tasks WHERE id = :id FOR UPDATE"), {"id": desk.id("each")})
+        duplicate = threads.submit(lambda: desk.claim("each"))
+        wait_until(lambda: desk.rows(WAITING_FOR_A_LOCK)[0].n == 1)
+        visit = Visit(desk.id("each"), 1, uuid4())
+        first = engine.claim_task(tx, visit, worker="w", lease_seconds=30)
+        assert isinstance(first, Claimed)
+        assert engine.expand_task(tx, first, [1, 2, 3], {"m": 1})
+    assert duplicate.result(30) is None, "it saw a pending task; now it must ask again"
 
 
 def test_two_failures_at_once_fail_the_run_once_and_never_lock_each_other(

@@ -429,6 +429,22 @@ def test_a_definition_this_version_cannot_read_fails_the_run_by_name_and_blames_
         }
 
 
+def test_an_outcome_the_database_refuses_fails_its_task_at_once(
+    servers: Servers, tmp_path: Path
+) -> None:
+    with running_stack(servers, tmp_path / "log", **QUICK) as stack:
+        with stack.database.transaction() as tx:
+            tx.execute(
+                text(
+                    "ALTER TABLE tasks ADD CHECK (definition_id <> 'a' OR output IS NULL) NOT VALID"
+                )
+            )
+        stack.start_worker()
+        once = {"retry": {"maxAttempts": 1}}
+        run = stack.finished(stack.submit({"id": "w", "tasks": [task("a", **once)]}))
+        assert (run.status, run.error["code"]) == ("failed", "internal_error")
+
+
 def test_a_worker_survives_a_restart_of_redis_under_its_tasks(
     servers: Servers, tmp_path: Path
 ) -> None:

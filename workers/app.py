@@ -4,6 +4,7 @@
 connection belongs to one process: after a fork the child makes its own.
 """
 
+import gc
 import logging
 import os
 from functools import cached_property
@@ -114,6 +115,9 @@ class Offer(bootsteps.Step):
         with process.database.transaction() as tx:
             register_functions(tx, agents.values())
         log.info("worker.agents", agents=sorted(agents))
+        # What is there now is shared with the children; a collection there would copy it.
+        gc.collect()
+        gc.freeze()
 
 
 app.steps["worker"].update((Offer, Keeper))

@@ -147,17 +147,29 @@ def _run(trip: Trip, claimed: Claimed) -> None:
     with structlog.contextvars.bound_contextvars(
         run_id=str(claimed.run_id), attempt=claimed.attempt
     ):
-        match result := _result(trip, claimed):
-            case Completed(output):
-                _complete(trip, claimed, output)
-            case Failed():
-                _record_failure(trip, claimed, result)
-            case Items(values):
-                _expand(trip, claimed, values)
-            case Busy(retry_after):
-                _release(trip, claimed, Reason.AGENT_BUSY, retry_after)
-            case None:
-                _release(trip, claimed, Reason.AGENT_UNAVAILABLE, None)
+        try:
+            _record(trip, claimed, _result(trip, claimed))
+        except DBAPIError as error:
+            log.exception("attempt.not_recorded")
+            _record_failure(trip, claimed, _accident(error))
+
+
+def _record(trip: Trip, claimed: Claimed, result: Result) -> None:
+    match result:
+        case Completed(output):
+            _complete(trip, claimed, output)
+        case Failed():
+            _record_failure(trip, claimed, result)
+        case Items(values):
+            _expand(trip, claimed, values)
+        case Busy(retry_after):
+            _release(trip, claimed, Reason.AGENT_BUSY, retry_after)
+        case None:
+            _release(trip, claimed, Reason.AGENT_UNAVAILABLE, None)
+
+
+def _accident(error: Exception) -> Failed:
+    return Failed("internal_error", f"opscore itself failed: {type(error).__name__}.")
 
 
 def _result(trip: Trip, claimed: Claimed) -> Result:
@@ -176,7 +188,7 @@ def _result(trip: Trip, claimed: Claimed) -> Result:
         return Failed("expression_error", str(error), retryable=False)
     except Exception as error:
         log.exception("attempt.broke")
-        return Failed("internal_error", f"opscore itself failed: {type(error).__name__}.")
+        return _accident(error)
 
 
 def _call(trip: Trip, claimed: Claimed, parameters: Mapping[str, Any]) -> agentkit.Outcome | None:
@@ -261,7 +273,8 @@ def _complete(trip: Trip, claimed: Claimed, output: Any) -> None:
             run_error = Failure("expression_error", str(error))
         except Exception as error:
             log.exception("attempt.broke")
-            run_error = Failure("internal_error", f"opscore itself failed: {type(error).__name__}.")
+            accident = _accident(error)
+            run_error = Failure(accident.code, accident.message)
     then = None if claimed.is_sink else trip.look_ahead()
     finished = _insist(
         lambda tx: (
@@ -378,6 +391,7 @@ def _follow(
             parent_id=parent_id,
             agent_id=agent_id,
             wakes=wakes,
+            take=trip.take,
         )
 
 

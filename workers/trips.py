@@ -68,6 +68,8 @@ class Trip:
         self._seconds: float = (self.request.timelimit or (None,))[0] or 0.0
         self._length = 1
         self._next: tuple[Visit, Any] | None = None
+        self._taken = False
+        """The next visit came with no message of its own."""
         self._lock = threading.Lock()
 
     @property
@@ -111,13 +113,18 @@ class Trip:
         if not request.chain or request.callbacks:
             return None
         upcoming = request.chain[-1]
+        return upcoming if self._may_go_on(upcoming) else None
+
+    def _may_go_on(self, upcoming: dict[str, Any]) -> bool:
+        """Tell whether this worker could get the message, and has the time for it."""
         options = upcoming["options"]
-        is_alike = (
+        return (
             upcoming["task"] == RUN_TASK
             and not upcoming.get("subtask_type")
-            and options.get("queue") == request.delivery_info["routing_key"]
+            and self.request.delivery_info["routing_key"]
+            == (options.get("queue") or options.get("routing_key"))
+            and self._has_time_for(options["time_limit"])
         )
-        return upcoming if is_alike and self._has_time_for(options["time_limit"]) else None
 
     def _has_time_for(self, limit: float) -> bool:
         """Celery's hard limit was set for the first task and ends the process, whoever runs."""
@@ -125,10 +132,22 @@ class Trip:
         needed = gone + limit - HARD_LIMIT_GRACE_SECONDS + DEADLINE_GRACE_SECONDS
         return self._length < LONGEST_TRIP and gone < TRIP_SECONDS and needed <= self._seconds
 
+    def take(self, message: dict[str, Any]) -> bool:
+        """Go on with a task that was just woken, if nothing else is to follow the present one."""
+        request = self.request
+        is_bound = request.chain or request.callbacks or request.chord or self._taken
+        if is_bound or not self._may_go_on(message):
+            return False
+        task_id, generation = message["args"]
+        self._next = (Visit(UUID(task_id), generation, uuid4()), message)
+        self._taken = True
+        return True
+
     def goes_on_after(self, outcome: Outcome) -> bool:
         """Move to the next visit if there is one and this one's outcome lets it come."""
-        may = outcome is None or self._is_survived(outcome)
-        goes_on = may and (self.claimed_next is not None or self.look_ahead() is not None)
+        may = self._taken or outcome is None or self._is_survived(outcome)
+        has_next = self._taken or self.claimed_next is not None or self.look_ahead() is not None
+        goes_on = may and has_next
         if goes_on or self.has_moved:
             self._events.ended(self.request, outcome)
         return goes_on and self._move()
@@ -143,10 +162,13 @@ class Trip:
         visit, upcoming = self._next
         request = self.request
         with self._lock:
-            if request.chain and request.chain[-1] is upcoming:
+            if self._taken:
+                request.chain = upcoming["options"].get("chain")
+            elif request.chain and request.chain[-1] is upcoming:
                 request.chain.pop()
             elif self.claimed_next is None:  # given back meanwhile
                 return False
+        self._taken = False
         self.visit, self.claimed, self.claimed_next = visit, self.claimed_next, None
         options = upcoming["options"]
         request.parent_id, request.id = request.id, options["task_id"]
