@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, insert, select, text
+from sqlalchemy import Row, select, text
 from uuid6 import uuid7
 
 from opscore.db import Prepared, Tx
@@ -23,7 +23,7 @@ from opscore.errors import AgentNotFound, InvalidRequest, RunFinished, RunNotFou
 from opscore.expressions import Template
 from opscore.graph import Canvas, Node, build
 from opscore.json_values import Faults
-from opscore.models import Agent, Event, Run, Task
+from opscore.models import Agent, Run, Task
 from opscore.states import RUN_ENDED, TASK_ENDED, Reason
 from opscore.workflows import StoredWorkflow
 
@@ -60,6 +60,48 @@ _WAKE_AT = """to_char(wake_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"
 
 
 # --- Submitting ---------------------------------------------------------------------------------
+
+
+_TASK_COLUMNS = {
+    "id": "uuid",
+    "definition_id": "text",
+    "kind": "text",
+    "position": "int",
+    "max_parallel": "int",
+    "depends_on": "uuid[]",
+    "successors": "uuid[]",
+    "reads": "text[]",
+    "is_sink": "boolean",
+    "wanted_agent_id": "text",
+    "wanted_capability": "text",
+    "timeout_seconds": "float",
+    "max_attempts": "int",
+    "retry_backoff": "float",
+    "retry_max_backoff": "float",
+    "busy_backoff": "float",
+    "busy_max_backoff": "float",
+    "max_wait_seconds": "float",
+    "goes_on": "boolean",
+    "status": "text",
+    "reason": "text",
+}
+_SUBMIT = Prepared(
+    f"""
+WITH run AS (
+    INSERT INTO runs (id, workflow_id, version, agent_id, input, labels, priority, request_id)
+    VALUES (:run_id, :workflow_id, :version, :agent_id, :input, :labels, :priority, :request_id)
+    RETURNING *
+), told AS (
+    INSERT INTO events (run_id, type, data)
+    SELECT id, 'run.queued', jsonb_build_object('version', version) FROM run
+)
+INSERT INTO tasks (run_id, priority, preferred_agent_id, {", ".join(_TASK_COLUMNS)})
+SELECT run.id, run.priority, run.agent_id, {", ".join(f"t.{name}" for name in _TASK_COLUMNS)}
+FROM run, jsonb_to_recordset(cast(:tasks AS jsonb)) AS t (
+    {", ".join(f"{name} {kind}" for name, kind in _TASK_COLUMNS.items())})
+""",
+    json=("input", "labels", "tasks"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,30 +143,33 @@ def submit_run(
     definition.check_input(input)
     _check_agents(tx, definition, agent_id)
     run_id = uuid7()
-    tasks = _task_rows(definition, run_id, agent_id, priority)
+    tasks = _task_rows(definition, agent_id)
     nodes = tuple(
         Node(row["id"], frozenset(row["depends_on"]), row["timeout_seconds"], row["kind"] == "end")
         for row in tasks
     )
     drawn = build(nodes)
     _hold_beyond(tasks, drawn)
-    tx.execute(
-        insert(Run).values(
-            id=run_id,
-            workflow_id=stored.workflow_id,
-            version=stored.version,
-            agent_id=agent_id,
-            input=input,
-            labels=dict(labels or {}),
-            priority=priority,
-            request_id=request_id,
-        )
-    )
-    tx.execute(insert(Task), tasks)
-    tx.execute(
-        insert(Event).values(run_id=run_id, type="run.queued", data={"version": stored.version})
+    _SUBMIT(
+        tx,
+        {
+            "run_id": run_id,
+            "workflow_id": stored.workflow_id,
+            "version": stored.version,
+            "agent_id": agent_id,
+            "input": input,
+            "labels": dict(labels or {}),
+            "priority": priority,
+            "request_id": request_id,
+            "tasks": [_in_json(row) for row in tasks],
+        },
     )
     return Plan(run_id, 1, request_id, nodes, drawn=drawn)
+
+
+def _in_json(row: dict[str, Any]) -> dict[str, Any]:
+    ids = {name: [str(id) for id in row[name]] for name in ("depends_on", "successors")}
+    return row | ids | {"id": str(row["id"])}
 
 
 def _hold_beyond(tasks: list[dict[str, Any]], drawn: Canvas) -> None:
@@ -149,9 +194,7 @@ def _check_agents(tx: Tx, definition: Definition, agent_id: str | None) -> None:
         raise AgentNotFound(agent_id=agent_id)
 
 
-def _task_rows(
-    definition: Definition, run_id: UUID, agent_id: str | None, priority: int
-) -> list[dict[str, Any]]:
+def _task_rows(definition: Definition, agent_id: str | None) -> list[dict[str, Any]]:
     """Return the rows of a run's tasks; with several leaves an implicit end joins them."""
     specs = list(definition.tasks)
     if len(definition.leaves) > 1:
@@ -162,11 +205,7 @@ def _task_rows(
     for spec in specs:
         for name in spec.depends_on:
             after[name].append(ids[spec.id])
-    rows = [
-        _task_row(spec, position, ids, after[spec.id])
-        | {"run_id": run_id, "priority": priority, "preferred_agent_id": agent_id}
-        for position, spec in enumerate(specs)
-    ]
+    rows = [_task_row(spec, position, ids, after[spec.id]) for position, spec in enumerate(specs)]
     for row in rows:
         if row["wanted_agent_id"] is None and row["wanted_capability"] is None:
             row["wanted_agent_id"] = agent_id
