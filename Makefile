@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet install
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test lint check clean
+.PHONY: help setup demo up down test bench chaos lint check clean
 
 help: ## Show this
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -24,6 +24,12 @@ down: .venv/.run ## Stop the stack
 
 test: .venv/.dev ## Run the tests (ARGS="-k name")
 	@.venv/bin/python -m pytest $(ARGS)
+
+bench: .venv/.dev ## Measure beside bare Celery (ARGS="--rounds 5 --only W1,W2")
+	@.venv/bin/python -m bench.bench $(ARGS)
+
+chaos: .venv/.dev ## Break things under load (ARGS="--short --only flushall --seed 7")
+	@.venv/bin/python -m bench.chaos $(ARGS)
 
 lint: .venv/.dev ## Check style, types and floors
 	@.venv/bin/ruff check .
