@@ -63,6 +63,14 @@ class Dispatcher:
 
         With `start`, only what follows these tasks and no others: a segment.
         """
+        messages, woken = self._messages(plan, start)
+        sent = self.send(messages, run_id=str(plan.run_id))
+        return self.wake(woken) and sent
+
+    def _messages(
+        self, plan: Plan, start: Iterable[UUID] | None = None
+    ) -> tuple[list[Signature], list[Woken]]:
+        """Return the messages of a canvas, and the tasks beyond it that could start meanwhile."""
         drawn = plan.drawn or graph.build(plan.nodes, start)
         woken: list[Woken] = []
         if drawn.beyond and plan.drawn is None:
@@ -73,8 +81,7 @@ class Dispatcher:
         signatures = canvas.signatures(
             self.app, drawn, plan.nodes, plan.generation, plan.request_id
         )
-        sent = self.send([*signatures, *self._items(plan)], run_id=str(plan.run_id))
-        return self.wake(woken) and sent
+        return [*signatures, *self._items(plan)], woken
 
     def wake(self, woken: Iterable[Woken], take: Take = _take_nothing) -> bool:
         """Send the visits of woken tasks: the saved message, a plain one, or a whole segment.
@@ -167,12 +174,15 @@ class Dispatcher:
         """Publish what is left of a run under a new generation, unless somebody just did."""
         if not self.is_reachable():
             return False
+        plan = self._plan_again(run_id, generation)
+        return plan is None or self.publish(plan)
+
+    def _plan_again(self, run_id: UUID, generation: int) -> Plan | None:
         with self.database.transaction() as tx:
             plan = engine.republish_run(tx, run_id, generation)
-        if plan is None:
-            return True
-        log.info("run.republished", run_id=str(run_id), generation=plan.generation)
-        return self.publish(plan)
+        if plan is not None:
+            log.info("run.republished", run_id=str(run_id), generation=plan.generation)
+        return plan
 
     def rescue(self, limit: int = 500) -> bool:
         """Send again what should have been visited and was not: its visit was lost.
@@ -191,9 +201,14 @@ class Dispatcher:
             )
             runs = engine.unvisited_runs(tx, left, after, limit)
             woken = engine.wake_lost(tx, left, after, limit)
-        self.wake(woken)
+        messages: list[Signature | dict[str, Any]] = []
         for run_id, generation in runs:
-            self.republish(run_id, generation)
+            if plan := self._plan_again(run_id, generation):
+                more, beyond = self._messages(plan)
+                messages += more
+                woken += beyond
+        self.send(messages)
+        self.wake(woken)
         return len(runs) == limit or len(woken) == limit
 
     def _left(self, tx: Tx, head: Sequence[UUID] | None) -> datetime | str:

@@ -53,6 +53,7 @@ class Round:
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
         self.count = 0
         self.has_more = False
+        """A limit was reached: the next round follows at once."""
 
     def run(self) -> bool:
         """Do one round; False if another keeper leads."""
@@ -60,11 +61,13 @@ class Round:
             led = tx.execute(_LEAD, {"holder": self.holder, "seconds": LEASE_SECONDS}).first()
         if led is None:
             return False
+        is_rescue = self.has_more or self.count % RESCUE_EVERY == 0
+        self.has_more = False
         self.expire()
         self.settle()
         if self.dispatcher.is_reachable():
             self.wake()
-            if self.count % RESCUE_EVERY == 0 or self.has_more:
+            if is_rescue:
                 self.rescue()
         self.count += 1
         return True
@@ -89,10 +92,11 @@ class Round:
         """Wake parked tasks whose moment has come, and the lines of agents with a free slot."""
         with self.database.autocommit() as tx:
             due = engine.wake_due(tx, LIMIT)
-            woken = due.woken
+            woken = [*due.woken]
             for agent_id in engine.agents_to_wake(tx):
                 woken += engine.wake_line(tx, agent_id)
         self.dispatcher.wake(woken)
+        self.has_more |= len(due.woken) + len(due.overdue) >= LIMIT
         for task_id in due.overdue:
             with self.database.transaction() as tx:
                 gone = engine.fail_overdue(tx, task_id)
@@ -114,7 +118,7 @@ class Round:
         with self.database.autocommit() as tx:
             woken = engine.wake_forgotten(tx)
         self.dispatcher.wake(woken)
-        self.has_more = self.dispatcher.rescue(LIMIT)
+        self.has_more |= self.dispatcher.rescue(LIMIT)
 
 
 class Keeper(bootsteps.StartStopStep):
@@ -142,7 +146,7 @@ class Keeper(bootsteps.StartStopStep):
         rounds = Round(database, Dispatcher(app, database, settings), settings)
         while not self.ended.is_set():
             self._round(rounds)
-            self.ended.wait(settings.keeper_seconds)
+            self.ended.wait(0 if rounds.has_more else settings.keeper_seconds)
         self._resign(rounds, database)
 
     @staticmethod
