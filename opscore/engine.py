@@ -50,6 +50,15 @@ def _dependencies_over(row: str = "t") -> str:
     SELECT FROM tasks d WHERE d.id = ANY ({row}.depends_on) AND d.status NOT IN {_ENDED})"""
 
 
+def _still(status: str, row: str = "t") -> str:
+    """Return the condition on a row that is known by its id; in SQL.
+
+    Written so that the planner does not think of the partial index on that status: one that is
+    almost empty when a statement is prepared looks cheaper than the primary key.
+    """
+    return f"coalesce({row}.status) = '{status}'"
+
+
 _ITEMS_OVER = f"""NOT EXISTS (
     SELECT FROM tasks c WHERE c.parent_id = t.id AND c.status NOT IN {_ENDED})"""
 
@@ -333,10 +342,22 @@ _FREE = """s.holder IS NULL AND (s.reserved_until IS NULL OR s.reserved_until < 
 _RESERVED = "EXISTS (SELECT FROM slots k WHERE k.reserved_for = w.id AND k.reserved_until > now())"
 _MAY_ASK = "(w.not_before IS NULL OR w.not_before <= now())"
 """Whoever an agent itself sent away does not stand in its line until the time it named."""
-_AHEAD = f"""w.status = 'waiting' AND w.reason = 'agent_busy' AND w.id <> ready.id
-    AND {_MAY_ASK} AND NOT {_RESERVED}
-    AND (w.priority > ready.priority OR w.priority = ready.priority
-         AND w.waiting_since < coalesce(ready.waiting_since, now()))"""
+_IN_LINE = f"w.status = 'waiting' AND w.reason = 'agent_busy' AND {_MAY_ASK}"
+_FOR_AGENT = "w.wanted_agent_id = {agent}"
+_FOR_CAPABILITY = "w.wanted_agent_id IS NULL AND w.wanted_capability = offered.capability"
+"""Of `unnest(capabilities) AS offered (capability)`: a line's index is in order for one of them."""
+_ORDER = "ORDER BY w.priority DESC, w.waiting_since"
+
+
+def _first_ahead(whose: str) -> str:
+    """Return the first of a line besides `ready`, if it is older than that; in SQL, a subquery."""
+    return f"""(
+    SELECT FROM (SELECT w.priority, w.waiting_since FROM tasks w
+                 WHERE {whose} AND {_IN_LINE} AND w.id <> ready.id AND NOT {_RESERVED}
+                 {_ORDER} LIMIT 1) AS first
+    WHERE first.priority > ready.priority OR first.priority = ready.priority
+      AND first.waiting_since < coalesce(ready.waiting_since, now()))"""
+
 
 _START = """status = 'running', reason = NULL, attempt = t.attempt + 1, claim_token = :token,
         started_at = coalesce(t.started_at, now()),
@@ -381,9 +402,9 @@ WITH t AS MATERIALIZED (
       AND s.holder IS NULL
       AND (s.reserved_for = :task_id AND s.reserved_until > now()
            OR {_FREE}
-           AND NOT EXISTS (SELECT FROM tasks w WHERE w.wanted_agent_id = c.agent_id AND {_AHEAD})
-           AND NOT EXISTS (SELECT FROM tasks w WHERE w.wanted_agent_id IS NULL
-                           AND w.wanted_capability = ANY (c.capabilities) AND {_AHEAD}))
+           AND NOT EXISTS {_first_ahead(_FOR_AGENT.format(agent="c.agent_id"))}
+           AND NOT EXISTS (SELECT FROM unnest(c.capabilities) AS offered (capability)
+                           WHERE EXISTS {_first_ahead(_FOR_CAPABILITY)}))
     ORDER BY (s.reserved_for = :task_id) DESC NULLS LAST, c.preferred DESC, s.number
     LIMIT 1
     FOR UPDATE OF s SKIP LOCKED
@@ -567,7 +588,7 @@ SELECT {answer}
 
 
 _BRIEF = "cast(:error AS jsonb) - 'traceback'"
-_MINE = "t.attempt = :attempt AND t.status = 'running'"
+_MINE = f"t.attempt = :attempt AND {_still('running')}"
 _COMPLETE = {
     "change": "status = 'completed', output = :output, finished_at = now(), waiting_since = NULL",
     "guard": _MINE,
@@ -841,9 +862,9 @@ _END_TASK = Prepared(
         reason = CASE WHEN r.cancel_requested_at IS NOT NULL THEN 'run_cancelled'
                       WHEN cast(:error AS jsonb) IS NULL THEN 'upstream_failed' END,
         error = {_BRIEF}, finished_at = now(), waiting_since = NULL, wake_at = NULL""",
-        """r.id = t.run_id
+        f"""r.id = t.run_id
         AND CASE WHEN cast(:attempt AS int) IS NULL THEN t.status IN ('pending', 'waiting')
-                 ELSE t.attempt = :attempt AND t.status = 'running' END""",
+                 ELSE t.attempt = :attempt AND {_still("running")} END""",
         """status = CASE WHEN cast(:error AS jsonb) IS NULL THEN 'cancelled' ELSE 'failed' END,
         error = :error""",
         f"'task.' || status, jsonb_build_object('attempt', attempt, 'error', {_BRIEF})",
@@ -900,7 +921,7 @@ _FAIL_RUN = Prepared(
 _FAIL_PARENT = Prepared(
     _leave(
         "status = 'failed', reason = NULL, finished_at = now(), error = :error, wake_at = NULL",
-        "t.status = 'waiting'",
+        _still("waiting"),
         "status = 'failed'",
         "'task.failed', jsonb_build_object('error', cast(:error AS jsonb))",
     ),
@@ -1005,21 +1026,21 @@ def abandon_attempt(tx: Tx, claimed: Claimed) -> Finished | Fenced:
 # --- forEach ------------------------------------------------------------------------------------
 
 _EXPAND = Prepared(
-    """
+    f"""
 WITH expanded AS (
     UPDATE tasks t
     SET status = 'waiting', reason = 'children', items = :count,
         message = coalesce(t.message, :message),
         lease_expires_at = NULL, deadline_at = NULL, wake_at = NULL, woken_at = NULL
-    WHERE t.id = :task_id AND t.attempt = :attempt AND t.status = 'running' AND NOT t.ends_run
+    WHERE t.id = :task_id AND t.attempt = :attempt AND {_still("running")} AND NOT t.ends_run
     RETURNING t.*
 ), items AS (
     INSERT INTO tasks (id, run_id, definition_id, kind, position, parent_id, index, item,
         depends_on, successors, reads, wanted_agent_id, wanted_capability, preferred_agent_id,
         timeout_seconds, max_attempts, retry_backoff, retry_max_backoff, busy_backoff,
         busy_max_backoff, max_wait_seconds, goes_on, priority, status, reason)
-    SELECT i.id, e.run_id, e.definition_id, 'agent', e.position, e.id, i.index - 1, i.item, '{}',
-        '{}', e.reads, e.wanted_agent_id, e.wanted_capability, e.preferred_agent_id,
+    SELECT i.id, e.run_id, e.definition_id, 'agent', e.position, e.id, i.index - 1, i.item, '{{}}',
+        '{{}}', e.reads, e.wanted_agent_id, e.wanted_capability, e.preferred_agent_id,
         e.timeout_seconds, e.max_attempts, e.retry_backoff, e.retry_max_backoff, e.busy_backoff,
         e.busy_max_backoff, e.max_wait_seconds, e.goes_on, e.priority,
         CASE WHEN i.index <= coalesce(e.max_parallel, i.index) THEN 'pending' ELSE 'waiting' END,
@@ -1186,7 +1207,7 @@ WITH parent AS (
     ORDER BY c.index LIMIT (SELECT greatest(places, 0) FROM room)
 )
 UPDATE tasks t SET status = 'pending', reason = NULL, woken_at = now() FROM next, runs r
-WHERE t.id = next.id AND t.status = 'waiting' AND r.id = t.run_id
+WHERE t.id = next.id AND {_still("waiting")} AND r.id = t.run_id
 RETURNING {_WOKEN}
 """,
 )
@@ -1196,7 +1217,7 @@ FROM runs r
 WHERE t.id IN (SELECT o.id FROM tasks o WHERE {{which}} AND o.status = 'waiting'
                ORDER BY o.id FOR NO KEY UPDATE)
   AND r.id = t.run_id
-  AND t.status = 'waiting' AND t.reason = 'dependencies' AND t.woken_at IS NULL
+  AND {_still("waiting")} AND t.reason = 'dependencies' AND t.woken_at IS NULL
   AND {_dependencies_over()}
 RETURNING {_WOKEN}
 """
@@ -1211,7 +1232,7 @@ _WAKE_PARENT = Prepared(
 UPDATE tasks t SET woken_at = now(), wake_at = NULL
 FROM runs r
 WHERE t.id = :task_id AND r.id = t.run_id
-  AND t.status = 'waiting' AND t.reason = 'children' AND t.woken_at IS NULL AND {_ITEMS_OVER}
+  AND {_still("waiting")} AND t.reason = 'children' AND t.woken_at IS NULL AND {_ITEMS_OVER}
 RETURNING {_WOKEN}
 """,
 )
@@ -1233,18 +1254,30 @@ def wake_parent(tx: Tx, parent_id: UUID) -> list[Woken]:
     return parents or _woken(_RELEASE_ITEMS(tx, {"parent_id": parent_id}))
 
 
+FIRST_IN_LINE = 32
+"""Looked at for an agent's free slots: others may be waking the first of them at this moment."""
+
 _WAKE_LINE = Prepared(
     f"""
 WITH free AS MATERIALIZED (
     SELECT s.number FROM slots s JOIN agents a USING (agent_id)
     WHERE s.agent_id = :agent_id AND s.number <= a.capacity AND {_FREE}
     ORDER BY s.number FOR UPDATE OF s SKIP LOCKED
+), first AS (
+    (SELECT w.id, w.priority, w.waiting_since FROM tasks w
+     WHERE {_FOR_AGENT.format(agent=":agent_id")} AND {_IN_LINE} AND w.woken_at IS NULL
+     {_ORDER} LIMIT {FIRST_IN_LINE})
+    UNION ALL
+    SELECT f.* FROM agents a, unnest(a.capabilities) AS offered (capability), LATERAL (
+        SELECT w.id, w.priority, w.waiting_since FROM tasks w
+        WHERE {_FOR_CAPABILITY} AND {_IN_LINE} AND w.woken_at IS NULL
+        {_ORDER} LIMIT {FIRST_IN_LINE}) AS f
+    WHERE a.agent_id = :agent_id
 ), line AS MATERIALIZED (
-    SELECT w.id FROM tasks w, agents a
-    WHERE a.agent_id = :agent_id AND w.status = 'waiting' AND w.reason = 'agent_busy'
-      AND w.woken_at IS NULL AND {_MAY_ASK} AND (w.wanted_agent_id = :agent_id
-           OR w.wanted_agent_id IS NULL AND w.wanted_capability = ANY (a.capabilities))
-    ORDER BY w.priority DESC, w.waiting_since, w.id
+    SELECT w.id FROM tasks w
+    WHERE w.id = ANY (ARRAY(SELECT id FROM first)) AND {_still("waiting", "w")}
+      AND w.woken_at IS NULL
+    {_ORDER}, w.id
     LIMIT (SELECT count(*) FROM free) FOR UPDATE OF w SKIP LOCKED
 ), pairs AS (
     SELECT f.number, l.id
@@ -1257,7 +1290,7 @@ WITH free AS MATERIALIZED (
 )
 UPDATE tasks t SET woken_at = now(), wake_at = NULL
 FROM pairs, runs r
-WHERE t.id = pairs.id AND r.id = t.run_id AND t.status = 'waiting'
+WHERE t.id = pairs.id AND r.id = t.run_id AND {_still("waiting")}
 RETURNING {_WOKEN}
 """
 )
@@ -1272,10 +1305,10 @@ _LINES = Prepared(
     f"""
 SELECT a.agent_id FROM agents a WHERE EXISTS (SELECT FROM slots s WHERE s.agent_id = a.agent_id AND
 s.number <= a.capacity AND {_FREE})
-  AND EXISTS (
-    SELECT FROM tasks w WHERE w.status = 'waiting' AND w.reason = 'agent_busy'
-      AND w.woken_at IS NULL AND {_MAY_ASK} AND (w.wanted_agent_id = a.agent_id
-           OR w.wanted_agent_id IS NULL AND w.wanted_capability = ANY (a.capabilities)))
+  AND (EXISTS (SELECT FROM tasks w WHERE {_FOR_AGENT.format(agent="a.agent_id")}
+               AND {_IN_LINE} AND w.woken_at IS NULL)
+       OR EXISTS (SELECT FROM unnest(a.capabilities) AS offered (capability), tasks w
+                  WHERE {_FOR_CAPABILITY} AND {_IN_LINE} AND w.woken_at IS NULL))
 """
 )
 
@@ -1305,7 +1338,7 @@ WITH due AS MATERIALIZED (
         wake_at = CASE WHEN NOT due.ready THEN now() + make_interval(secs => {LOOK_AGAIN_SECONDS})
             END
     FROM due, runs r
-    WHERE t.id = due.id AND t.status = 'waiting' AND r.id = t.run_id
+    WHERE t.id = due.id AND {_still("waiting")} AND r.id = t.run_id
     RETURNING {_WOKEN}, due.ready,
         t.waiting_since + make_interval(secs => t.max_wait_seconds) < now() AS overdue
 )
@@ -1428,12 +1461,12 @@ def runs_to_settle(tx: Tx, limit: int) -> list[UUID]:
 # --- Leases -------------------------------------------------------------------------------------
 
 _RENEW = Prepared(
-    """
+    f"""
 WITH renewed AS (
     UPDATE tasks t
     SET lease_expires_at = least(now() + make_interval(secs => :lease), t.deadline_at)
     FROM unnest(cast(:ids AS uuid[]), cast(:attempts AS int[])) AS held (id, attempt)
-    WHERE t.id = held.id AND t.attempt = held.attempt AND t.status = 'running'
+    WHERE t.id = held.id AND t.attempt = held.attempt AND {_still("running")}
       AND t.lease_expires_at > now()
     RETURNING t.id, t.run_id, t.attempt, t.lease_expires_at
 ), slots AS (
@@ -1490,9 +1523,9 @@ _LOSE = Prepared(
     ),
 )
 _EXPIRED = Prepared(
-    """
+    f"""
 SELECT t.run_id, t.parent_id, t.attempt, t.lost, t.ends_run, t.deadline_at < now() AS timed_out,
-t.timeout_seconds FROM tasks t WHERE t.id = :task_id AND t.status = 'running' AND t.lease_expires_at
+t.timeout_seconds FROM tasks t WHERE t.id = :task_id AND {_still("running")} AND t.lease_expires_at
 < now() """,
 )
 
@@ -1673,7 +1706,7 @@ WHERE t.id IN (
     SELECT t.id FROM tasks t CROSS JOIN LATERAL (SELECT t.woken_at AS at) AS sent
     WHERE t.status = 'waiting' AND t.woken_at < now() - make_interval(secs => :after) AND {_LOST}
     ORDER BY t.id LIMIT :limit FOR NO KEY UPDATE OF t SKIP LOCKED)
-  AND t.status = 'waiting' AND r.id = t.run_id
+  AND {_still("waiting")} AND r.id = t.run_id
 RETURNING {_WOKEN}
 """
 )
