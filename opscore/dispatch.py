@@ -89,12 +89,15 @@ class Dispatcher:
         `take` is offered each saved message first: whoever takes it makes the visit himself.
         """
         messages: list[Signature | dict[str, Any]] = []
+        first: list[dict[str, Any]] = []
         segments: defaultdict[UUID, set[UUID]] = defaultdict(set)
         dead: dict[UUID, int] = {}
         for task in woken:
             if task.message is not None:
-                if not take(task.message):
-                    messages.append(task.message)
+                if take(task.message):
+                    continue
+                # Who waited for a slot, and has one now, does not stand in line once more.
+                (first if task.reason == Reason.AGENT_BUSY else messages).append(task.message)
             elif task.is_item:
                 messages.append(
                     self._visit(
@@ -105,7 +108,7 @@ class Dispatcher:
                 segments[task.run_id].add(task.task_id)
             else:
                 dead[task.run_id] = task.generation
-        sent = self.send(messages)
+        sent = self.send(messages) and self.send_first(first)
         for run_id, start in segments.items():
             sent &= self._publish_segment(run_id, start)
         for run_id, generation in dead.items():
@@ -244,14 +247,15 @@ class Dispatcher:
                 self._break(error)
         return not self._broken
 
-    def give_back(self, messages: Sequence[dict[str, Any]]) -> bool:
-        """Send visits that had left the queue back to its front: others came after them."""
-        if not self.send(messages):
-            return False
+    def send_first(self, messages: Sequence[dict[str, Any]]) -> bool:
+        """Send visits to the front of their queue: all others there came after them."""
+        if not self.send(messages) or not messages:
+            return not messages
         try:
             with self._redis() as redis, redis.pipeline(transaction=False) as pipe:
                 for message in messages:
-                    queue = message["options"]["queue"]
+                    options = message["options"]
+                    queue = options.get("queue") or options["routing_key"]
                     pipe.lmove(queue, queue, "LEFT", "RIGHT")
                 pipe.execute()
         except RedisError as error:

@@ -1642,7 +1642,7 @@ _IS_UNDER_WAY = "(t.status = 'pending' OR t.status = 'waiting' AND t.woken_at IS
 
 _OLDEST = Prepared(
     f"""
-SELECT min({_SENT_AT}) FROM tasks t JOIN runs r ON r.id = t.run_id
+SELECT min(coalesce(t.waiting_since, {_SENT_AT})) FROM tasks t JOIN runs r ON r.id = t.run_id
 WHERE t.id = ANY (:task_ids) AND {_IS_UNDER_WAY} AND {_RUN_OPEN} AND {_dependencies_over()}
 """
 )

@@ -150,13 +150,13 @@ def test_a_wake_that_was_lost_is_repeated_and_one_that_is_late_is_not(
     assert len(visits(broker)) == 1, "it was sent a moment ago"
 
 
-def test_visits_given_back_stand_in_front_in_their_order(
+def test_visits_sent_first_stand_in_front_in_their_order(
     desk: Desk, dispatcher: Dispatcher, broker: RedisServer
 ) -> None:
     desk.submit(*(task(name, dependsOn=[]) for name in "abcd"))
     messages = [dict(dispatcher._visit(desk.id(name), 1, 60, None)) for name in "abcd"]
     dispatcher.send(messages[3:])
-    assert dispatcher.give_back(messages[:3])
+    assert dispatcher.send_first(messages[:3])
     in_line = [message["headers"]["id"] for message in reversed(visits(broker))]
     assert in_line == [str(desk.id(name)) for name in "abcd"]
 

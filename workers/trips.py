@@ -214,7 +214,7 @@ class Trip:
             rest = self.request.chain if self.is_lane else None
             if rest:
                 self.request.chain = None
-        if rest and not self._dispatcher.give_back([_alone(visit) for visit in reversed(rest)]):
+        if rest and not self._dispatcher.send_first([_alone(visit) for visit in reversed(rest)]):
             self.request.chain = rest
         self._events.flush()
 
