@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet install
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test bench chaos lint check clean
+.PHONY: help setup demo up down test bench chaos growth lint check clean
 
 help: ## Show this
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -30,6 +30,9 @@ bench: .venv/.dev ## Measure beside bare Celery (ARGS="--rounds 5 --only W1,W2")
 
 chaos: .venv/.dev ## Break things under load (ARGS="--short --only flushall --seed 7")
 	@.venv/bin/python -m bench.chaos $(ARGS)
+
+growth: .venv/.dev ## Measure with a million runs in the tables (ARGS="--short")
+	@.venv/bin/python -m bench.growth $(ARGS)
 
 lint: .venv/.dev ## Check style, types and floors
 	@.venv/bin/ruff check .

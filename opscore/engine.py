@@ -1214,17 +1214,20 @@ RETURNING {_WOKEN}
 _WAKE_JOINS = f"""
 UPDATE tasks t SET woken_at = now(), wake_at = NULL
 FROM runs r
-WHERE t.id IN (SELECT o.id FROM tasks o WHERE {{which}} AND o.status = 'waiting'
+WHERE t.id IN (SELECT o.id FROM tasks o WHERE {{which}}
                ORDER BY o.id FOR NO KEY UPDATE)
   AND r.id = t.run_id
   AND {_still("waiting")} AND t.reason = 'dependencies' AND t.woken_at IS NULL
   AND {_dependencies_over()}
 RETURNING {_WOKEN}
 """
-_WAKE_THESE = Prepared(_WAKE_JOINS.format(which="o.id = ANY (:task_ids)"))
+_WAKE_THESE = Prepared(
+    _WAKE_JOINS.format(which=f"o.id = ANY (:task_ids) AND {_still('waiting', 'o')}")
+)
 _WAKE_SUCCESSORS = Prepared(
     _WAKE_JOINS.format(
-        which="o.id = ANY (ARRAY(SELECT unnest(successors) FROM tasks WHERE id = :task_id))"
+        which=f"""o.id = ANY (ARRAY(SELECT unnest(successors) FROM tasks WHERE id = :task_id))
+               AND {_still("waiting", "o")}"""
     ),
 )
 _WAKE_PARENT = Prepared(
@@ -1365,7 +1368,10 @@ def wake_due(tx: Tx, limit: int) -> Due:
 
 
 _WAKE_FORGOTTEN = Prepared(
-    _WAKE_JOINS.format(which=f"o.wake_at IS NULL AND {_dependencies_over('o')}")
+    _WAKE_JOINS.format(
+        which=f"""o.status = 'waiting' AND o.reason = 'dependencies' AND o.wake_at IS NULL
+               AND o.woken_at IS NULL AND {_dependencies_over("o")}"""
+    )
 )
 
 
@@ -1670,7 +1676,8 @@ _LOST = f"""(sent.at < CASE t.kind WHEN 'end' THEN cast(:control AS timestamptz)
 _UNVISITED = Prepared(
     f"""
 SELECT t.run_id, r.generation
-FROM tasks t JOIN runs r ON r.id = t.run_id CROSS JOIN LATERAL (SELECT {_SENT_AT} AS at) AS sent
+FROM tasks t JOIN runs r ON r.id = t.run_id
+    CROSS JOIN LATERAL (SELECT {_SENT_AT} AS at OFFSET 0) AS sent  -- OFFSET: once for each task
 WHERE t.status = 'pending' AND {_RUN_OPEN} AND {_dependencies_over()}
   AND sent.at < now() - make_interval(secs => :after * power(2, least(r.generation, 3) - 1))
   AND {_LOST}
@@ -1704,7 +1711,8 @@ _WAKE_LOST = Prepared(
 UPDATE tasks t SET woken_at = now() FROM runs r
 WHERE t.id IN (
     SELECT t.id FROM tasks t CROSS JOIN LATERAL (SELECT t.woken_at AS at) AS sent
-    WHERE t.status = 'waiting' AND t.woken_at < now() - make_interval(secs => :after) AND {_LOST}
+    WHERE t.status = 'waiting' AND t.woken_at IS NOT NULL
+      AND t.woken_at < now() - make_interval(secs => :after) AND {_LOST}
     ORDER BY t.id LIMIT :limit FOR NO KEY UPDATE OF t SKIP LOCKED)
   AND {_still("waiting")} AND r.id = t.run_id
 RETURNING {_WOKEN}

@@ -189,6 +189,8 @@ class Run(Base):
         CheckConstraint("generation >= 1", name="generation"),
         Index(None, "created_at", "id"),
         Index(None, "workflow_id", "created_at", "id"),
+        Index(None, "status", "created_at", "id"),
+        Index(None, "labels", postgresql_using="gin", postgresql_ops={"labels": "jsonb_path_ops"}),
         Index(
             "ix_runs_open",
             "generation_at",

@@ -163,11 +163,22 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_runs_created_at_id"), "runs", ["created_at", "id"], unique=False)
     op.create_index(
+        op.f("ix_runs_labels"),
+        "runs",
+        ["labels"],
+        unique=False,
+        postgresql_using="gin",
+        postgresql_ops={"labels": "jsonb_path_ops"},
+    )
+    op.create_index(
         "ix_runs_open",
         "runs",
         ["generation_at"],
         unique=False,
         postgresql_where=sa.text("NOT status IN ('cancelled', 'completed', 'failed')"),
+    )
+    op.create_index(
+        op.f("ix_runs_status_created_at_id"), "runs", ["status", "created_at", "id"], unique=False
     )
     op.create_index(
         op.f("ix_runs_workflow_id_created_at_id"),
@@ -451,10 +462,17 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_slots_reserved_for"), table_name="slots")
     op.drop_table("slots")
     op.drop_index(op.f("ix_runs_workflow_id_created_at_id"), table_name="runs")
+    op.drop_index(op.f("ix_runs_status_created_at_id"), table_name="runs")
     op.drop_index(
         "ix_runs_open",
         table_name="runs",
         postgresql_where=sa.text("NOT status IN ('cancelled', 'completed', 'failed')"),
+    )
+    op.drop_index(
+        op.f("ix_runs_labels"),
+        table_name="runs",
+        postgresql_using="gin",
+        postgresql_ops={"labels": "jsonb_path_ops"},
     )
     op.drop_index(op.f("ix_runs_created_at_id"), table_name="runs")
     op.drop_table("runs")
