@@ -157,8 +157,8 @@ def web(host: str, port: int, workers: int, threads: int | None) -> None:
 @click.option("--name", help="Name of this worker, unique on this host; by its pid by default.")
 def worker(queues: str, pool: str, concurrency: int, name: str | None) -> None:
     """Run tasks (Celery)."""
-    # Those that run tasks in one process, and one that renews their leases.
-    pool_size = _settings((concurrency if pool == "threads" else 1) + 1).database_pool
+    # Those that run tasks in one process, one that renews their leases, and one for lanes.
+    pool_size = _settings((concurrency if pool == "threads" else 1) + 2).database_pool
     os.environ["OPSCORE_DATABASE_POOL"] = str(pool_size)
     if unknown := set(queues.split(",")) - set(QUEUES.split(",")):
         raise click.BadParameter(

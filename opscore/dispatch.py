@@ -7,7 +7,7 @@ away a breaker spares everybody the wait for its timeout.
 
 import json
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 from opscore import canvas, engine, graph
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, Settings
 from opscore.db import Database, Tx
-from opscore.engine import Finished, Plan, Woken
+from opscore.engine import Finished, Plan, Sent, Woken
 from opscore.errors import Unavailable
 from opscore.states import Reason
 
@@ -35,6 +35,8 @@ BREAKER_SECONDS = 5.0
 BATCH = 500
 """Messages sent in one pipeline."""
 PING_SECONDS = 1.0
+IN_HAND_SECONDS = 2.0
+"""A worker visits the last task of a message within this time, or gives it back."""
 HEAD = 20
 """Entries looked at to learn how old the oldest visit of a queue is; some are double or late."""
 
@@ -57,6 +59,7 @@ class Dispatcher:
         self.settings = settings
         self._broken = False
         self._closed_until = 0.0
+        self._seen: deque[tuple[float, Sent]] = deque()
 
     def publish(self, plan: Plan, start: Iterable[UUID] | None = None) -> bool:
         """Send the canvas of what is left of a run; False if the broker did not take it.
@@ -195,13 +198,9 @@ class Dispatcher:
         """
         if not self.is_reachable():
             return False
-        heads = self._heads()
         after = self.settings.rescue_seconds
         with self.database.autocommit() as tx:
-            left = engine.Sent(
-                agents=self._left(tx, heads.get(AGENTS_QUEUE)),
-                control=self._left(tx, heads.get(CONTROL_QUEUE)),
-            )
+            left = self._left_before(tx)
             runs = engine.unvisited_runs(tx, left, after, limit)
             woken = engine.wake_lost(tx, left, after, limit)
         messages: list[Signature | dict[str, Any]] = []
@@ -214,15 +213,25 @@ class Dispatcher:
         self.wake(woken)
         return len(runs) == limit or len(woken) == limit
 
+    def _left_before(self, tx: Tx) -> Sent:
+        """Return what had left the queues some time ago: what left just now may be in a worker."""
+        heads = self._heads()
+        agents, control = (self._left(tx, heads.get(q)) for q in (AGENTS_QUEUE, CONTROL_QUEUE))
+        now = time.monotonic()
+        self._seen.append((now, Sent(agents=agents, control=control)))
+        while len(self._seen) > 1 and self._seen[1][0] <= now - IN_HAND_SECONDS:
+            self._seen.popleft()
+        seen_at, left = self._seen[0]
+        nothing = Sent(agents=engine.NOTHING, control=engine.NOTHING)
+        return left if seen_at <= now - IN_HAND_SECONDS else nothing
+
     def _left(self, tx: Tx, head: Sequence[UUID] | None) -> datetime | str:
         """Return the moment before which everything sent to a queue with this head has left it."""
-        if not head:
-            return engine.NOTHING if head is None else engine.EVERYTHING
-        oldest = engine.oldest_visit(tx, head)
+        oldest = None if head is None else engine.oldest_visit(tx, head)
         if oldest is None:
             return engine.NOTHING
         # A run may have been published some time after a younger one.
-        return oldest - timedelta(seconds=self.settings.rescue_seconds)
+        return oldest - timedelta(seconds=self.settings.rescue_seconds if head else 0)
 
     def _heads(self) -> dict[str, list[UUID] | None]:
         """Return the tasks next in line in each queue; None if what lies there is unknown."""

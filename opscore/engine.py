@@ -635,7 +635,7 @@ _FINISH_AND_CLAIM = Prepared(
       AND a.agent_id = t.wanted_agent_id AND a.capacity IS NULL
       AND NOT EXISTS (SELECT FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.id <> :task_id
                       AND d.status NOT IN {_ENDED})
-    RETURNING t.*, r.agent_id IS NOT NULL AND t.position = 0 AS merges_input
+    RETURNING t.*, r.input, r.agent_id IS NOT NULL AND t.position = 0 AS merges_input
 ), begun AS (
     INSERT INTO attempts (task_id, number, agent_id, worker, status)
     SELECT id, attempt, agent_id, :worker, 'running' FROM next
@@ -648,7 +648,7 @@ _FINISH_AND_CLAIM = Prepared(
             "answer": """gone.message, gone.ends_run, r.generation, gone.output,
        next.id AS task_id, next.kind, next.definition_id, next.parent_id, next.index AS item_index,
        next.item, next.merges_input, next.is_sink, next.agent_id, next.attempt,
-       next.timeout_seconds, next.deadline_at, next.reads,
+       next.timeout_seconds, next.deadline_at, next.reads, next.input,
        CASE WHEN next.reads <> '{}'
             THEN (SELECT jsonb_object_agg(d.definition_id, jsonb_build_object(
                       'output', d.output, 'status', d.status, 'error', d.error))
@@ -743,7 +743,7 @@ def _following(claimed: Claimed, row: Any) -> Claimed:
         generation=row.generation,
         timeout_seconds=row.timeout_seconds,
         deadline_at=row.deadline_at,
-        input=claimed.input,
+        input=row.input,  # not the one at hand: an agent may have changed what it was given
         tasks=tasks,
     )
 
@@ -1638,9 +1638,8 @@ def hold_back(tx: Tx, task_ids: Sequence[UUID]) -> None:
 
 LOST_BY_AGE_SECONDS = 600
 """Whatever its queue looks like, a visit that did not come for this long is lost."""
-NOTHING, EVERYTHING = "-infinity", "infinity"
-"""Of a queue whose oldest entry is unknown, and of one that has none, what was sent before is
-lost."""
+NOTHING = "-infinity"
+"""What has left a queue whose oldest entry is unknown."""
 
 _SENT_AT = """greatest(r.generation_at, t.created_at, t.woken_at,
     (SELECT max(d.finished_at) FROM tasks d WHERE d.id = ANY (t.depends_on)))"""
@@ -1648,14 +1647,16 @@ _IS_UNDER_WAY = "(t.status = 'pending' OR t.status = 'waiting' AND t.woken_at IS
 
 _OLDEST = Prepared(
     f"""
-SELECT min(coalesce(t.waiting_since, {_SENT_AT})) FROM tasks t JOIN runs r ON r.id = t.run_id
+SELECT CASE WHEN cardinality(cast(:task_ids AS uuid[])) = 0 THEN now()
+            ELSE min(coalesce(t.waiting_since, {_SENT_AT})) END
+FROM tasks t JOIN runs r ON r.id = t.run_id
 WHERE t.id = ANY (:task_ids) AND {_IS_UNDER_WAY} AND {_RUN_OPEN} AND {_dependencies_over()}
 """
 )
 
 
 def oldest_visit(tx: Tx, task_ids: Sequence[UUID]) -> datetime | None:
-    """Return when the first of these visits, as they lie in a queue, was sent; None: all late."""
+    """Return when the first of these visits was sent, now if there are none; None: all late."""
     (row,) = _OLDEST(tx, {"task_ids": list(task_ids)})
     moment: datetime | None = row[0]
     return moment
@@ -1663,7 +1664,7 @@ def oldest_visit(tx: Tx, task_ids: Sequence[UUID]) -> datetime | None:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """Visits sent before these moments (or `NOTHING`, or `EVERYTHING`) have left their queue."""
+    """Visits sent before these moments (or `NOTHING`) have left their queue."""
 
     agents: datetime | str
     control: datetime | str

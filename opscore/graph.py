@@ -72,7 +72,8 @@ def build(nodes: Sequence[Node], start: Iterable[UUID] | None = None) -> Canvas:
     it.
     """
     roots = {n.id for n in nodes if not n.depends_on} if start is None else set(start)
-    wide = _wide(nodes, roots)
+    groups = _wide(nodes, roots)
+    wide = {task for group in groups for task in group}
     chosen = _ahead(nodes, roots - wide)
     inside = [node for node in nodes if node.id in chosen]
     graph = _Graph(inside, roots)
@@ -88,13 +89,13 @@ def build(nodes: Sequence[Node], start: Iterable[UUID] | None = None) -> Canvas:
         if dependency in chosen and dependency not in before.get(node.id, ())
     }
     beyond = tuple(n.id for n in nodes if n.id not in chosen) if start is None else ()
-    in_order = [node.id for node in nodes if node.id in wide]
-    return Canvas(blocks, lanes(in_order), graph.links, frozenset(wakes), beyond)
+    shared = tuple(lane for group in groups for lane in lanes(group))
+    return Canvas(blocks, shared, graph.links, frozenset(wakes), beyond)
 
 
-def _wide(nodes: Sequence[Node], roots: set[UUID]) -> set[UUID]:
-    """Choose the roots that stand side by side with very many others: before the same tasks."""
-    after: dict[UUID, list[UUID]] = {root: [] for root in roots}
+def _wide(nodes: Sequence[Node], roots: set[UUID]) -> list[list[UUID]]:
+    """Return the roots that stand side by side with very many others before the same tasks."""
+    after: dict[UUID, list[UUID]] = {node.id: [] for node in nodes if node.id in roots}
     for node in nodes:
         for dependency in node.depends_on:
             if dependency in after:
@@ -102,7 +103,7 @@ def _wide(nodes: Sequence[Node], roots: set[UUID]) -> set[UUID]:
     alike: dict[tuple[UUID, ...], list[UUID]] = {}
     for root, successors in after.items():
         alike.setdefault(tuple(successors), []).append(root)
-    return {root for roots in alike.values() if len(roots) > WIDE for root in roots}
+    return [group for group in alike.values() if len(group) > WIDE]
 
 
 def lanes(tasks: Sequence[UUID]) -> tuple[tuple[UUID, ...], ...]:

@@ -35,7 +35,10 @@ def broker() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def dispatcher(broker: RedisServer, database_url: str, database: Database) -> Dispatcher:
+def dispatcher(
+    broker: RedisServer, database_url: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> Dispatcher:
+    monkeypatch.setattr(dispatch, "IN_HAND_SECONDS", 0.0)
     with Redis.from_url(broker.url) as redis:
         redis.flushall()
     settings = Settings.from_env(stack_environment(database_url, broker.url))
@@ -125,6 +128,18 @@ def test_a_visit_that_a_later_run_overtook_is_lost_though_the_queue_is_full(
     generations = desk.rows("SELECT id, generation FROM runs")
     assert {r.generation for r in generations if r.id == forgotten.run_id} == {2}
     assert {r.generation for r in generations if r.id != forgotten.run_id} == {1}
+
+
+def test_a_visit_that_left_its_queue_just_now_may_be_in_a_workers_hands(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "IN_HAND_SECONDS", 0.3)
+    desk.submit(task("a"))
+    age(desk)
+    dispatcher.rescue()
+    assert visits(broker) == []
+    wait_until(lambda: dispatcher.rescue() or visits(broker))
+    assert len(visits(broker)) == 1
 
 
 def test_a_wake_that_was_lost_is_repeated_and_one_that_is_late_is_not(

@@ -309,8 +309,8 @@ def test_a_process_refuses_a_pool_too_small_for_its_threads_among_every_other_fa
 ) -> None:
     given = environment | {"OPSCORE_DATABASE_POOL": "1", "OPSCORE_LEASE_SECONDS": "9"}
     for command, least in {
-        ("worker", "--pool=threads", "--concurrency=8"): 9,
-        ("worker", "--concurrency=8"): 2,
+        ("worker", "--pool=threads", "--concurrency=8"): 10,
+        ("worker", "--concurrency=8"): 3,
         ("web", "--threads=5"): 5,
     }.items():
         said = output(given, *command)
@@ -326,5 +326,5 @@ def test_a_worker_sizes_the_pool_of_each_process_by_its_threads(
         "import os\nraise ImportError('a pool of ' + os.environ['OPSCORE_DATABASE_POOL'])\n"
     )
     given = environment | {"OPSCORE_AGENTS": "tells", "PYTHONPATH": str(tmp_path)}
-    assert "a pool of 31" in output(given, "worker", "--pool=threads", "--concurrency=30")
-    assert "a pool of 2" in output(given, "worker", "--concurrency=30")
+    assert "a pool of 32" in output(given, "worker", "--pool=threads", "--concurrency=30")
+    assert "a pool of 3" in output(given, "worker", "--concurrency=30")

@@ -21,7 +21,7 @@ from uuid import UUID, uuid4
 import structlog
 from celery import Task
 from celery.exceptions import Ignore, Retry
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celeryconfig import app
@@ -52,7 +52,6 @@ def run_task(self: "Task[Any, Any]", task_id: str, generation: int) -> None:
     trip = Trip(self, visit, process.dispatcher, process.events, process.patience)
     while trip.goes_on_after(outcome := _outcome(trip)):
         pass
-    _pay(trip)
     trip.end(outcome)
     if outcome is not None:
         raise Ignore if trip.has_moved else outcome
@@ -384,24 +383,19 @@ def _follow(
     if wakes or parent_id or agent_id or finished.ends_run or finished.message is not None:
         if wakes or parent_id:
             trip.owes = None
-        process.dispatcher.follow(
-            finished,
-            claimed.task_id,
-            claimed.run_id,
-            parent_id=parent_id,
-            agent_id=agent_id,
-            wakes=wakes,
-            take=trip.take,
-        )
-
-
-def _pay(trip: Trip) -> None:
-    """Wake what the tasks of a lane left to their last one, if that one could not."""
-    if trip.owes is not None:
-        finished, claimed = trip.owes
-        process.dispatcher.follow(
-            finished, claimed.task_id, claimed.run_id, parent_id=claimed.parent_id
-        )
+        try:
+            process.dispatcher.follow(
+                finished,
+                claimed.task_id,
+                claimed.run_id,
+                parent_id=parent_id,
+                agent_id=agent_id,
+                wakes=wakes,
+                take=trip.take,
+            )
+        except SQLAlchemyError:
+            # The outcome is recorded, and the next task may be ours already: the keeper wakes.
+            log.exception("attempt.not_followed")
 
 
 # --- Not running --------------------------------------------------------------------------------

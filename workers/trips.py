@@ -18,6 +18,7 @@ from uuid import UUID, uuid4
 import structlog
 from celery import Celery, Task
 from celery.exceptions import Retry
+from sqlalchemy.exc import SQLAlchemyError
 
 from opscore.canvas import HARD_LIMIT_GRACE_SECONDS, LANE_HEADER, RUN_TASK, WAKES_HEADER
 from opscore.dispatch import BrokerErrors, Dispatcher
@@ -64,7 +65,7 @@ class Trip:
         self.owes: tuple[Finished, Claimed] | None = None
         """Whose successors were not woken yet."""
         self._dispatcher, self._events, self._patience = dispatcher, events, patience
-        self._started = monotonic()
+        self._started = self._visit_started = monotonic()
         self._seconds: float = (self.request.timelimit or (None,))[0] or 0.0
         self._length = 1
         self._next: tuple[Visit, Any] | None = None
@@ -98,15 +99,17 @@ class Trip:
 
     def look_ahead(self) -> Visit | None:
         """Return the visit that would come next, if it may be made here."""
-        with self._lock:
-            upcoming = self._upcoming()
-        if upcoming is None:
-            self._next = None
-            return None
-        if self._next is None or self._next[1] is not upcoming:
-            task_id, generation = upcoming["args"]
-            self._next = (Visit(UUID(task_id), generation, uuid4()), upcoming)
-        return self._next[0]
+        try:
+            with self._lock:
+                upcoming = self._upcoming()
+            if upcoming is None:
+                self._next = None
+            elif self._next is None or self._next[1] is not upcoming:
+                task_id, generation = upcoming["args"]
+                self._next = (Visit(UUID(task_id), generation, uuid4()), upcoming)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            self._next = None  # what follows is no visit: Celery's to refuse
+        return self._next[0] if self._next is not None else None
 
     def _upcoming(self) -> Any | None:
         request = self.request
@@ -135,7 +138,8 @@ class Trip:
     def take(self, message: dict[str, Any]) -> bool:
         """Go on with a task that was just woken, if nothing else is to follow the present one."""
         request = self.request
-        is_bound = request.chain or request.callbacks or request.chord or self._taken
+        has_next = self._taken or self.claimed_next is not None
+        is_bound = request.chain or request.callbacks or request.chord or has_next
         if is_bound or not self._may_go_on(message):
             return False
         task_id, generation = message["args"]
@@ -149,7 +153,7 @@ class Trip:
         has_next = self._taken or self.claimed_next is not None or self.look_ahead() is not None
         goes_on = may and has_next
         if goes_on or self.has_moved:
-            self._events.ended(self.request, outcome)
+            self._events.ended(self.request, outcome, monotonic() - self._visit_started)
         return goes_on and self._move()
 
     def _is_survived(self, outcome: Exception) -> bool:
@@ -179,11 +183,13 @@ class Trip:
         request.headers = options.get("headers")
         request.timelimit = [options["time_limit"], None]
         self._length += 1
+        self._visit_started = monotonic()
         self._events.began(request)
         return True
 
     def end(self, outcome: Outcome) -> None:
         """Leave nothing of the message behind that Celery will not send on, and no event untold."""
+        self.pay()
         if outcome is None or self._is_survived(outcome):
             self.give_back()
         if self.has_moved:
@@ -209,14 +215,32 @@ class Trip:
             self._patience.forget(self)
 
     def give_back(self) -> None:
-        """Send the rest of a lane back to where it was in line, each task by itself."""
+        """Send the rest of a lane back to where it was in line, each task by itself.
+
+        What the tasks of the lane left to its last one is not left to a slow one.
+        """
         with self._lock:
-            rest = self.request.chain if self.is_lane else None
-            if rest:
-                self.request.chain = None
-        if rest and not self._dispatcher.send_first([_alone(visit) for visit in reversed(rest)]):
-            self.request.chain = rest
+            chain = self.request.chain if self.is_lane else None
+            rest = list(chain or ())
+        if rest and self._dispatcher.send_first([_alone(visit) for visit in reversed(rest)]):
+            with self._lock:
+                if self.request.chain is chain:
+                    self.request.chain = None
+        self.pay()
         self._events.flush()
+
+    def pay(self) -> None:
+        """Wake what the tasks of a lane left to their last one."""
+        with self._lock:
+            owes, self.owes = self.owes, None
+        if owes is not None:
+            finished, claimed = owes
+            try:
+                self._dispatcher.follow(
+                    finished, claimed.task_id, claimed.run_id, parent_id=claimed.parent_id
+                )
+            except SQLAlchemyError:
+                log.exception("lane.not_followed")
 
 
 def _alone(visit: dict[str, Any]) -> dict[str, Any]:
@@ -275,11 +299,9 @@ class Events:
         self._dispatcher = dispatcher
         self._lock = threading.Lock()
         self._sender: Any = None
-        self._began = 0.0
 
     def began(self, request: Any) -> None:
         """Tell that a visit begins that Celery did not receive."""
-        self._began = monotonic()
         self._tell(
             "received",
             request,
@@ -294,11 +316,10 @@ class Events:
         )
         self._tell("started", request)
 
-    def ended(self, request: Any, outcome: Outcome) -> None:
-        """Tell how a visit ended."""
+    def ended(self, request: Any, outcome: Outcome, seconds: float) -> None:
+        """Tell how a visit ended, and how long it took."""
         if outcome is None:
-            runtime = monotonic() - self._began
-            self._tell("succeeded", request, result="None", runtime=runtime)
+            self._tell("succeeded", request, result="None", runtime=seconds)
         elif isinstance(outcome, Retry):
             self._tell("retried", request, exception=repr(outcome), traceback="")
         elif isinstance(outcome, TaskFailed):
