@@ -358,7 +358,7 @@ def _cancel_run(watch: _Stopwatch, stored: StoredWorkflow) -> None:
 
 def _upkeep() -> dict[str, Callable[[Tx], Any]]:
     """Return what the keeper does in every round, when nothing is due."""
-    sent = Sent(engine.EVERYTHING, engine.EVERYTHING)
+    sent = Sent("infinity", "infinity")
     limit = 500
     return {
         "expired_attempts": lambda tx: engine.expired_attempts(tx, limit, LEASE_SECONDS),

@@ -631,7 +631,8 @@ _FINISH_AND_CLAIM = Prepared(
     FROM gone, runs r, agents a
     WHERE t.id = :next_id AND t.kind = 'agent' AND NOT gone.ends_run
       AND (t.status = 'pending' OR t.status = 'waiting' AND t.reason = 'dependencies')
-      AND r.id = t.run_id AND r.status = 'running' AND r.generation = :generation AND {_RUN_OPEN}
+      AND t.run_id = gone.run_id AND r.id = t.run_id AND r.status = 'running'
+      AND r.generation = :generation AND {_RUN_OPEN}
       AND a.agent_id = t.wanted_agent_id AND a.capacity IS NULL
       AND NOT EXISTS (SELECT FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.id <> :task_id
                       AND d.status NOT IN {_ENDED})

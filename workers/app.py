@@ -7,6 +7,7 @@ connection belongs to one process: after a fork the child makes its own.
 import gc
 import logging
 import os
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +19,7 @@ from opscore import logs, migrations, workflows
 from opscore.agentkit import Registry, load_agents
 from opscore.agents import register_functions
 from opscore.config import Settings
-from opscore.db import Database
+from opscore.db import Database, Tx
 from opscore.definition import Definition
 from opscore.dispatch import Dispatcher
 from workers.keeper import Keeper
@@ -26,6 +27,9 @@ from workers.leases import Leases
 from workers.trips import Events, Patience
 
 log = structlog.get_logger()
+
+
+Read = Callable[[Callable[[Tx], Definition]], Definition]
 
 
 class Process:
@@ -65,14 +69,13 @@ class Process:
     def agents(self) -> Registry:
         return load_agents(self.settings.agents)
 
-    def definition(self, workflow_id: str, version: int) -> Definition:
+    def definition(self, workflow_id: str, version: int, read: Read) -> Definition:
         """Return a workflow version compiled; versions never change, so one look-up lasts."""
         key = (workflow_id, version)
         if key not in self._definitions:
             if len(self._definitions) >= workflows.CACHED_DEFINITIONS:
                 self._definitions.clear()
-            with self.database.autocommit() as tx:
-                self._definitions[key] = workflows.find_workflow(tx, *key).definition
+            self._definitions[key] = read(lambda tx: workflows.find_workflow(tx, *key).definition)
             _mention_long_tasks(workflow_id, self._definitions[key])
         return self._definitions[key]
 

@@ -178,7 +178,7 @@ def _result(trip: Trip, claimed: Claimed) -> Result:
             return Completed(None)
         if claimed.expanded:
             return Completed(_insist(lambda tx: engine.item_outputs(tx, claimed.task_id)))
-        definition = process.definition(claimed.workflow_id, claimed.version)
+        definition = process.definition(claimed.workflow_id, claimed.version, _insist)
         spec = definition.task(claimed.definition_id)
         if claimed.kind == "for_each" and spec.for_each is not None:
             return _items(spec.for_each.items, claimed)
@@ -303,7 +303,7 @@ def _complete_and_claim(
 
 def _run_output(claimed: Claimed, output: Any) -> Any:
     """Make the run's output: of its expression, else of the outputs of the last tasks."""
-    definition = process.definition(claimed.workflow_id, claimed.version)
+    definition = process.definition(claimed.workflow_id, claimed.version, _insist)
     tasks = dict(claimed.tasks or {})
     if claimed.kind != "end":
         done = {"output": output, "status": "completed", "error": None}

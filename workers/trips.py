@@ -165,23 +165,23 @@ class Trip:
         assert self._next is not None
         visit, upcoming = self._next
         request = self.request
-        with self._lock:
+        options = upcoming["options"]
+        with self._lock:  # whoever gives a lane back sees the one visit or the other
             if self._taken:
-                request.chain = upcoming["options"].get("chain")
+                request.chain = options.get("chain")
             elif request.chain and request.chain[-1] is upcoming:
                 request.chain.pop()
             elif self.claimed_next is None:  # given back meanwhile
                 return False
+            request.parent_id, request.id = request.id, options["task_id"]
+            request.args, request.kwargs = upcoming["args"], upcoming["kwargs"]
+            request.chord = options.get("chord")
+            request.group, request.group_index = options.get("group_id"), options.get("group_index")
+            request.callbacks, request.errbacks = options.get("link"), options.get("link_error")
+            request.headers = options.get("headers")
+            request.timelimit = [options["time_limit"], None]
         self._taken = False
         self.visit, self.claimed, self.claimed_next = visit, self.claimed_next, None
-        options = upcoming["options"]
-        request.parent_id, request.id = request.id, options["task_id"]
-        request.args, request.kwargs = upcoming["args"], upcoming["kwargs"]
-        request.chord = options.get("chord")
-        request.group, request.group_index = options.get("group_id"), options.get("group_index")
-        request.callbacks, request.errbacks = options.get("link"), options.get("link_error")
-        request.headers = options.get("headers")
-        request.timelimit = [options["time_limit"], None]
         self._length += 1
         self._visit_started = monotonic()
         self._events.began(request)
