@@ -42,7 +42,7 @@ from opscore.agentkit import load_agents
 from opscore.agents import register_functions, set_capacity
 from opscore.db import Database, Prepared, Tx
 from opscore.definition import parse
-from opscore.engine import Claimed, Failure, MustWait, Plan, Sent, Visit
+from opscore.engine import Claimed, Failure, Left, MustWait, Plan, Visit
 from opscore.queries import RunFilter
 from opscore.servers import PostgresServer, RedisServer
 from opscore.workflows import StoredWorkflow
@@ -358,7 +358,7 @@ def _cancel_run(watch: _Stopwatch, stored: StoredWorkflow) -> None:
 
 def _upkeep() -> dict[str, Callable[[Tx], Any]]:
     """Return what the keeper does in every round, when nothing is due."""
-    sent = Sent("infinity", "infinity")
+    sent = Left("infinity", "infinity")
     limit = 500
     return {
         "expired_attempts": lambda tx: engine.expired_attempts(tx, limit, LEASE_SECONDS),

@@ -157,9 +157,11 @@ def web(host: str, port: int, workers: int, threads: int | None) -> None:
 @click.option("--name", help="Name of this worker, unique on this host; by its pid by default.")
 def worker(queues: str, pool: str, concurrency: int, name: str | None) -> None:
     """Run tasks (Celery)."""
+    from opscore.config import DATABASE_POOL
+
     # Those that run tasks in one process, one that renews their leases, and one for lanes.
     pool_size = _settings((concurrency if pool == "threads" else 1) + 2).database_pool
-    os.environ["OPSCORE_DATABASE_POOL"] = str(pool_size)
+    os.environ[DATABASE_POOL] = str(pool_size)
     if unknown := set(queues.split(",")) - set(QUEUES.split(",")):
         raise click.BadParameter(
             f"{', '.join(sorted(unknown))}: there are {QUEUES}", param_hint="--queues"

@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 from opscore import canvas, engine, graph
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, Settings
 from opscore.db import Database, Tx
-from opscore.engine import Finished, Plan, Sent, Woken
+from opscore.engine import Finished, Left, Plan, Woken
 from opscore.errors import Unavailable
 from opscore.states import Reason
 
@@ -37,7 +37,7 @@ BATCH = 500
 PING_SECONDS = 1.0
 IN_HAND_SECONDS = 2.0
 """A worker visits the last task of a message within this time, or gives it back."""
-HEAD = 20
+HEAD = 200
 """Entries looked at to learn how old the oldest visit of a queue is; some are double or late."""
 
 BrokerErrors = (OperationalError, KombuError, RedisError, OSError)
@@ -59,7 +59,7 @@ class Dispatcher:
         self.settings = settings
         self._broken = False
         self._closed_until = 0.0
-        self._seen: deque[tuple[float, Sent]] = deque()
+        self._seen: deque[tuple[float, Left]] = deque()
 
     def publish(self, plan: Plan, start: Iterable[UUID] | None = None) -> bool:
         """Send the canvas of what is left of a run; False if the broker did not take it.
@@ -74,10 +74,13 @@ class Dispatcher:
         self, plan: Plan, start: Iterable[UUID] | None = None
     ) -> tuple[list[Signature], list[Woken]]:
         """Return the messages of a canvas, and the tasks beyond it that could start meanwhile."""
+        start = None if start is None else set(start)
         drawn = plan.drawn or graph.build(plan.nodes, start)
         woken: list[Woken] = []
-        if drawn.beyond and plan.drawn is None:
+        carried = sorted(drawn.inside - (start or set()))
+        if plan.drawn is None and (carried or drawn.beyond):
             with self.database.transaction() as tx:
+                engine.carry(tx, carried)
                 engine.hold_back(tx, drawn.beyond)
             with self.database.autocommit() as tx:
                 woken = engine.wake_joins(tx, drawn.beyond)
@@ -201,8 +204,11 @@ class Dispatcher:
         after = self.settings.rescue_seconds
         with self.database.autocommit() as tx:
             left = self._left_before(tx)
+            if left is None or self._broken:
+                return False
             runs = engine.unvisited_runs(tx, left, after, limit)
             woken = engine.wake_lost(tx, left, after, limit)
+        has_more = limit in (len(runs), len(woken))
         messages: list[Signature | dict[str, Any]] = []
         for run_id, generation in runs:
             if plan := self._plan_again(run_id, generation):
@@ -211,19 +217,26 @@ class Dispatcher:
                 woken += beyond
         self.send(messages)
         self.wake(woken)
-        return len(runs) == limit or len(woken) == limit
+        return has_more
 
-    def _left_before(self, tx: Tx) -> Sent:
-        """Return what had left the queues some time ago: what left just now may be in a worker."""
+    def _left_before(self, tx: Tx) -> Left | None:
+        """Return what has left the queues, as two looks agree; None before the second.
+
+        What left since the first may be in a worker's hands, and go back to the front.
+        """
         heads = self._heads()
         agents, control = (self._left(tx, heads.get(q)) for q in (AGENTS_QUEUE, CONTROL_QUEUE))
-        now = time.monotonic()
-        self._seen.append((now, Sent(agents=agents, control=control)))
+        now, seen = time.monotonic(), Left(agents=agents, control=control)
+        self._seen.append((now, seen))
         while len(self._seen) > 1 and self._seen[1][0] <= now - IN_HAND_SECONDS:
             self._seen.popleft()
-        seen_at, left = self._seen[0]
-        nothing = Sent(agents=engine.NOTHING, control=engine.NOTHING)
-        return left if seen_at <= now - IN_HAND_SECONDS else nothing
+        seen_at, first = self._seen[0]
+        if seen_at > now - IN_HAND_SECONDS:
+            return None
+        return Left(
+            agents=_earlier(first.agents, seen.agents),
+            control=_earlier(first.control, seen.control),
+        )
 
     def _left(self, tx: Tx, head: Sequence[UUID] | None) -> datetime | str:
         """Return the moment before which everything sent to a queue with this head has left it."""
@@ -257,9 +270,11 @@ class Dispatcher:
         return not self._broken
 
     def send_first(self, messages: Sequence[dict[str, Any]]) -> bool:
-        """Send visits to the front of their queue: all others there came after them."""
-        if not self.send(messages) or not messages:
-            return not messages
+        """Send visits to about the front of their queue: all others there came after them."""
+        if not messages:
+            return True
+        if not self.send(messages):
+            return False
         try:
             with self._redis() as redis, redis.pipeline(transaction=False) as pipe:
                 for message in messages:
@@ -316,6 +331,12 @@ class Dispatcher:
         except RedisError as error:
             raise Unavailable("Redis does not answer.") from error
         self._broken = False
+
+
+def _earlier(one: datetime | str, other: datetime | str) -> datetime | str:
+    if isinstance(one, str) or isinstance(other, str):
+        return engine.NOTHING
+    return min(one, other)
 
 
 def _visited(entries: Sequence[bytes]) -> list[UUID] | None:

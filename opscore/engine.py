@@ -3,9 +3,11 @@
 Each change is one guarded statement; a guard that refuses is an answer, not an accident. The event
 that tells of a change is written by the statement that makes it (I3). Callers own the transaction:
 the claim and the ordinary finish are single statements made for autocommit, everything else wants
-`Database.transaction()`. Locks are taken run first, then task, then slot. Decisions use the
-database's clock (I8). Nothing here publishes a message or calls an agent (I4): functions say who
-must be visited next, and `dispatch` does it after the commit.
+`Database.transaction()`. Locks are taken run first, then task, then slot; several tasks in the
+order of their ids, which is that of the graph within a run. The claim and the line begin with
+slots, but wait for none of them. Decisions use the database's clock (I8). Nothing here publishes a
+message or calls an agent (I4): functions say who must be visited next, and `dispatch` does it after
+the commit.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,8 +42,9 @@ def _list(statuses: Iterable[str]) -> str:
 
 
 _ENDED = _list(TASK_ENDED)
-_RUN_OPEN = (
-    "(r.status IN ('queued', 'running') AND r.cancel_requested_at IS NULL AND r.error IS NULL)"
+_RUN_OPEN = (  # see `_still`
+    "(coalesce(r.status) IN ('queued', 'running') AND r.cancel_requested_at IS NULL"
+    " AND r.error IS NULL)"
 )
 
 
@@ -602,7 +605,7 @@ _SETTLED = f""", settled AS (
     SET status = CASE WHEN cast(:run_error AS jsonb) IS NULL THEN 'completed' ELSE 'failed' END,
         output = :run_output, error = :run_error, finished_at = now()
     FROM gone
-    WHERE r.id = gone.run_id AND {{ends}} AND r.status = 'running' AND {_RUN_OPEN}
+    WHERE r.id = gone.run_id AND {{ends}} AND {_still("running", "r")} AND {_RUN_OPEN}
     RETURNING r.id, r.status
 ), told_run AS (
     INSERT INTO events (run_id, type)
@@ -631,7 +634,7 @@ _FINISH_AND_CLAIM = Prepared(
     FROM gone, runs r, agents a
     WHERE t.id = :next_id AND t.kind = 'agent' AND NOT gone.ends_run
       AND (t.status = 'pending' OR t.status = 'waiting' AND t.reason = 'dependencies')
-      AND t.run_id = gone.run_id AND r.id = t.run_id AND r.status = 'running'
+      AND t.run_id = gone.run_id AND r.id = t.run_id AND {_still("running", "r")}
       AND r.generation = :generation AND {_RUN_OPEN}
       AND a.agent_id = t.wanted_agent_id AND a.capacity IS NULL
       AND NOT EXISTS (SELECT FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.id <> :task_id
@@ -1469,12 +1472,16 @@ def runs_to_settle(tx: Tx, limit: int) -> list[UUID]:
 
 _RENEW = Prepared(
     f"""
-WITH renewed AS (
+WITH mine AS MATERIALIZED (
+    SELECT t.id FROM tasks t
+    JOIN unnest(cast(:ids AS uuid[]), cast(:attempts AS int[])) AS held (id, attempt)
+      ON t.id = held.id AND t.attempt = held.attempt
+    WHERE {_still("running")} AND t.lease_expires_at > now()
+    ORDER BY t.id FOR NO KEY UPDATE OF t
+), renewed AS (
     UPDATE tasks t
     SET lease_expires_at = least(now() + make_interval(secs => :lease), t.deadline_at)
-    FROM unnest(cast(:ids AS uuid[]), cast(:attempts AS int[])) AS held (id, attempt)
-    WHERE t.id = held.id AND t.attempt = held.attempt AND {_still("running")}
-      AND t.lease_expires_at > now()
+    FROM mine WHERE t.id = mine.id
     RETURNING t.id, t.run_id, t.attempt, t.lease_expires_at
 ), slots AS (
     UPDATE slots s SET lease_expires_at = renewed.lease_expires_at FROM renewed
@@ -1627,6 +1634,21 @@ WHERE t.id IN (SELECT o.id FROM tasks o WHERE o.id = ANY (:task_ids)
 )
 
 
+_CARRY = Prepared(
+    f"""
+UPDATE tasks t SET status = 'pending', reason = NULL
+WHERE t.id IN (SELECT o.id FROM tasks o WHERE o.id = ANY (:task_ids) AND {_still("waiting", "o")}
+               AND o.reason = 'dependencies' AND o.message IS NULL AND o.woken_at IS NULL
+               ORDER BY o.id FOR NO KEY UPDATE)
+"""
+)
+
+
+def carry(tx: Tx, task_ids: Sequence[UUID]) -> None:
+    """Note that tasks which were held back come by a message now: nobody has to wake them."""
+    _CARRY(tx, {"task_ids": list(task_ids)})
+
+
 def hold_back(tx: Tx, task_ids: Sequence[UUID]) -> None:
     """Let tasks wait for their dependencies without a message: waking them builds their segment.
 
@@ -1638,7 +1660,7 @@ def hold_back(tx: Tx, task_ids: Sequence[UUID]) -> None:
 # --- Lost visits --------------------------------------------------------------------------------
 
 LOST_BY_AGE_SECONDS = 600
-"""Whatever its queue looks like, a visit that did not come for this long is lost."""
+"""If its queue does not tell, a visit that did not come for this long is lost."""
 NOTHING = "-infinity"
 """What has left a queue whose oldest entry is unknown."""
 
@@ -1664,16 +1686,17 @@ def oldest_visit(tx: Tx, task_ids: Sequence[UUID]) -> datetime | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class Left:
     """Visits sent before these moments (or `NOTHING`) have left their queue."""
 
     agents: datetime | str
     control: datetime | str
 
 
-_LOST = f"""(sent.at < CASE t.kind WHEN 'end' THEN cast(:control AS timestamptz)
-                         ELSE cast(:agents AS timestamptz) END
-    OR sent.at < now() - make_interval(secs => {LOST_BY_AGE_SECONDS}))"""
+_LEFT = """CASE t.kind WHEN 'end' THEN cast(:control AS timestamptz)
+    ELSE cast(:agents AS timestamptz) END"""
+_LOST = f"""sent.at < CASE WHEN {_LEFT} = '{NOTHING}'
+    THEN now() - make_interval(secs => {LOST_BY_AGE_SECONDS}) ELSE {_LEFT} END"""
 
 _UNVISITED = Prepared(
     f"""
@@ -1689,7 +1712,7 @@ LIMIT :limit
 )
 
 
-def unvisited_runs(tx: Tx, left: Sent, after_seconds: float, limit: int) -> list[tuple[UUID, int]]:
+def unvisited_runs(tx: Tx, left: Left, after_seconds: float, limit: int) -> list[tuple[UUID, int]]:
     """Return (id, generation) of runs with a task that could start and whose visit was lost.
 
     Lost is not late: the visit has left its queue, `after_seconds` ago at least, and did not come.
@@ -1699,7 +1722,7 @@ def unvisited_runs(tx: Tx, left: Sent, after_seconds: float, limit: int) -> list
     return [(row.run_id, row.generation) for row in rows]
 
 
-def _lost_parameters(left: Sent, after_seconds: float, limit: int) -> dict[str, Any]:
+def _lost_parameters(left: Left, after_seconds: float, limit: int) -> dict[str, Any]:
     return {
         "agents": left.agents,
         "control": left.control,
@@ -1722,7 +1745,7 @@ RETURNING {_WOKEN}
 )
 
 
-def wake_lost(tx: Tx, left: Sent, after_seconds: float, limit: int) -> list[Woken]:
+def wake_lost(tx: Tx, left: Left, after_seconds: float, limit: int) -> list[Woken]:
     """Wake again the parked tasks whose wake was lost on its way, as `unvisited_runs` tells it."""
     return _woken(_WAKE_LOST(tx, _lost_parameters(left, after_seconds, limit)))
 

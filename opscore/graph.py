@@ -61,6 +61,8 @@ class Canvas:
     """Blocks that follow a task without being its chain's next: a fork without a join."""
     wakes: frozenset[UUID]
     """Tasks before an edge that no block expresses: finishing, they wake their successors."""
+    inside: frozenset[UUID]
+    """All tasks that come by it."""
     beyond: tuple[UUID, ...]
     """Tasks too far ahead for a message now; waking them publishes their own segment."""
 
@@ -90,7 +92,7 @@ def build(nodes: Sequence[Node], start: Iterable[UUID] | None = None) -> Canvas:
     }
     beyond = tuple(n.id for n in nodes if n.id not in chosen) if start is None else ()
     shared = tuple(lane for group in groups for lane in lanes(group))
-    return Canvas(blocks, shared, graph.links, frozenset(wakes), beyond)
+    return Canvas(blocks, shared, graph.links, frozenset(wakes), frozenset(chosen), beyond)
 
 
 def _wide(nodes: Sequence[Node], roots: set[UUID]) -> list[list[UUID]]:

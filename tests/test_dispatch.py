@@ -142,6 +142,33 @@ def test_a_visit_that_left_its_queue_just_now_may_be_in_a_workers_hands(
     assert len(visits(broker)) == 1
 
 
+def test_a_visit_that_waits_for_a_day_behind_others_is_late_and_not_lost(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer
+) -> None:
+    for _ in range(3):
+        dispatcher.publish(desk.submit(task("a")))
+    age(desk, 86_400)
+    dispatcher.rescue()
+    assert len(visits(broker)) == 3
+
+
+def test_what_a_segment_carries_is_not_taken_for_forgotten(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer
+) -> None:
+    desk.submit(*(task(f"t{n}") for n in range(60)))
+    dispatcher.publish(desk.plan)
+    desk.alter(
+        "UPDATE tasks SET status = 'completed', started_at = now(), finished_at = now()"
+        " WHERE position < 26"
+    )
+    with desk.database.autocommit() as tx:
+        dispatcher.wake(engine.wake_forgotten(tx))
+    assert len(visits(broker)) == 2, "the first canvas and one segment"
+    desk.complete(desk.claim("t26"))
+    with desk.database.autocommit() as tx:
+        assert engine.wake_forgotten(tx) == [], "its visit is on its way"
+
+
 def test_a_wake_that_was_lost_is_repeated_and_one_that_is_late_is_not(
     desk: Desk, dispatcher: Dispatcher, broker: RedisServer
 ) -> None:

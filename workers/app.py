@@ -1,6 +1,6 @@
 """The Celery app as a worker runs it, and what each of its processes holds.
 
-`celery -A workers.app:app worker` is the entry point; nothing is read or connected at import. A
+`opscore worker` is the entry point; nothing is read or connected at import. A
 connection belongs to one process: after a fork the child makes its own.
 """
 
@@ -72,12 +72,14 @@ class Process:
     def definition(self, workflow_id: str, version: int, read: Read) -> Definition:
         """Return a workflow version compiled; versions never change, so one look-up lasts."""
         key = (workflow_id, version)
-        if key not in self._definitions:
+        found = self._definitions.get(key)
+        if found is None:
+            found = read(lambda tx: workflows.find_workflow(tx, *key).definition)
             if len(self._definitions) >= workflows.CACHED_DEFINITIONS:
                 self._definitions.clear()
-            self._definitions[key] = read(lambda tx: workflows.find_workflow(tx, *key).definition)
-            _mention_long_tasks(workflow_id, self._definitions[key])
-        return self._definitions[key]
+            self._definitions[key] = found
+            _mention_long_tasks(workflow_id, found)
+        return found
 
     def after_fork(self) -> None:
         """Start anew in a child: sockets and threads of the parent are not ours."""
@@ -105,7 +107,7 @@ def configure_logging(**_: Any) -> None:
 
 
 class Offer(bootsteps.Step):
-    """Imports the agents and makes them known, before any child is forked.
+    """Checks the schema, imports the agents and makes them known, before any child is forked.
 
     A step, because Celery swallows what a signal's receiver raises: a worker whose agents cannot be
     imported must not start.

@@ -1,7 +1,8 @@
 """What a visit does: one task function, read from top to bottom.
 
-A visit claims its task, runs the agent under the lease, records the outcome, and only then lets
-Celery carry the canvas on. What it returns or raises is Celery's business alone: the truth is
+A visit claims its task, runs the agent under the lease, records the outcome, and only then lets the
+canvas go on. A trip (see `trips`) makes the visits of one message one after the other, and each
+tells it how it ended; Celery hears of the first only. All of that is for the canvas: the truth is
 written already.
 
     returns     the task is over; the canvas goes on
@@ -13,7 +14,7 @@ written already.
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -53,8 +54,10 @@ def run_task(self: "Task[Any, Any]", task_id: str, generation: int) -> None:
     while trip.goes_on_after(outcome := _outcome(trip)):
         pass
     trip.end(outcome)
+    if trip.has_moved and (outcome is not None or trip.is_told):
+        raise Ignore
     if outcome is not None:
-        raise Ignore if trip.has_moved else outcome
+        raise outcome
 
 
 def _outcome(trip: Trip) -> Outcome:
@@ -66,6 +69,10 @@ def _outcome(trip: Trip) -> Outcome:
             _visit(trip)
         except (Ignore, Retry, TaskFailed) as outcome:
             return outcome
+        except Exception:
+            # The row has not moved, or its lease runs out; the rest of the message must go on.
+            log.exception("visit.broke")
+            return Ignore()
     return None
 
 
@@ -124,7 +131,7 @@ def _is_away(error: DBAPIError | PoolTimeout) -> bool:
     if isinstance(error, PoolTimeout) or error.connection_invalidated:
         return True
     code = getattr(error.orig, "pgcode", None)
-    return code is None or code[:2] in ("08", "40", "53", "55", "57")
+    return code is None or code[:2] in ("08", "25", "40", "53", "55", "57")
 
 
 # --- Running ------------------------------------------------------------------------------------
@@ -378,7 +385,7 @@ def _follow(
     wakes = trip.wakes or is_old
     parent_id = claimed.parent_id
     if trip.is_lane and finished.next is not None:
-        trip.owes = (finished, claimed)
+        trip.owes = (replace(finished, message=None), claimed)
         wakes, parent_id = False, None
     if wakes or parent_id or agent_id or finished.ends_run or finished.message is not None:
         if wakes or parent_id:

@@ -45,7 +45,11 @@ Outcome = Exception | None
 
 
 class Trip:
-    """One message in one worker; all but `give_back` belongs to the thread that runs it."""
+    """One message in one worker, and the thread that runs it.
+
+    Another thread may `give_back`: what it touches, the request's chain, `owes`, and whether the
+    present visit is of a lane, changes under the lock.
+    """
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class Trip:
         self._started = self._visit_started = monotonic()
         self._seconds: float = (self.request.timelimit or (None,))[0] or 0.0
         self._length = 1
+        self._first: Outcome = None
         self._next: tuple[Visit, Any] | None = None
         self._taken = False
         """The next visit came with no message of its own."""
@@ -95,6 +100,12 @@ class Trip:
         """It is past the task that Celery knows of."""
         return self._length > 1
 
+    @property
+    def is_told(self) -> bool:
+        """Celery has nothing to say of its task, nor to carry on: that waits, or has failed."""
+        request = self.request
+        return self._first is not None and not (request.chain or request.chord or request.callbacks)
+
     # --- Going on -------------------------------------------------------------------------------
 
     def look_ahead(self) -> Visit | None:
@@ -116,7 +127,9 @@ class Trip:
         if not request.chain or request.callbacks:
             return None
         upcoming = request.chain[-1]
-        return upcoming if self._may_go_on(upcoming) else None
+        # What was offered once may have been claimed by a statement whose answer was lost.
+        is_offered = self._next is not None and self._next[1] is upcoming
+        return upcoming if is_offered or self._may_go_on(upcoming) else None
 
     def _may_go_on(self, upcoming: dict[str, Any]) -> bool:
         """Tell whether this worker could get the message, and has the time for it."""
@@ -152,6 +165,8 @@ class Trip:
         may = self._taken or outcome is None or self._is_survived(outcome)
         has_next = self._taken or self.claimed_next is not None or self.look_ahead() is not None
         goes_on = may and has_next
+        if not self.has_moved:
+            self._first = outcome
         if goes_on or self.has_moved:
             self._events.ended(self.request, outcome, monotonic() - self._visit_started)
         return goes_on and self._move()
@@ -337,7 +352,11 @@ class Events:
                     buffer_group=("task",),
                     buffer_limit=10_000,
                 )
-            self._sender.send(f"task-{what}", uuid=request.id, **fields)
+            try:
+                self._sender.send(f"task-{what}", uuid=request.id, **fields)
+            except BrokerErrors as error:
+                log.warning("events.not_sent", error=repr(error)[:300])
+                self._sender = None
 
     def flush(self) -> None:
         """Send what was told."""
