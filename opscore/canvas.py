@@ -9,7 +9,7 @@ from uuid import UUID
 from celery import Celery, Signature, chain, group
 
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE
-from opscore.graph import Block, Canvas, Node, Parallel, Series, parts_of
+from opscore.graph import Block, Canvas, Node, Parallel, Series, is_nested, parts_of
 
 RUN_TASK = "opscore.run_task"
 HARD_LIMIT_GRACE_SECONDS = 30
@@ -68,7 +68,12 @@ def signatures(
             made.options["link"] = linked
         return made
 
-    alone = [signature(part) for block in canvas.blocks for part in parts_of(block, Parallel)]
+    def message(block: Block) -> Signature:
+        if isinstance(block, Series) and not any(map(is_nested, block.parts)):
+            return line([signature(part) for part in block.parts])
+        return signature(block)
+
+    alone = [message(part) for block in canvas.blocks for part in parts_of(block, Parallel)]
     timeouts = {task: known[task].timeout_seconds for lane in canvas.lanes for task in lane}
     return alone + [
         lane_signature(app, lane, timeouts, generation, wakes=True, request_id=request_id)
@@ -98,4 +103,15 @@ def lane_signature(
         )
         for task in tasks
     ]
-    return chain(*visits, app=app) if len(visits) > 1 else visits[0]
+    return line(visits)
+
+
+def line(visits: Sequence[Signature]) -> Signature:
+    """Return the message for visits one after the other, as Celery's `chain` would make it.
+
+    That copies every signature several times, which took longer than sending the message.
+    """
+    first, *others = visits
+    if others:
+        first.options["chain"] = others[::-1]
+    return first

@@ -244,6 +244,11 @@ class _Graph:
         join.before = {latest}
 
 
+def is_nested(block: Block) -> bool:
+    """Tell a block from a single task."""
+    return isinstance(block, Series | Parallel)
+
+
 def _is_group(block: Block) -> bool:
     return isinstance(block, Parallel)
 

@@ -35,7 +35,7 @@ def test_a_lane_is_a_chain_whose_tasks_know_that_nothing_orders_them() -> None:
     signatures = canvas.signatures(app(), made, nodes, 1, None)
     assert len(signatures) == len(made.lanes) == 5
     for signature in signatures:
-        for visit in signature.tasks:
+        for visit in (signature, *signature.options["chain"]):
             assert visit.options["headers"][LANE_HEADER]
             assert visit.options["headers"][WAKES_HEADER], "the join comes by no message"
 
