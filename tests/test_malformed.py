@@ -6,7 +6,9 @@ And a worker whose settings do not fit each other: refused in a sentence.
 import base64
 import copy
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,10 +19,20 @@ from uuid import uuid4
 
 import pytest
 from redis import Redis
-from stack import ROOT, Servers, Stack, running_stack, wait_until
+from stack import ROOT, Servers, Stack, running_stack, stack_environment, wait_until
 
+from celeryconfig import make_app
 from opscore import canvas
-from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE, SET_ASIDE, SET_ASIDE_COUNT
+from opscore.config import (
+    AGENTS_QUEUE,
+    CONTROL_QUEUE,
+    IO_QUEUE,
+    SET_ASIDE,
+    SET_ASIDE_COUNT,
+    Settings,
+)
+from opscore.servers import RedisServer
+from workers.consumer import Channel
 
 QUEUES = (AGENTS_QUEUE, IO_QUEUE, CONTROL_QUEUE)
 MARK = "do-not-log-me"
@@ -328,3 +340,24 @@ def test_a_worker_sizes_the_pool_of_each_process_by_its_threads(
     given = environment | {"OPSCORE_AGENTS": "tells", "PYTHONPATH": str(tmp_path)}
     assert "a pool of 32" in output(given, "worker", "--pool=threads", "--concurrency=30")
     assert "a pool of 3" in output(given, "worker", "--concurrency=30")
+
+
+@pytest.mark.parametrize("verb", ["ack_log_error", "reject_log_error"])
+def test_a_message_that_a_frozen_redis_did_not_acknowledge_keeps_no_place(verb: str) -> None:
+    """Celery as it comes keeps it for good, and after `prefetch` of them takes no message."""
+    with RedisServer.temporary() as redis:
+        app = make_app(Settings.from_env(stack_environment("postgresql://h/d", redis.url)))
+        app.send_task("any", queue=AGENTS_QUEUE)
+        with app.connection_for_read() as connection:
+            connection.transport.Channel = Channel
+            channel = connection.channel()
+            channel.basic_qos(0, 1, False)
+            message = channel.basic_get(AGENTS_QUEUE)
+            assert not channel.qos.can_consume()
+            os.kill(redis.pid, signal.SIGSTOP)
+            try:
+                getattr(message, verb)(logging.getLogger(), connection.connection_errors)
+            finally:
+                os.kill(redis.pid, signal.SIGCONT)
+            assert channel.qos.can_consume()
+        app.close()

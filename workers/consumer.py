@@ -65,6 +65,32 @@ class Message(virtual.Message):
         except Exception as error:
             raise NoEnvelope from error
 
+    def ack_log_error(self, logger: Any, errors: Any, multiple: bool = False) -> None:
+        """Acknowledge, or give the worker's place for another message free all the same."""
+        try:
+            self.ack(multiple=multiple)
+        except errors as error:
+            self._give_place_free(error)
+
+    def reject_log_error(self, logger: Any, errors: Any, requeue: bool = False) -> None:
+        """Reject, or give the worker's place for another message free all the same."""
+        try:
+            self.reject(requeue=requeue)
+        except errors as error:
+            self._give_place_free(error)
+
+    def _give_place_free(self, error: Exception) -> None:
+        """Go on without Redis knowing: one day it gives the message out again, to no effect.
+
+        Celery as it comes would count the message as at work for ever, and after a few of them take
+        no other.
+        """
+        log.warning("message.not_acknowledged", error=repr(error)[:300])
+        channel: Any = self.channel
+        virtual.QoS.ack(channel.qos, str(self.delivery_tag))
+        if isinstance(error, BrokenPipeError):
+            raise error  # the connection is to be made anew
+
 
 class Channel(redis.Channel):
     """Takes entries from the queues, and sets aside those that are no message."""

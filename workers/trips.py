@@ -47,7 +47,7 @@ Outcome = Exception | None
 class Trip:
     """One message in one worker, and the thread that runs it.
 
-    Another thread may `give_back`: what it touches, the request's chain, `owes`, and whether the
+    Another thread may `let_go`: what it touches, the request's chain, `owes`, and whether the
     present visit is of a lane, changes under the lock.
     """
 
@@ -204,10 +204,10 @@ class Trip:
 
     def end(self, outcome: Outcome) -> None:
         """Leave nothing of the message behind that Celery will not send on, and no event untold."""
-        self.pay()
         if outcome is None or self._is_survived(outcome):
-            self.give_back()
-        if self.has_moved:
+            self.let_go()
+        else:
+            self.pay()
             self._events.flush()
 
     def message(self) -> dict[str, Any]:
@@ -229,11 +229,14 @@ class Trip:
         finally:
             self._patience.forget(self)
 
-    def give_back(self) -> None:
-        """Send the rest of a lane back to where it was in line, each task by itself.
+    def let_go(self) -> None:
+        """Leave nothing to a slow task: a lane's rest, its wakes, or what Flower should hear."""
+        self.give_back()
+        self.pay()
+        self._events.flush()
 
-        What the tasks of the lane left to its last one is not left to a slow one.
-        """
+    def give_back(self) -> None:
+        """Send the rest of a lane back to where it was in line, each task by itself."""
         with self._lock:
             chain = self.request.chain if self.is_lane else None
             rest = list(chain or ())
@@ -241,8 +244,6 @@ class Trip:
             with self._lock:
                 if self.request.chain is chain:
                     self.request.chain = None
-        self.pay()
-        self._events.flush()
 
     def pay(self) -> None:
         """Wake what the tasks of a lane left to their last one."""
@@ -300,7 +301,7 @@ class Patience:
                     del self._due[trip]
             for trip in ripe:
                 try:
-                    trip.give_back()
+                    trip.let_go()
                 except Exception:
                     # Without this thread a lane would wait for its slowest task.
                     log.exception("lane.not_given_back")
