@@ -1727,7 +1727,7 @@ SELECT t.run_id, r.generation
 FROM tasks t JOIN runs r ON r.id = t.run_id
     CROSS JOIN LATERAL (SELECT {_SENT_AT} AS at OFFSET 0) AS sent  -- OFFSET: once for each task
 WHERE t.status = 'pending' AND {_RUN_OPEN} AND {_dependencies_over()}
-  AND sent.at < now() - make_interval(secs => :after * power(2, least(r.generation, 3) - 1))
+  AND sent.at < now() - make_interval(secs => :after * power(2, least(r.generation, 2) - 1))
   AND {_LOST}
 GROUP BY t.run_id, r.generation
 LIMIT :limit
@@ -1739,7 +1739,7 @@ def unvisited_runs(tx: Tx, left: Left, after_seconds: float, limit: int) -> list
     """Return (id, generation) of runs with a task that could start and whose visit was lost.
 
     Lost is not late: the visit has left its queue, `after_seconds` ago at least, and did not come.
-    The time doubles with the first generations, so that no queue is ever flooded.
+    After the first generation it is twice the time.
     """
     rows = _UNVISITED(tx, _lost_parameters(left, after_seconds, limit))
     return [(row.run_id, row.generation) for row in rows]
