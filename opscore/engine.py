@@ -387,7 +387,7 @@ def _simple_claim(task: str, source: str, guard: str, told: str) -> str:
       AND a.agent_id = t.wanted_agent_id AND a.capacity IS NULL AND {guard}
     RETURNING t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id,
               t.index AS item_index, t.item, t.is_sink, t.agent_id, t.attempt, t.timeout_seconds,
-              t.deadline_at, t.reads, r.input, r.workflow_id, r.version, r.generation,
+              t.deadline_at, t.reads, r.workflow_id, r.version, r.generation,
               r.agent_id IS NOT NULL AND t.position = 0 AS merges_input
 ), begun AS (
     INSERT INTO attempts (task_id, number, agent_id, worker, status)
@@ -422,7 +422,7 @@ WITH starting AS (
 ), told AS (
     INSERT INTO events (run_id, type) SELECT id, 'run.started' FROM starting RETURNING seq
 ), {_simple_claim(":task_id", "(SELECT count(*) FROM starting) AS f", _dependencies_over(), "told")}
-SELECT next.*, {_read_by("next")} FROM next
+SELECT next.*, r.input, {_read_by("next")} FROM next JOIN runs r ON r.id = next.run_id
 """
 )
 _CLAIM = Prepared(
@@ -543,7 +543,7 @@ def claim_task(tx: Tx, visit: Visit, *, worker: str, lease_seconds: float) -> An
         "grace": DEADLINE_GRACE_SECONDS,
     }
     if simple := _CLAIM_SIMPLY(tx, parameters).first():
-        return _simply_claimed(simple, simple.tasks)
+        return _simply_claimed(simple, simple.input, simple.tasks)
     row = _CLAIM(tx, parameters).first()
     if row is None:
         return Void()
@@ -558,9 +558,9 @@ def claim_task(tx: Tx, visit: Visit, *, worker: str, lease_seconds: float) -> An
     return Elsewhere() if row.visit_generation > visit.generation else _refused(row)
 
 
-def _simply_claimed(row: Any, tasks: Mapping[str, Any] | None) -> Claimed:
+def _simply_claimed(row: Any, input: Any, tasks: Mapping[str, Any] | None) -> Claimed:
     """Return what `_simple_claim` claimed."""
-    given: dict[str, Any] = {"expanded": False, "has_slot": False, "tasks": tasks}
+    given: dict[str, Any] = {"expanded": False, "has_slot": False, "input": input, "tasks": tasks}
     named = {name: getattr(row, name) for name in Claimed.__slots__ if name not in given}
     return Claimed(**named, **given)
 
@@ -772,7 +772,7 @@ def _following(claimed: Claimed, row: Any) -> Claimed:
     tasks = None if not row.reads else dict(row.tasks or {})
     if tasks is not None and claimed.parent_id is None and claimed.definition_id in row.reads:
         tasks[claimed.definition_id] = {"output": row.output, "status": "completed", "error": None}
-    return _simply_claimed(row, tasks)
+    return _simply_claimed(row, claimed.input, tasks)
 
 
 _RECORDED = Prepared(

@@ -279,3 +279,10 @@ def _scalar(event: Any) -> Any:
 def _yaml_fault(event: Any, sentence: str) -> ValueError:
     mark = event.start_mark
     return ValueError(f"{sentence}: line {mark.line + 1}, column {mark.column + 1}.")
+
+
+def fresh(value: Any) -> Any:
+    """Return the same JSON in objects and lists of its own."""
+    if isinstance(value, dict):
+        return {key: fresh(member) for key, member in value.items()}
+    return [fresh(item) for item in value] if isinstance(value, list) else value

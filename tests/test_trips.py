@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from celery.app.task import Context as Request
+from celery.exceptions import Ignore
 from stack import Servers, Stack, running_stack, stack_environment, wait_until
 
 from celeryconfig import make_app
@@ -23,11 +24,18 @@ from opscore import canvas, engine, workflows
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.definition import parse
-from opscore.dispatch import Dispatcher
+from opscore.dispatch import IN_HAND_SECONDS, Dispatcher
 from opscore.engine import Visit
 from opscore.graph import WIDE, Node, build
 from opscore.servers import RedisServer
-from workers.trips import LONGEST_TRIP, Events, Patience, Trip
+from workers.trips import (
+    LONGEST_TRIP,
+    PATIENCE_SECONDS,
+    TRIP_SECONDS,
+    Events,
+    Patience,
+    Trip,
+)
 
 AGENTS = {"OPSCORE_AGENTS": "tests.fleet,tests.trip_fleet", "OPSCORE_KEEPER_SECONDS": "0.2"}
 QUICK = AGENTS | {
@@ -785,6 +793,20 @@ def test_what_was_claimed_is_visited_though_its_lane_was_given_back_and_a_slot_f
     (woken,) = desk.visits([60])
     assert not trip.take(woken)
     assert trip.goes_on_after(None) and (trip.visit, trip.claimed) == (then, claimed)
+
+
+def test_what_was_claimed_is_visited_though_the_visit_before_broke_after_its_end(
+    desk: Desk,
+) -> None:
+    trip = desk.trip(60, 60)
+    then = trip.look_ahead()
+    claimed: Any = object()
+    trip.claimed_next = claimed
+    assert trip.goes_on_after(Ignore()) and (trip.visit, trip.claimed) == (then, claimed)
+
+
+def test_rescue_waits_longer_than_a_trip_can_hold_a_task() -> None:
+    assert IN_HAND_SECONDS >= TRIP_SECONDS + 2 * PATIENCE_SECONDS
 
 
 def test_a_chain_is_never_given_back_out_of_its_order(desk: Desk) -> None:

@@ -33,7 +33,7 @@ from opscore.db import Tx
 from opscore.definition import TaskSpec
 from opscore.engine import Claimed, Failure, Finished, MustWait, Parked, Visit
 from opscore.expressions import ExpressionError, Template
-from opscore.json_values import check_json, kind
+from opscore.json_values import check_json, fresh, kind
 from opscore.states import Reason
 from workers.app import process
 from workers.trips import Outcome, TaskFailed, Trip
@@ -189,7 +189,8 @@ def _result(trip: Trip, claimed: Claimed) -> Result:
         spec = definition.task(claimed.definition_id)
         if claimed.kind == "for_each" and spec.for_each is not None:
             return _items(spec.for_each.items, claimed)
-        return _call(trip, claimed, _parameters(claimed, spec))
+        # An agent may change what it is given, and the trip's next task reads the same input.
+        return _call(trip, claimed, fresh(_parameters(claimed, spec)))
     except ExpressionError as error:
         return Failed("expression_error", str(error), retryable=False)
     except Exception as error:

@@ -162,8 +162,9 @@ class Trip:
 
     def goes_on_after(self, outcome: Outcome) -> bool:
         """Move to the next visit if there is one and this one's outcome lets it come."""
-        may = self._taken or outcome is None or self._is_survived(outcome)
-        has_next = self._taken or self.claimed_next is not None or self.look_ahead() is not None
+        is_ours = self._taken or self.claimed_next is not None
+        may = is_ours or outcome is None or self._is_survived(outcome)
+        has_next = is_ours or self.look_ahead() is not None
         goes_on = may and has_next
         if not self.has_moved:
             self._first = outcome
