@@ -2,7 +2,8 @@
 
 Nothing here may lose work by failing: what cannot be sent stays in PostgreSQL, parked or unvisited,
 and the keeper sends it later. So every broker error ends in one log line, and while the broker is
-away a breaker spares everybody the wait for its timeout.
+away a breaker spares everybody the wait for its timeout. Rescue also looks at the heads of the
+queues, to tell a visit that was lost from one that is late.
 """
 
 import json
@@ -135,7 +136,8 @@ class Dispatcher:
         """Do what an outcome asks for, after its commit.
 
         `agent_id` is the agent whose slot was freed; `wakes` is false for a task all of whose
-        successors come by the canvas that visited it.
+        successors come by the canvas that visited it; for an item its `parent_id` is woken
+        instead. `take` is as in `wake`.
         """
         woken: list[Woken] = []
         with self.database.autocommit() as tx:

@@ -25,7 +25,7 @@ from opscore.errors import AgentNotFound, InvalidRequest, RunFinished, RunNotFou
 from opscore.expressions import Template
 from opscore.graph import Canvas, Node, build
 from opscore.json_values import Faults
-from opscore.models import Agent, Run, Task
+from opscore.models import Agent, Run, Task, listed
 from opscore.states import RUN_ENDED, TASK_ENDED, Reason
 from opscore.workflows import StoredWorkflow
 
@@ -37,11 +37,7 @@ LOOK_AGAIN_SECONDS = 30
 """What a task waits for is looked at again after this, should nobody say that it came."""
 
 
-def _list(statuses: Iterable[str]) -> str:
-    return "(" + ", ".join(f"'{status}'" for status in sorted(statuses)) + ")"
-
-
-_ENDED = _list(TASK_ENDED)
+_ENDED = listed(TASK_ENDED)
 _RUN_OPEN = (  # see `_still`
     "(coalesce(r.status) IN ('queued', 'running') AND r.cancel_requested_at IS NULL"
     " AND r.error IS NULL)"

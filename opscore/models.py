@@ -6,6 +6,7 @@ seconds.
 """
 
 import uuid
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -44,9 +45,9 @@ def _among(column: str, values: Any) -> str:
     return f"{column} IN ({', '.join(repr(str(v)) for v in sorted(values))})"
 
 
-def _ended() -> str:
-    """Write it as `engine` does, so that PostgreSQL knows the one in the other."""
-    return "(" + ", ".join(f"'{status}'" for status in sorted(TASK_ENDED)) + ")"
+def listed(statuses: Iterable[str]) -> str:
+    """Return statuses for `IN`; a partial index and a query that write it alike find each other."""
+    return "(" + ", ".join(f"'{status}'" for status in sorted(statuses)) + ")"
 
 
 class Base(DeclarativeBase):
@@ -307,7 +308,7 @@ class Task(Base):
         Index(
             "ix_tasks_items_open",
             "parent_id",
-            postgresql_where=text(f"parent_id IS NOT NULL AND status NOT IN {_ended()}"),
+            postgresql_where=text(f"parent_id IS NOT NULL AND status NOT IN {listed(TASK_ENDED)}"),
         ),
         Index("ix_tasks_pending", "run_id", postgresql_where=text("status = 'pending'")),
         Index(
