@@ -30,7 +30,7 @@ from typing import Any
 
 from bench.chaos_faults import FAULTS, Case, Fault
 from bench.chaos_site import ROOT, Arena, Directly, Load, OverHttp, Site, Sql
-from opscore import logs
+from opscore import logs, models
 
 RECOVERY_LIMIT_SECONDS = 60.0
 SHOWN = 20
@@ -259,18 +259,34 @@ def _broken_promises(case: Case, result: Result) -> Iterator[tuple[str, Sequence
     result.doubled = len(
         {e.id for e in effects if e.effects > 1} | {t.id for t in twice if t.completions > 1}
     )
-    queries = (_CALLED_TWICE, _LEFT_HELD, _LEFT_RUNNING, _LEFT_IDLE, _NOT_OF_A_LOST_WORKER)
+    queries = (
+        _CALLED_TWICE,
+        _unruly(),
+        _LEFT_HELD,
+        _LEFT_RUNNING,
+        _LEFT_IDLE,
+        _NOT_OF_A_LOST_WORKER,
+    )
     found = [effects, twice, *map(sql.rows, queries)]
     sentences = (
         "tasks whose agent did not have its effect exactly once",
         "tasks not completed exactly once in the record",
         "attempts whose agent was called twice",
+        "rows that break a rule of theirs",
         "slots still held",
         "attempts still running",
         "sessions left idle in a transaction",
         "attempts that neither completed nor were lost",
     )
     yield from ((said, rows) for said, rows in zip(sentences, found, strict=True) if rows)
+
+
+def _unruly() -> str:
+    return " UNION ALL ".join(
+        f"SELECT '{table}' AS tab, '{name}' AS rule, to_jsonb(t) AS row FROM {table} t"
+        f" WHERE ({condition}) IS FALSE"
+        for table, name, condition in models.rules()
+    )
 
 
 def _wrong_runs(case: Case) -> list[dict[str, Any]]:

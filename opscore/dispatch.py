@@ -16,20 +16,19 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-import structlog
 from celery import Celery, Signature
 from kombu.exceptions import KombuError, OperationalError
 from redis import Redis
 from redis.exceptions import RedisError
 
-from opscore import canvas, engine, graph
+from opscore import canvas, engine, graph, logs
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, Settings
 from opscore.db import Database, Tx
 from opscore.engine import Finished, Left, Plan, Woken
 from opscore.errors import Unavailable
 from opscore.states import Reason
 
-log = structlog.get_logger()
+log = logs.get(__name__)
 
 BREAKER_SECONDS = 5.0
 """After a failed send nobody tries again for this long."""

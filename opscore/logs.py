@@ -1,39 +1,89 @@
 """Log lines of every process: one JSON object (or one line of text) each, on standard error.
 
-Ids of the request, run, task and attempt at hand are bound once with `bind` and then stand in every
-line, also in those of libraries. Never logged: inputs, outputs, request bodies, keys.
+Ids of the request, run, task and attempt at hand are bound once, with `bind` or for a block with
+`bound`, and then stand in every line, also in those of libraries. Never logged: inputs, outputs,
+request bodies, keys.
 """
 
+import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import structlog
-from structlog.contextvars import bind_contextvars as bind
-from structlog.contextvars import clear_contextvars as clear
-from structlog.contextvars import unbind_contextvars as unbind
-from structlog.typing import Processor
+from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
-__all__ = ["bind", "clear", "configure", "get", "unbind"]
+_ids: ContextVar[Mapping[str, Any]] = ContextVar("opscore_log_ids", default={})  # noqa: B039
+_encode = json.JSONEncoder(default=str).encode
+
+
+def bind(**ids: Any) -> None:
+    """Have these ids in every line of this context from now on."""
+    _ids.set({**_ids.get(), **ids})
+
+
+def clear() -> None:
+    """Forget the ids of this context."""
+    _ids.set({})
+
+
+@contextmanager
+def bound(**ids: Any) -> Iterator[None]:
+    """Have these ids in every line of the block."""
+    token = _ids.set({**_ids.get(), **ids})
+    try:
+        yield
+    finally:
+        _ids.reset(token)
+
+
+def _add_ids(logger: Any, method: str, event: EventDict) -> EventDict:
+    """Add what is bound; structlog's own way to this looks through all context variables."""
+    return {**_ids.get(), **event}
+
 
 _SHARED: tuple[Processor, ...] = (
-    structlog.contextvars.merge_contextvars,
+    _add_ids,
     structlog.stdlib.add_logger_name,
     structlog.stdlib.add_log_level,
-    structlog.stdlib.ExtraAdder(),
     structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
 )
 """Applied to our own lines and to those of libraries alike."""
 
+_pipeline: list[Processor] = []
+"""What makes a line of ours; loggers made at import keep it, so it is changed in place."""
 
-class _Handler(logging.StreamHandler[Any]):
-    """Ours, so that configuring again replaces it and leaves other handlers alone."""
+
+class _Lines:
+    """Where our own lines end. It has no lock, which a fork could catch taken."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def write(self, line: str) -> None:
+        # Nobody may be left to read it: no reason to fail what the line tells of.
+        with suppress(OSError, ValueError):
+            sys.stderr.write(line + "\n")
+
+    debug = info = warning = error = critical = write
 
 
-def get(name: str) -> structlog.stdlib.BoundLogger:
+class _Handler(logging.Handler):
+    """Takes the lines of libraries; configuring again replaces it and leaves other handlers."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+        except Exception:
+            self.handleError(record)
+
+
+def get(name: str) -> FilteringBoundLogger:
     """Return the logger called `name`; its lines are `log.info("event", key=value)`."""
-    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
+    logger: FilteringBoundLogger = structlog.get_logger(name)
     return logger
 
 
@@ -42,43 +92,44 @@ def configure(level: str = "INFO", fmt: str = "json") -> None:
 
     `level` is DEBUG, INFO, WARNING or ERROR; `fmt` is `json` or `text`.
     """
+    tail = _json_tail() if fmt == "json" else _text_tail()
+    _pipeline[:] = [_from_level(level), *_SHARED, *tail]
     structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *_SHARED,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-        # Caching would keep the former set-up in loggers made at import.
-        cache_logger_on_first_use=False,
+        processors=_pipeline,
+        logger_factory=_Lines,
+        wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
+        cache_logger_on_first_use=True,
     )
     root = logging.getLogger()
-    root.handlers = [h for h in root.handlers if not isinstance(h, _Handler)] + [_handler(fmt)]
+    root.handlers = [h for h in root.handlers if not isinstance(h, _Handler)] + [_handler(tail)]
     root.setLevel(level)
     logging.captureWarnings(True)
 
 
-def _handler(fmt: str) -> _Handler:
-    handler = _Handler(sys.stderr)
+def _from_level(level: str) -> Processor:
+    lowest = structlog.processors.NAME_TO_LEVEL[level.lower()]
+
+    def drop_below(logger: Any, method: str, event: EventDict) -> EventDict:
+        if structlog.processors.NAME_TO_LEVEL[method] < lowest:
+            raise structlog.DropEvent
+        return event
+
+    return drop_below
+
+
+def _handler(tail: tuple[Processor, ...]) -> _Handler:
+    handler = _Handler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=_SHARED,
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *(_json_tail() if fmt == "json" else _text_tail()),
-            ],
+            foreign_pre_chain=(*_SHARED, structlog.stdlib.ExtraAdder()),
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *tail],
         )
     )
     return handler
 
 
 def _json_tail() -> tuple[Processor, ...]:
-    return (
-        structlog.processors.format_exc_info,
-        _named,
-        structlog.processors.JSONRenderer(default=str),
-    )
+    return (structlog.processors.format_exc_info, _as_json)
 
 
 def _text_tail() -> tuple[Processor, ...]:
@@ -92,7 +143,7 @@ def _text_tail() -> tuple[Processor, ...]:
     )
 
 
-def _named(logger: Any, method: str, event: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Put what every line has first: moment, level, logger, event."""
+def _as_json(logger: Any, method: str, event: EventDict) -> str:
+    """Write what every line has first: moment, level, logger, event."""
     first = {key: event[key] for key in ("at", "level", "logger", "event") if key in event}
-    return {**first, **event}
+    return _encode({**first, **event})

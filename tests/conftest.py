@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from stack import TEMPLATE, Servers, guard_arrows, new_redis_url, stack_environment
+from stack import TEMPLATE, Servers, guard, new_redis_url, stack_environment
 
 from celeryconfig import make_app
 from opscore import migrations
@@ -26,7 +26,7 @@ def servers() -> Iterator[Servers]:
         servers._execute(f"CREATE DATABASE {TEMPLATE}")
         template = postgres.url.rsplit("/", 1)[0] + f"/{TEMPLATE}"
         migrations.upgrade(template)
-        guard_arrows(template)
+        guard(template)
         yield servers
 
 

@@ -21,7 +21,7 @@ import psycopg2
 from redis import Redis
 
 from celeryconfig import make_app
-from opscore import engine, workflows
+from opscore import engine, models, workflows
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.definition import parse
@@ -70,11 +70,11 @@ class Servers:
         connection.close()
 
 
-def guard_arrows(url: str) -> None:
-    """Have the tables refuse every change of status that `states` does not list.
+def guard(url: str) -> None:
+    """Have the tables refuse rows that break a rule of theirs and changes `states` does not list.
 
     Only here: in production the engine's guards are trusted; in the tests every statement of every
-    test is held against the arrows.
+    test is held against the rules and the arrows.
     """
     arrows = {"runs": RUN_ARROWS, "tasks": TASK_ARROWS, "attempts": ATTEMPT_ARROWS}
     connection = psycopg2.connect(url)
@@ -92,6 +92,10 @@ def guard_arrows(url: str) -> None:
             CREATE TRIGGER arrows BEFORE UPDATE OF status ON {table}
             FOR EACH ROW EXECUTE FUNCTION guard_{table}();
             """
+        )
+    for table, name, condition in models.rules():
+        connection.cursor().execute(
+            f"ALTER TABLE {table} ADD CONSTRAINT {name} CHECK ({condition})"
         )
     connection.commit()
     connection.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from stack import guard_arrows
+from stack import guard
 
 from bench import chaos
 from bench.chaos_faults import FAULTS
@@ -22,7 +22,7 @@ SEED = int(os.environ.get("CHAOS_SEED", "20"))
 @pytest.fixture(scope="module")
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     before = set(psutil.Process().children(recursive=True))
-    with Arena.open(tmp_path_factory.mktemp("chaos"), guard_arrows) as arena:
+    with Arena.open(tmp_path_factory.mktemp("chaos"), guard) as arena:
         yield arena
     _, alive = psutil.wait_procs(
         set(psutil.Process().children(recursive=True)) - before, timeout=10

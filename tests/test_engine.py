@@ -657,7 +657,7 @@ def test_an_attempt_past_its_deadline_counts_as_a_timeout(desk: Desk) -> None:
     assert gone.finished is not None and desk.task("a").error["code"] == "timeout"
 
 
-# --- Arrows and CHECKs
+# --- Arrows and rules
 
 REFUSED = [
     (source, target)

@@ -148,7 +148,7 @@ def test_a_server_that_is_away_is_503_with_the_time_to_wait(
 
 
 def test_an_accident_is_500_without_its_reason_and_logged_with_it(
-    client: Client, lines: list[dict[str, Any]]
+    client: Client, lines: "Lines"
 ) -> None:
     answer = raising(client, RuntimeError("secret detail"))
     problem(answer, 500, "internal_error")
@@ -291,32 +291,29 @@ def test_the_limit_of_bodies_is_a_setting(settings: Settings) -> None:
 # --- Log lines ----------------------------------------------------------------------------------
 
 
-class Lines(logging.Handler):
-    def __init__(self, formatter: logging.Formatter, lines: list[dict[str, Any]]) -> None:
-        super().__init__()
-        self.formatter, self.lines = formatter, lines
+class Lines:
+    """The lines written to standard error so far."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(json.loads(self.format(record)))
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys, self._written = capsys, ""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._written += self._capsys.readouterr().err
+        return map(json.loads, self._written.splitlines())
 
 
 @pytest.fixture
-def lines() -> Iterator[list[dict[str, Any]]]:
+def lines(capsys: pytest.CaptureFixture[str]) -> Iterator[Lines]:
     """The log lines of the test, as a process with `json` writes them."""
     root = logging.getLogger()
     before, level = list(root.handlers), root.level
     logs.configure("INFO", "json")
-    formatter = next(h.formatter for h in root.handlers if h not in before)
-    assert formatter is not None
-    seen: list[dict[str, Any]] = []
-    handler = Lines(formatter, seen)
-    root.addHandler(handler)
-    yield seen
+    yield Lines(capsys)
     root.handlers, _ = before, root.setLevel(level)
 
 
 def test_a_request_is_one_line_with_its_id_and_never_its_body_or_key(
-    client: Client, lines: list[dict[str, Any]]
+    client: Client, lines: Lines
 ) -> None:
     body = {"workflowId": "nope", "input": {"password": "hunter2"}}
     client.post("/runs?x=hunter2", json=body, headers={"X-Request-ID": "r-1"})
@@ -325,10 +322,10 @@ def test_a_request_is_one_line_with_its_id_and_never_its_body_or_key(
     assert (first["method"], first["route"], first["status"]) == ("POST", "/v1/opscore/runs", 404)
     assert first["request_id"] == "r-1" and first["ms"] >= 0 and first["at"].endswith("Z")
     assert second["route"] == "/v1/opscore/agents/<agent_id>"
-    assert "hunter2" not in json.dumps(lines) and API_KEY not in json.dumps(lines)
+    assert "hunter2" not in json.dumps(list(lines)) and API_KEY not in json.dumps(list(lines))
 
 
-def test_lines_of_libraries_are_json_with_the_ids_bound(lines: list[dict[str, Any]]) -> None:
+def test_lines_of_libraries_are_json_with_the_ids_bound(lines: Lines) -> None:
     logs.bind(run_id="r")
     logging.getLogger("some.library").warning("it is %s", "late")
     logs.clear()
@@ -339,6 +336,32 @@ def test_lines_of_libraries_are_json_with_the_ids_bound(lines: list[dict[str, An
         "some.library",
     )
     assert line["run_id"] == "r"
+
+
+def test_lines_of_ours_have_the_ids_of_their_block_and_the_error_they_tell(lines: Lines) -> None:
+    log = logs.get("some.module")
+    logs.bind(request_id="r")
+    with logs.bound(task_id="t"):
+        try:
+            raise ValueError("no")
+        except ValueError:
+            log.exception("it.broke", tries=2)
+    log.info("it.went_on")
+    logs.clear()
+    broke, went_on = lines
+    assert broke["level"] == "error" and "ValueError: no" in broke["exception"]
+    assert (broke["request_id"], broke["task_id"], broke["tries"]) == ("r", "t", 2)
+    assert went_on["logger"] == "some.module" and went_on["at"].endswith("Z")
+    assert went_on["request_id"] == "r" and "task_id" not in went_on
+
+
+def test_a_logger_that_was_used_already_follows_the_level_and_format(lines: Lines) -> None:
+    log = logs.get("some.module")
+    log.info("heard")
+    logs.configure("WARNING", "json")
+    log.info("not heard")
+    log.warning("heard again")
+    assert [line["event"] for line in lines] == ["heard", "heard again"]
 
 
 # --- Readiness ----------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import structlog
 from celery import Celery, bootsteps, signals
 
 from celeryconfig import VISIBILITY_TIMEOUT_SECONDS, app
@@ -26,7 +25,7 @@ from workers.keeper import Keeper
 from workers.leases import Leases
 from workers.trips import Events, Patience
 
-log = structlog.get_logger()
+log = logs.get(__name__)
 
 
 Read = Callable[[Callable[[Tx], Definition]], Definition]
@@ -131,3 +130,11 @@ app.steps["worker"].update((Offer, Keeper))
 @signals.worker_process_init.connect
 def start_child(**_: Any) -> None:
     process.after_fork()
+
+
+@signals.worker_process_shutdown.connect
+@signals.worker_shutdown.connect
+def tell_the_last(**_: Any) -> None:
+    """Send the events that wait to be sent with others."""
+    if "events" in vars(process):
+        process.events.flush()

@@ -18,14 +18,14 @@ from time import monotonic
 from typing import Any
 from uuid import UUID
 
-import structlog
 from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu.transport import redis, virtual
 
+from opscore import logs
 from opscore.canvas import RUN_TASK
 from opscore.config import SET_ASIDE, SET_ASIDE_COUNT
 
-log = structlog.get_logger()
+log = logs.get(__name__)
 celery_log = logging.getLogger(__name__)
 
 EVENTS_SECONDS = 0.25

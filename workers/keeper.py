@@ -11,17 +11,16 @@ import threading
 from typing import Any
 from uuid import uuid4
 
-import structlog
 from celery import bootsteps
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from opscore import engine
+from opscore import engine, logs
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
 
-log = structlog.get_logger()
+log = logs.get(__name__)
 
 LEASE_SECONDS = 5
 """The keeper's own lease: after this a silent keeper is replaced."""

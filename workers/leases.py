@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from time import monotonic
 from uuid import UUID
 
-import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from opscore import engine
+from opscore import engine, logs
 from opscore.agentkit import Context
 from opscore.config import Settings
 from opscore.db import Database
 
-log = structlog.get_logger()
+log = logs.get(__name__)
 
 FLUSH_SECONDS = 1.0
 """How long a line an agent logged may take to be seen."""

@@ -19,14 +19,13 @@ from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
-import structlog
 from celery import Task
 from celery.exceptions import Ignore, Retry
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celeryconfig import app
-from opscore import agentkit, engine
+from opscore import agentkit, engine, logs
 from opscore.agentkit import Busy, Completed, Context, Failed
 from opscore.canvas import REQUEST_HEADER, RUN_TASK
 from opscore.db import Tx
@@ -38,7 +37,7 @@ from opscore.states import Reason
 from workers.app import process
 from workers.trips import Outcome, TaskFailed, Trip
 
-log = structlog.get_logger()
+log = logs.get(__name__)
 
 T = TypeVar("T")
 
@@ -62,9 +61,7 @@ def run_task(self: "Task[Any, Any]", task_id: str, generation: int) -> None:
 
 def _outcome(trip: Trip) -> Outcome:
     """Make the trip's present visit and return what it tells Celery."""
-    with structlog.contextvars.bound_contextvars(
-        task_id=str(trip.visit.task_id), request_id=trip.headers.get(REQUEST_HEADER)
-    ):
+    with logs.bound(task_id=str(trip.visit.task_id), request_id=trip.headers.get(REQUEST_HEADER)):
         try:
             _visit(trip)
         except (Ignore, Retry, TaskFailed) as outcome:
@@ -150,9 +147,7 @@ Result = Completed | Failed | Busy | Items | None
 
 def _run(trip: Trip, claimed: Claimed) -> None:
     """Do the work of a claimed task and record what came of it."""
-    with structlog.contextvars.bound_contextvars(
-        run_id=str(claimed.run_id), attempt=claimed.attempt
-    ):
+    with logs.bound(run_id=str(claimed.run_id), attempt=claimed.attempt):
         try:
             _record(trip, claimed, _result(trip, claimed))
         except DBAPIError as error:

@@ -11,20 +11,21 @@ first task only; what Flower should hear of the others is told here.
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 from uuid import UUID, uuid4
 
-import structlog
 from celery import Celery, Task
 from celery.exceptions import Retry
 from sqlalchemy.exc import SQLAlchemyError
 
+from opscore import logs
 from opscore.canvas import HARD_LIMIT_GRACE_SECONDS, LANE_HEADER, RUN_TASK, WAKES_HEADER
 from opscore.dispatch import BrokerErrors, Dispatcher
 from opscore.engine import DEADLINE_GRACE_SECONDS, Claimed, Finished, Visit
+from workers.consumer import EVENTS_SECONDS
 
-log = structlog.get_logger()
+log = logs.get(__name__)
 
 LONGEST_TRIP = 20
 """Tasks of one trip; then the rest goes back to the queue, so that others have their turn."""
@@ -204,12 +205,10 @@ class Trip:
         return True
 
     def end(self, outcome: Outcome) -> None:
-        """Leave nothing of the message behind that Celery will not send on, and no event untold."""
+        """Leave nothing of the message behind that Celery will not send on."""
         if outcome is None or self._is_survived(outcome):
-            self.let_go()
-        else:
-            self.pay()
-            self._events.flush()
+            self.give_back()
+        self.pay()
 
     def message(self) -> dict[str, Any]:
         """Return the present visit as a message, with its place in the canvas."""
@@ -220,8 +219,8 @@ class Trip:
 
     @contextmanager
     def patience(self) -> Iterator[None]:
-        """Give the rest of a lane back, and tell Flower what it missed, if the block takes long."""
-        if not self.has_moved and not (self.is_lane and self.request.chain):
+        """Give the rest of a lane back, and wake what waits for it, if the block takes long."""
+        if not self.is_lane or not (self.has_moved or self.request.chain):
             yield
             return
         self._patience.watch(self)
@@ -231,10 +230,9 @@ class Trip:
             self._patience.forget(self)
 
     def let_go(self) -> None:
-        """Leave nothing to a slow task: a lane's rest, its wakes, or what Flower should hear."""
+        """Leave nothing of a lane to a slow task: neither its rest nor its wakes."""
         self.give_back()
         self.pay()
-        self._events.flush()
 
     def give_back(self) -> None:
         """Send the rest of a lane back to where it was in line, each task by itself."""
@@ -309,13 +307,18 @@ class Patience:
 
 
 class Events:
-    """What Flower hears of the tasks that Celery knows nothing of; lost without harm."""
+    """What Flower hears of the tasks that Celery knows nothing of; lost without harm.
+
+    A thread sends them some at a time: to send those of each trip took a fifth of a worker's time.
+    """
 
     def __init__(self, app: Celery, dispatcher: Dispatcher) -> None:
         self._app = app
         self._dispatcher = dispatcher
         self._lock = threading.Lock()
         self._sender: Any = None
+        self._told = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def began(self, request: Any) -> None:
         """Tell that a visit begins that Celery did not receive."""
@@ -345,29 +348,44 @@ class Events:
     def _tell(self, what: str, request: Any, **fields: Any) -> None:
         if not self._app.conf.worker_send_task_events:
             return
+        try:
+            self._buffer(request.hostname).send(f"task-{what}", uuid=request.id, **fields)
+        except BrokerErrors as error:  # the buffer is full, and cannot be sent
+            self._drop(error)
+
+    def _buffer(self, hostname: str) -> Any:
         with self._lock:
             if self._sender is None:
                 self._sender = self._app.events.Dispatcher(
                     self._app.connection_for_write(),
-                    hostname=request.hostname,
+                    hostname=hostname,
                     buffer_while_offline=False,
                     buffer_group=("task",),
                     buffer_limit=10_000,
+                    on_send_buffered=self._told.set,
                 )
-            try:
-                self._sender.send(f"task-{what}", uuid=request.id, **fields)
-            except BrokerErrors as error:
-                log.warning("events.not_sent", error=repr(error)[:300])
-                self._sender = None
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="events", daemon=True)
+                self._thread.start()
+            return self._sender
+
+    def _loop(self) -> None:
+        while True:
+            self._told.wait()
+            sleep(EVENTS_SECONDS)
+            self._told.clear()
+            self.flush()
 
     def flush(self) -> None:
         """Send what was told."""
-        with self._lock:
-            if self._sender is None:
-                return
+        sender = self._sender
+        if sender is not None and self._dispatcher.is_reachable():
             try:
-                if self._dispatcher.is_reachable():
-                    self._sender.flush()
+                sender.flush()
             except BrokerErrors as error:
-                log.warning("events.not_sent", error=repr(error)[:300])
-                self._sender = None
+                self._drop(error)
+
+    def _drop(self, error: Exception) -> None:
+        log.warning("events.not_sent", error=repr(error)[:300])
+        with self._lock:
+            self._sender = None

@@ -134,26 +134,6 @@ def upgrade() -> None:
         ),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
-        sa.CheckConstraint(
-            "(status IN ('cancelled', 'completed', 'failed')) = (finished_at IS NOT NULL)",
-            name=op.f("ck_runs_finished"),
-        ),
-        sa.CheckConstraint(
-            "status <> 'cancelled' OR cancel_requested_at IS NOT NULL",
-            name=op.f("ck_runs_cancelled"),
-        ),
-        sa.CheckConstraint("status <> 'failed' OR error IS NOT NULL", name=op.f("ck_runs_failed")),
-        sa.CheckConstraint("status <> 'queued' OR started_at IS NULL", name=op.f("ck_runs_queued")),
-        sa.CheckConstraint(
-            "status IN ('cancelled', 'completed', 'failed', 'paused', 'queued', 'running')",
-            name=op.f("ck_runs_status"),
-        ),
-        sa.CheckConstraint(
-            "status NOT IN ('running', 'completed') OR started_at IS NOT NULL",
-            name=op.f("ck_runs_started"),
-        ),
-        sa.CheckConstraint("generation >= 1", name=op.f("ck_runs_generation")),
-        sa.CheckConstraint("priority BETWEEN 0 AND 2", name=op.f("ck_runs_priority")),
         sa.ForeignKeyConstraint(
             ["workflow_id", "version"],
             ["workflows.workflow_id", "workflows.version"],
@@ -195,14 +175,6 @@ def upgrade() -> None:
         sa.Column("lease_expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("reserved_for", sa.Uuid(), nullable=True),
         sa.Column("reserved_until", sa.DateTime(timezone=True), nullable=True),
-        sa.CheckConstraint(
-            "(holder IS NULL) = (attempt IS NULL) AND (holder IS NULL) = (lease_expires_at IS NULL)",
-            name=op.f("ck_slots_holder"),
-        ),
-        sa.CheckConstraint(
-            "(reserved_for IS NULL) = (reserved_until IS NULL)", name=op.f("ck_slots_reserved")
-        ),
-        sa.CheckConstraint("number >= 1", name=op.f("ck_slots_number")),
         sa.ForeignKeyConstraint(
             ["agent_id"], ["agents.agent_id"], name=op.f("fk_slots_agent_id"), ondelete="CASCADE"
         ),
@@ -270,27 +242,6 @@ def upgrade() -> None:
         ),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
-        sa.CheckConstraint(
-            "(status = 'running') = (lease_expires_at IS NOT NULL)", name=op.f("ck_tasks_lease")
-        ),
-        sa.CheckConstraint(
-            "(status IN ('cancelled', 'completed', 'failed', 'skipped')) = (finished_at IS NOT NULL)",
-            name=op.f("ck_tasks_finished"),
-        ),
-        sa.CheckConstraint("kind IN ('agent', 'end', 'for_each')", name=op.f("ck_tasks_kind")),
-        sa.CheckConstraint("status <> 'failed' OR error IS NOT NULL", name=op.f("ck_tasks_failed")),
-        sa.CheckConstraint(
-            "status <> 'running' OR started_at IS NOT NULL", name=op.f("ck_tasks_started")
-        ),
-        sa.CheckConstraint(
-            "status <> 'waiting' OR (reason IN ('agent_busy', 'agent_unavailable', 'children', 'dependencies', 'max_parallel', 'retry')) IS TRUE",
-            name=op.f("ck_tasks_reason"),
-        ),
-        sa.CheckConstraint(
-            "status IN ('cancelled', 'completed', 'failed', 'pending', 'running', 'skipped', 'waiting')",
-            name=op.f("ck_tasks_status"),
-        ),
-        sa.CheckConstraint("(parent_id IS NULL) = (index IS NULL)", name=op.f("ck_tasks_item")),
         sa.ForeignKeyConstraint(
             ["parent_id"], ["tasks.id"], name=op.f("fk_tasks_parent_id"), ondelete="CASCADE"
         ),
@@ -384,15 +335,6 @@ def upgrade() -> None:
             nullable=False,
         ),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
-        sa.CheckConstraint(
-            "(status = 'running') = (finished_at IS NULL)", name=op.f("ck_attempts_finished")
-        ),
-        sa.CheckConstraint(
-            "status IN ('cancelled', 'completed', 'failed', 'lost', 'running')",
-            name=op.f("ck_attempts_status"),
-        ),
-        sa.CheckConstraint("number >= 1", name=op.f("ck_attempts_number")),
-        sa.CheckConstraint("progress BETWEEN 0 AND 1", name=op.f("ck_attempts_progress")),
         sa.ForeignKeyConstraint(
             ["task_id"], ["tasks.id"], name=op.f("fk_attempts_task_id"), ondelete="CASCADE"
         ),
