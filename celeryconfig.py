@@ -75,6 +75,8 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "broker_pool_limit": 4 * settings.database_pool,
         "broker_transport_options": {
             "visibility_timeout": VISIBILITY_TIMEOUT_SECONDS,
+            # Who is first is decided by rows; for each priority kombu looks at one more list.
+            "priority_steps": [0],
             "health_check_interval": 25,
             **sockets,
         },

@@ -10,7 +10,7 @@ import json
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -295,9 +295,14 @@ class Dispatcher:
             log.warning("dispatch.skipped", messages=len(messages), **context)
             return False
         try:
-            with self.app.producer_or_acquire() as producer, producer.batch(BATCH):
-                for message in messages:
-                    self.app.signature(message).apply_async(producer=producer)
+            with self.app.producer_or_acquire() as producer:
+                _keep_client(producer.channel)
+                with producer.batch(BATCH) if len(messages) > 1 else nullcontext():
+                    for message in messages:
+                        if not isinstance(message, Signature):
+                            message = self.app.signature(message)
+                        # In Redis a queue is there once somebody sends to it.
+                        message.apply_async(producer=producer, declare=[])
         except BrokerErrors as error:
             self._break(error, **context)
             return False
@@ -332,6 +337,13 @@ class Dispatcher:
         except RedisError as error:
             raise Unavailable("Redis does not answer.") from error
         self._broken = False
+
+
+def _keep_client(channel: Any) -> None:
+    """Have a channel of kombu's keep its client: it makes a new one for every message."""
+    if "_create_client" not in vars(channel):
+        client = channel._create_client()
+        channel._create_client = lambda asynchronous=False: client
 
 
 def _earlier(one: datetime | str, other: datetime | str) -> datetime | str:

@@ -11,7 +11,8 @@ Here an entry that is no visit is set aside (see `config.SET_ASIDE`), and the wo
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from queue import Empty
 from time import monotonic
@@ -92,10 +93,29 @@ class Message(virtual.Message):
             raise error  # the connection is to be made anew
 
 
+class QoS(redis.QoS):
+    """Remembers in Redis what was taken and not acknowledged."""
+
+    @contextmanager
+    def pipe_or_acquire(self, pipe: Any = None, client: Any = None) -> Iterator[Any]:
+        """Have both commands sent at once, but as no transaction, which makes four of two.
+
+        Half done they leave a mark without a message, which kombu drops, or a message without a
+        mark, which nobody looks for.
+        """
+        if pipe is not None:
+            yield pipe
+        else:
+            channel: Any = self.channel
+            with channel.conn_or_acquire(client) as acquired:
+                yield acquired.pipeline(transaction=False)
+
+
 class Channel(redis.Channel):
     """Takes entries from the queues, and sets aside those that are no message."""
 
     Message = Message
+    QoS = QoS
     _taken: tuple[str, bytes] = ("", b"")
     """The queue and the entry that is being looked at."""
     _pooled_client: Any = None
