@@ -368,7 +368,7 @@ _START = """status = 'running', reason = NULL, attempt = t.attempt + 1, claim_to
         wake_at = NULL, woken_at = NULL, not_before = NULL"""
 
 
-def _simple_claim(task: str, source: str, guard: str, told: str) -> str:
+def _simple_claim(task: str, source: str, guard: str) -> str:
     """Return the part of a statement that claims `task` if that is simple, as `next`.
 
     Simple is a task that waits for nothing (but `guard`) and whose agent has no capacity to count:
@@ -388,12 +388,12 @@ def _simple_claim(task: str, source: str, guard: str, told: str) -> str:
 ), begun AS (
     INSERT INTO attempts (task_id, number, agent_id, worker, status)
     SELECT task_id, attempt, agent_id, :worker, 'running' FROM next
-), next_told AS (
-    INSERT INTO events (run_id, task_id, type, data)
-    SELECT run_id, task_id, 'task.started', jsonb_build_object(
-        'attempt', attempt, 'agentId', agent_id, 'worker', cast(:worker AS text))
-    FROM next, (SELECT max(seq) FROM {told}) AS after_that
 )"""
+
+
+_NEXT_STARTED = """UNION ALL SELECT run_id, task_id, 'task.started', jsonb_build_object(
+        'attempt', attempt, 'agentId', agent_id, 'worker', cast(:worker AS text)) FROM next"""
+"""The event of a claimed `next`: it comes after those of the SELECT it is added to."""
 
 
 def _read_by(claimed: str, but: str = "NULL") -> str:
@@ -415,9 +415,11 @@ WITH starting AS (
       AND {_still("queued", "r")} AND {_RUN_OPEN}
       AND a.agent_id = t.wanted_agent_id AND a.capacity IS NULL AND {_dependencies_over()}
     RETURNING r.id
-), told AS (
-    INSERT INTO events (run_id, type) SELECT id, 'run.started' FROM starting RETURNING seq
-), {_simple_claim(":task_id", "(SELECT count(*) FROM starting) AS f", _dependencies_over(), "told")}
+), {_simple_claim(":task_id", "(SELECT count(*) FROM starting) AS f", _dependencies_over())}
+, told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT id, NULL, 'run.started', '{{}}'::jsonb FROM starting {_NEXT_STARTED}
+)
 SELECT next.*, r.input, {_read_by("next")} FROM next JOIN runs r ON r.id = next.run_id
 """
 )
@@ -613,6 +615,11 @@ class Fenced:
     """The attempt is no longer this worker's: drop its outcome."""
 
 
+_FREED = """
+    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM gone
+    WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt"""
+
+
 def _leave(
     change: str,
     guard: str,
@@ -622,9 +629,15 @@ def _leave(
     source: str = "",
     before: str = "",
     after: str = "",
+    then_told: str = "",
     answer: str = "gone.id FROM gone",
+    has_slot: bool = True,
 ) -> str:
-    """Return the statement by which a task leaves its attempt: row, attempt, slot, event."""
+    """Return the statement by which a task leaves its attempt: row, attempt, slot, event.
+
+    `then_told` adds the events of what comes `after`, to be told after the task's own.
+    """
+    freed = f", freed AS ({_FREED})" if has_slot else ""
     return f"""
 WITH {before} gone AS (
     UPDATE tasks t SET {change}, lease_expires_at = NULL, deadline_at = NULL
@@ -636,13 +649,10 @@ WITH {before} gone AS (
 ), closed AS (
     UPDATE attempts a SET {attempt}, finished_at = now() FROM gone
     WHERE a.task_id = gone.id AND a.number = gone.attempt AND a.status = 'running'
-), freed AS (
-    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM gone
-    WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt
-), told AS (
+) {freed} {after}, told AS (
     INSERT INTO events (run_id, task_id, type, data)
-    SELECT run_id, id, {event} FROM gone WHERE kind <> 'end' RETURNING seq
-) {after}
+    SELECT run_id, id, {event} FROM gone WHERE kind <> 'end' {then_told}
+)
 SELECT {answer}
 """
 
@@ -664,45 +674,52 @@ _SETTLED = f""", settled AS (
     FROM gone
     WHERE r.id = gone.run_id AND {{ends}} AND {_still("running", "r")} AND {_RUN_OPEN}
     RETURNING r.id, r.status
-), told_run AS (
-    INSERT INTO events (run_id, type)
-    SELECT id, 'run.' || status FROM settled, (SELECT max(seq) FROM told) AS after_that
 )"""
-_FINISH = Prepared(_leave(**_COMPLETE), json=("output",))
-_FINISH_LAST = Prepared(
-    _leave(
-        before="run AS (SELECT id FROM runs WHERE id = :run_id FOR NO KEY UPDATE),",
-        source="FROM run",
-        after=_SETTLED.format(ends="true"),
-        **_COMPLETE,
-    ),
-    json=("output",),
-    json_or_null=(
-        "run_output",
-        "run_error",
-    ),
-)
-_FINISH_AND_CLAIM = Prepared(
-    _leave(
-        **_COMPLETE
-        | {
-            "after": ", "
-            + _simple_claim(
-                ":next_id",
-                "gone",
-                f"""NOT gone.ends_run AND t.run_id = gone.run_id AND {_still("running", "r")}
+_RUN_ENDED = "UNION ALL SELECT id, NULL, 'run.' || status, '{}' FROM settled"
+_FINISH = {
+    has_slot: Prepared(_leave(**_COMPLETE, has_slot=has_slot), json=("output",))
+    for has_slot in (True, False)
+}
+_FINISH_LAST = {
+    has_slot: Prepared(
+        _leave(
+            before="run AS (SELECT id FROM runs WHERE id = :run_id FOR NO KEY UPDATE),",
+            source="FROM run",
+            after=_SETTLED.format(ends="true"),
+            then_told=_RUN_ENDED,
+            **_COMPLETE,
+            has_slot=has_slot,
+        ),
+        json=("output",),
+        json_or_null=("run_output", "run_error"),
+    )
+    for has_slot in (True, False)
+}
+_FINISH_AND_CLAIM = {
+    has_slot: Prepared(
+        _leave(
+            has_slot=has_slot,
+            **_COMPLETE
+            | {
+                "after": ", "
+                + _simple_claim(
+                    ":next_id",
+                    "gone",
+                    f"""NOT gone.ends_run AND t.run_id = gone.run_id AND {_still("running", "r")}
       AND r.generation = :generation
       AND NOT EXISTS (SELECT FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.id <> :task_id
                       AND d.status NOT IN {_ENDED})""",
-                "told",
-            ),
-            "answer": f"""gone.message, gone.ends_run, gone.output, r.generation AS run_generation,
+                ),
+                "then_told": _NEXT_STARTED,
+                "answer": f"""gone.message, gone.ends_run, gone.output, r.generation AS run_generation,
        next.*, {_read_by("next", ":task_id")}
     FROM gone JOIN runs r ON r.id = gone.run_id LEFT JOIN next ON true""",
-        }
-    ),
-    json=("output",),
-)
+            },
+        ),
+        json=("output",),
+    )
+    for has_slot in (True, False)
+}
 
 
 def complete_attempt(
@@ -721,9 +738,9 @@ def complete_attempt(
     if claimed.is_sink:
         error = None if run_error is None else _error(run_error)
         ending = {"run_id": claimed.run_id, "run_output": run_output, "run_error": error}
-        row = _FINISH_LAST(tx, parameters | ending).first()
+        row = _FINISH_LAST[claimed.has_slot](tx, parameters | ending).first()
     else:
-        row = _FINISH(tx, parameters).first()
+        row = _FINISH[claimed.has_slot](tx, parameters).first()
     if row is None:
         return _repeated(tx, claimed)
     return Finished(row.generation, ends_run=row.ends_run, message=row.message)
@@ -743,7 +760,7 @@ def complete_and_claim(
     Easy is a task that waits for nothing but this one and whose agent has no capacity to count. The
     others come with `claim_task`; so does one whose answer was lost here, by its token.
     """
-    row = _FINISH_AND_CLAIM(
+    row = _FINISH_AND_CLAIM[claimed.has_slot](
         tx,
         {
             "task_id": claimed.task_id,
@@ -893,6 +910,7 @@ _END_TASK = Prepared(
         f"'task.' || status, jsonb_build_object('attempt', attempt, 'error', {_BRIEF})",
         source="FROM runs r",
         after=_SETTLED.format(ends="gone.status = 'failed' AND gone.goes_on AND gone.is_sink"),
+        then_told=_RUN_ENDED,
         answer=f"""gone.*, r.generation, {_RUN_OPEN} AS run_open
         FROM gone JOIN runs r ON r.id = gone.run_id""",
     ),
