@@ -43,10 +43,10 @@ HEAD = 200
 BrokerErrors = (OperationalError, KombuError, RedisError, OSError)
 
 
-Take = Callable[[dict[str, Any]], bool]
+Take = Callable[[Woken], bool]
 
 
-def _take_nothing(message: dict[str, Any]) -> bool:
+def _take_nothing(woken: Woken) -> bool:
     return False
 
 
@@ -92,7 +92,7 @@ class Dispatcher:
     def wake(self, woken: Iterable[Woken], take: Take = _take_nothing) -> bool:
         """Send the visits of woken tasks: the saved message, a plain one, or a whole segment.
 
-        `take` is offered each saved message first: whoever takes it makes the visit himself.
+        `take` is offered each with a saved message: whoever takes it makes the visit himself.
         """
         messages: list[Signature | dict[str, Any]] = []
         first: list[dict[str, Any]] = []
@@ -100,7 +100,7 @@ class Dispatcher:
         dead: dict[UUID, int] = {}
         for task in woken:
             if task.message is not None:
-                if take(task.message):
+                if take(task):
                     continue
                 # Who waited for a slot, and has one now, does not stand in line once more.
                 (first if task.reason == Reason.AGENT_BUSY else messages).append(task.message)
@@ -114,7 +114,7 @@ class Dispatcher:
                 segments[task.run_id].add(task.task_id)
             else:
                 dead[task.run_id] = task.generation
-        sent = self.send(messages) and self.send_first(first)
+        sent = self.send(messages) and self.send(first, first=True)
         for run_id, start in segments.items():
             sent &= self._publish_segment(run_id, start)
         for run_id, generation in dead.items():
@@ -270,25 +270,17 @@ class Dispatcher:
                 self._break(error)
         return not self._broken
 
-    def send_first(self, messages: Sequence[dict[str, Any]]) -> bool:
-        """Send visits to about the front of their queue: all others there came after them."""
-        if not messages:
-            return True
-        if not self.send(messages):
-            return False
-        try:
-            with self._redis() as redis, redis.pipeline(transaction=False) as pipe:
-                for message in messages:
-                    options = message["options"]
-                    queue = options.get("queue") or options["routing_key"]
-                    pipe.lmove(queue, queue, "LEFT", "RIGHT")
-                pipe.execute()
-        except RedisError as error:
-            self._break(error)
-        return True
+    def send(
+        self,
+        messages: Sequence[Signature | dict[str, Any]],
+        *,
+        first: bool = False,
+        **context: Any,
+    ) -> bool:
+        """Send messages in one go; False if the broker did not take them.
 
-    def send(self, messages: Sequence[Signature | dict[str, Any]], **context: Any) -> bool:
-        """Send messages in one go; False if the broker did not take them."""
+        With `first` they stand in front of all others of their queue, in their order.
+        """
         if not messages:
             return True
         if not self.is_reachable():
@@ -297,8 +289,9 @@ class Dispatcher:
         try:
             with self.app.producer_or_acquire() as producer:
                 _keep_client(producer.channel)
-                with producer.batch(BATCH) if len(messages) > 1 else nullcontext():
-                    for message in messages:
+                front = _at_the_front(producer.channel) if first else nullcontext()
+                with front, producer.batch(BATCH) if len(messages) > 1 else nullcontext():
+                    for message in reversed(messages) if first else messages:
                         if not isinstance(message, Signature):
                             message = self.app.signature(message)
                         # In Redis a queue is there once somebody sends to it.
@@ -344,6 +337,25 @@ def _keep_client(channel: Any) -> None:
     if "_create_client" not in vars(channel):
         client = channel._create_client()
         channel._create_client = lambda asynchronous=False: client
+
+
+@contextmanager
+def _at_the_front(channel: Any) -> Iterator[None]:
+    """Have a channel of kombu's put messages where the queue is read."""
+
+    def put(queue: str, message: Any, _publish_batch: Any = None, **_: Any) -> None:
+        entry = json.dumps(message)
+        if _publish_batch is not None:
+            _publish_batch.add("rpush", queue, entry)
+        else:
+            with channel.conn_or_acquire() as client:
+                client.rpush(queue, entry)
+
+    channel._put = put
+    try:
+        yield
+    finally:
+        del channel._put
 
 
 def _earlier(one: datetime | str, other: datetime | str) -> datetime | str:

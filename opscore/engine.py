@@ -271,6 +271,8 @@ class Visit:
     """The message's: an older one may still do the work, but does not carry its canvas on."""
     token: UUID
     """Its own: who asks again after a lost answer is told by it that the claim is his."""
+    has_slot: bool = False
+    """A slot is kept for its task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,22 +370,32 @@ _START = """status = 'running', reason = NULL, attempt = t.attempt + 1, claim_to
         wake_at = NULL, woken_at = NULL, not_before = NULL"""
 
 
-def _simple_claim(task: str, source: str, guard: str) -> str:
+_UNCOUNTED = "a.agent_id = t.wanted_agent_id AND a.capacity IS NULL"
+_WAITED_FOR_NOTHING = "(t.status = 'pending' OR t.status = 'waiting' AND t.reason = 'dependencies')"
+
+
+def _simple_claim(
+    task: str,
+    source: str,
+    guard: str,
+    *,
+    agent: str = "agents",
+    fits: str = _UNCOUNTED,
+    state: str = _WAITED_FOR_NOTHING,
+) -> str:
     """Return the part of a statement that claims `task` if that is simple, as `next`.
 
     Simple is a task that waits for nothing (but `guard`) and whose agent has no capacity to count:
-    most are, and it takes a third of the time.
+    most are, and it takes a third of the time. So is one that a slot is kept for.
     """
     return f"""next AS (
     UPDATE tasks t SET {_START}, agent_id = a.agent_id
-    FROM {source}, runs r, agents a
-    WHERE t.id = {task} AND t.kind = 'agent'
-      AND (t.status = 'pending' OR t.status = 'waiting' AND t.reason = 'dependencies')
-      AND r.id = t.run_id AND {_RUN_OPEN}
-      AND a.agent_id = t.wanted_agent_id AND a.capacity IS NULL AND {guard}
+    FROM {source}, runs r, {agent} a
+    WHERE t.id = {task} AND t.kind = 'agent' AND {state}
+      AND r.id = t.run_id AND {_RUN_OPEN} AND {fits} AND {guard}
     RETURNING t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id,
               t.index AS item_index, t.item, t.is_sink, t.agent_id, t.attempt, t.timeout_seconds,
-              t.deadline_at, t.reads, r.workflow_id, r.version, r.generation,
+              t.deadline_at, t.lease_expires_at, t.reads, r.workflow_id, r.version, r.generation,
               r.agent_id IS NOT NULL AND t.position = 0 AS merges_input
 ), begun AS (
     INSERT INTO attempts (task_id, number, agent_id, worker, status)
@@ -406,22 +418,54 @@ def _read_by(claimed: str, but: str = "NULL") -> str:
                   AND d.id IS DISTINCT FROM {but}) END AS tasks"""
 
 
-_CLAIM_SIMPLY = Prepared(
-    f"""
-WITH starting AS (
+def _first_claim(
+    *, before: str = "", agent: str, fits: str, state: str, has_slot: bool = False
+) -> str:
+    """Return the statement that claims a task if that is simple, and starts its run if it waits."""
+    held = f", held AS ({_HELD})" if has_slot else ""
+    return f"""
+WITH {before} starting AS (
     UPDATE runs r SET status = 'running', started_at = now()
-    FROM tasks t, agents a
-    WHERE t.id = :task_id AND t.kind = 'agent' AND {_still("pending")} AND r.id = t.run_id
-      AND {_still("queued", "r")} AND {_RUN_OPEN}
-      AND a.agent_id = t.wanted_agent_id AND a.capacity IS NULL AND {_dependencies_over()}
+    FROM tasks t, {agent} a
+    WHERE t.id = :task_id AND t.kind = 'agent' AND {state} AND r.id = t.run_id
+      AND {_still("queued", "r")} AND {_RUN_OPEN} AND {fits} AND {_dependencies_over()}
     RETURNING r.id
-), {_simple_claim(":task_id", "(SELECT count(*) FROM starting) AS f", _dependencies_over())}
-, told AS (
+), {
+        _simple_claim(
+            ":task_id",
+            "(SELECT count(*) FROM starting) AS first",
+            _dependencies_over(),
+            agent=agent,
+            fits=fits,
+            state=state,
+        )
+    } {held}, told AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT id, NULL, 'run.started', '{{}}'::jsonb FROM starting {_NEXT_STARTED}
 )
 SELECT next.*, r.input, {_read_by("next")} FROM next JOIN runs r ON r.id = next.run_id
 """
+
+
+_HELD = """
+    UPDATE slots s
+    SET holder = next.task_id, attempt = next.attempt, lease_expires_at = next.lease_expires_at,
+        reserved_for = NULL, reserved_until = NULL
+    FROM next, kept WHERE s.agent_id = kept.agent_id AND s.number = kept.number"""
+_CLAIM_SIMPLY = Prepared(_first_claim(agent="agents", fits=_UNCOUNTED, state=_WAITED_FOR_NOTHING))
+_CLAIM_KEPT = Prepared(
+    _first_claim(
+        before="""kept AS (
+    SELECT s.agent_id, s.number FROM slots s JOIN agents a USING (agent_id)
+    WHERE s.reserved_for = :task_id AND s.reserved_until > now() AND s.holder IS NULL
+      AND s.number <= a.capacity
+    LIMIT 1 FOR UPDATE OF s SKIP LOCKED
+),""",
+        agent="kept",
+        fits="true",
+        state=f"{_still('waiting')} AND t.reason = 'agent_busy'",
+        has_slot=True,
+    )
 )
 _CLAIM = Prepared(
     f"""
@@ -540,8 +584,9 @@ def claim_task(tx: Tx, visit: Visit, *, worker: str, lease_seconds: float) -> An
         "lease": lease_seconds,
         "grace": DEADLINE_GRACE_SECONDS,
     }
-    if simple := _CLAIM_SIMPLY(tx, parameters).first():
-        return _simply_claimed(simple, simple.input, simple.tasks)
+    statement = _CLAIM_KEPT if visit.has_slot else _CLAIM_SIMPLY
+    if simple := statement(tx, parameters).first():
+        return _simply_claimed(simple, simple.input, simple.tasks, has_slot=visit.has_slot)
     row = _CLAIM(tx, parameters).first()
     if row is None:
         return Void()
@@ -556,9 +601,11 @@ def claim_task(tx: Tx, visit: Visit, *, worker: str, lease_seconds: float) -> An
     return Elsewhere() if row.visit_generation > visit.generation else _refused(row)
 
 
-def _simply_claimed(row: Any, input: Any, tasks: Mapping[str, Any] | None) -> Claimed:
+def _simply_claimed(
+    row: Any, input: Any, tasks: Mapping[str, Any] | None, *, has_slot: bool = False
+) -> Claimed:
     """Return what `_simple_claim` claimed."""
-    given: dict[str, Any] = {"expanded": False, "has_slot": False, "input": input, "tasks": tasks}
+    given = {"expanded": False, "has_slot": has_slot, "input": input, "tasks": tasks}
     named = {name: getattr(row, name) for name in Claimed.__slots__ if name not in given}
     return Claimed(**named, **given)
 
@@ -711,8 +758,8 @@ _FINISH_AND_CLAIM = {
                       AND d.status NOT IN {_ENDED})""",
                 ),
                 "then_told": _NEXT_STARTED,
-                "answer": f"""gone.message, gone.ends_run, gone.output, r.generation AS run_generation,
-       next.*, {_read_by("next", ":task_id")}
+                "answer": f"""gone.message, gone.ends_run, gone.output,
+       r.generation AS run_generation, next.*, {_read_by("next", ":task_id")}
     FROM gone JOIN runs r ON r.id = gone.run_id LEFT JOIN next ON true""",
             },
         ),

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -198,9 +199,33 @@ def test_visits_sent_first_stand_in_front_in_their_order(
     desk.submit(*(task(name, dependsOn=[]) for name in "abcd"))
     messages = [dict(dispatcher._visit(desk.id(name), 1, 60, None)) for name in "abcd"]
     dispatcher.send(messages[3:])
-    assert dispatcher.send_first(messages[:3])
+    assert dispatcher.send(messages[:3], first=True)
     in_line = [message["headers"]["id"] for message in reversed(visits(broker))]
     assert in_line == [str(desk.id(name)) for name in "abcd"]
+
+
+def test_a_visit_sent_first_is_first_whoever_else_sends_at_that_moment(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer
+) -> None:
+    desk.submit(task("a"))
+    message = dispatcher._visit(desk.id("a"), 1, 60, None)
+    is_over = threading.Event()
+
+    def send_others() -> None:
+        with Redis.from_url(broker.url) as redis:
+            while not is_over.is_set():
+                redis.lpush(AGENTS_QUEUE, "other")
+
+    others = threading.Thread(target=send_others)
+    others.start()
+    try:
+        with Redis.from_url(broker.url) as redis:
+            for _ in range(100):
+                assert dispatcher.send([message], first=True)
+                assert redis.rpop(AGENTS_QUEUE) != b"other"
+    finally:
+        is_over.set()
+        others.join()
 
 
 def test_a_lost_attempt_brings_its_run_under_a_new_generation(

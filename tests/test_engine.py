@@ -75,8 +75,9 @@ class Desk:
         token: UUID | None = None,
         worker: str = "w",
         lease_seconds: float = 30,
+        has_slot: bool = False,
     ) -> Any:
-        visit = Visit(self.id(name, index), generation, token or uuid4())
+        visit = Visit(self.id(name, index), generation, token or uuid4(), has_slot)
         with self.database.autocommit() as tx:
             return engine.claim_task(tx, visit, worker=worker, lease_seconds=lease_seconds)
 
@@ -271,6 +272,53 @@ def test_a_freed_slot_is_kept_for_who_waits_longest_and_no_newcomer_takes_it(des
     assert isinstance(desk.claim("d"), MustWait), "a newcomer"
     assert isinstance(desk.claim("c"), MustWait), "the second in line"
     assert isinstance(desk.claim("b"), Claimed)
+
+
+def test_who_comes_for_a_slot_that_is_kept_gets_that_slot_and_gives_it_back(desk: Desk) -> None:
+    desk.submit(*(task(n, "single", dependsOn=[]) for n in "abc"))
+    first = desk.claim("a")
+    for name in "bc":
+        desk.park(name, desk.claim(name))
+    desk.complete(first)
+    with desk.database.autocommit() as tx:
+        engine.wake_line(tx, "single")
+    second = desk.claim("b", has_slot=True)
+    assert isinstance(second, Claimed) and second.has_slot and second.agent_id == "single"
+    (slot,) = desk.rows("SELECT * FROM slots WHERE agent_id = 'single'")
+    assert (slot.holder, slot.attempt, slot.reserved_for) == (second.task_id, 1, None)
+    assert slot.lease_expires_at == desk.task("b").lease_expires_at
+    assert isinstance(desk.claim("c", has_slot=True), MustWait), "none is kept for it"
+    desk.complete(second)
+    assert isinstance(desk.claim("c"), Claimed)
+
+
+def test_a_slot_that_was_kept_too_long_is_for_whoever_is_first_in_line(desk: Desk) -> None:
+    desk.submit(*(task(n, "single", dependsOn=[]) for n in "abc"))
+    first = desk.claim("a")
+    for name in "bc":
+        desk.park(name, desk.claim(name))
+    desk.complete(first)
+    with desk.database.autocommit() as tx:
+        engine.wake_line(tx, "single")
+    desk.alter("UPDATE slots SET reserved_until = now() - interval '1 s' WHERE agent_id = 'single'")
+    assert isinstance(desk.claim("c", has_slot=True), MustWait)
+    assert isinstance(desk.claim("b", has_slot=True), Claimed), "its turn all the same"
+
+
+def test_a_kept_slot_starts_the_run_of_who_waited_before_its_first_task(desk: Desk) -> None:
+    desk.submit(task("a", "single"))
+    first = desk.claim("a")
+    plan = desk.plan
+    desk.submit(task("a", "single"))
+    desk.park("a", desk.claim("a"))
+    assert desk.run().status == "queued"
+    desk.complete(first)
+    with desk.database.autocommit() as tx:
+        (woken,) = engine.wake_line(tx, "single")
+    assert woken.run_id != plan.run_id
+    claimed = desk.claim("a", has_slot=True)
+    assert isinstance(claimed, Claimed) and claimed.is_sink and desk.run().status == "running"
+    assert desk.events()[-2:] == ["run.started", "task.started"]
 
 
 def test_a_newcomer_does_not_overtake_who_waits_without_a_reservation(desk: Desk) -> None:

@@ -25,9 +25,10 @@ from opscore.config import Settings
 from opscore.db import Database
 from opscore.definition import parse
 from opscore.dispatch import IN_HAND_SECONDS, Dispatcher
-from opscore.engine import Visit
+from opscore.engine import Visit, Woken
 from opscore.graph import WIDE, Node, build
 from opscore.servers import RedisServer
+from opscore.states import Reason
 from workers.trips import (
     LONGEST_TRIP,
     PATIENCE_SECONDS,
@@ -711,6 +712,11 @@ class Desk:
         task: Any = Message(first)
         return Trip(task, visit, self.dispatcher, events, Patience())
 
+    def woken(self, timeout: float) -> Woken:
+        (message,) = self.visits([timeout])
+        task_id = UUID(message["args"][0])
+        return Woken(task_id, uuid4(), 1, None, message, Reason.AGENT_BUSY, False, timeout)
+
     def queued(self) -> list[str]:
         with self.dispatcher._redis() as redis:
             entries = redis.lrange("opscore.agents", 0, -1)
@@ -790,8 +796,7 @@ def test_what_was_claimed_is_visited_though_its_lane_was_given_back_and_a_slot_f
     claimed: Any = object()
     trip.claimed_next = claimed
     trip.give_back()
-    (woken,) = desk.visits([60])
-    assert not trip.take(woken)
+    assert not trip.take(desk.woken(60))
     assert trip.goes_on_after(None) and (trip.visit, trip.claimed) == (then, claimed)
 
 
@@ -816,7 +821,7 @@ def test_a_chain_is_never_given_back_out_of_its_order(desk: Desk) -> None:
 
 
 def test_nothing_is_taken_over_by_who_has_something_to_follow(desk: Desk) -> None:
-    (woken,) = desk.visits([60])
+    woken = desk.woken(60)
     assert not desk.trip(60, 60).take(woken)
     for name in ("chord", "callbacks"):
         trip = desk.trip(60)
@@ -824,4 +829,5 @@ def test_nothing_is_taken_over_by_who_has_something_to_follow(desk: Desk) -> Non
         assert not trip.take(woken)
     trip = desk.trip(60)
     assert trip.take(woken) and not trip.take(woken), "one at a time"
-    assert trip.goes_on_after(None) and str(trip.visit.task_id) == woken["args"][0]
+    assert trip.goes_on_after(None)
+    assert trip.visit.task_id == woken.task_id and trip.visit.has_slot

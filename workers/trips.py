@@ -22,7 +22,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from opscore import logs
 from opscore.canvas import HARD_LIMIT_GRACE_SECONDS, LANE_HEADER, RUN_TASK, WAKES_HEADER
 from opscore.dispatch import BrokerErrors, Dispatcher
-from opscore.engine import DEADLINE_GRACE_SECONDS, Claimed, Finished, Visit
+from opscore.engine import DEADLINE_GRACE_SECONDS, Claimed, Finished, Visit, Woken
+from opscore.states import Reason
 from workers.consumer import EVENTS_SECONDS
 
 log = logs.get(__name__)
@@ -149,15 +150,16 @@ class Trip:
         needed = gone + limit - HARD_LIMIT_GRACE_SECONDS + DEADLINE_GRACE_SECONDS
         return self._length < LONGEST_TRIP and gone < TRIP_SECONDS and needed <= self._seconds
 
-    def take(self, message: dict[str, Any]) -> bool:
+    def take(self, woken: Woken) -> bool:
         """Go on with a task that was just woken, if nothing else is to follow the present one."""
-        request = self.request
+        request, message = self.request, woken.message
         has_next = self._taken or self.claimed_next is not None
         is_bound = request.chain or request.callbacks or request.chord or has_next
-        if is_bound or not self._may_go_on(message):
+        if message is None or is_bound or not self._may_go_on(message):
             return False
         task_id, generation = message["args"]
-        self._next = (Visit(UUID(task_id), generation, uuid4()), message)
+        has_slot = woken.reason == Reason.AGENT_BUSY
+        self._next = (Visit(UUID(task_id), generation, uuid4(), has_slot), message)
         self._taken = True
         return True
 
@@ -239,7 +241,7 @@ class Trip:
         with self._lock:
             chain = self.request.chain if self.is_lane else None
             rest = list(chain or ())
-        if rest and self._dispatcher.send_first([_alone(visit) for visit in reversed(rest)]):
+        if rest and self._dispatcher.send([_alone(one) for one in reversed(rest)], first=True):
             with self._lock:
                 if self.request.chain is chain:
                     self.request.chain = None
