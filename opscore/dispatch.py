@@ -138,7 +138,7 @@ class Dispatcher:
         successors come by the canvas that visited it; for an item its `parent_id` is woken
         instead. `take` is as in `wake`.
         """
-        woken: list[Woken] = []
+        woken = list(finished.woken)
         with self.database.autocommit() as tx:
             if finished.ends_run:
                 engine.settle_run(tx, run_id)
@@ -146,7 +146,7 @@ class Dispatcher:
                 woken += engine.wake_parent(tx, parent_id)
             elif wakes and not finished.failed_run:
                 woken += engine.wake_successors(tx, task_id)
-            if agent_id is not None:
+            if agent_id is not None and not finished.woken:
                 woken += engine.wake_line(tx, agent_id)
         if finished.message is not None and not finished.failed_run:
             self.send([finished.message], task_id=str(task_id))

@@ -33,6 +33,8 @@ DEADLINE_GRACE_SECONDS = 5
 """The worker ends an attempt at its timeout; only when it could not does the deadline come."""
 RESERVE_SECONDS = 5
 """A freed slot is kept this long for the task it woke."""
+FIRST_IN_LINE = 32
+"""Looked at for an agent's free slots: others may be waking the first of them at this moment."""
 LOOK_AGAIN_SECONDS = 30
 """What a task waits for is looked at again after this, should nobody say that it came."""
 
@@ -624,6 +626,39 @@ def _refused(row: Row[Any]) -> Answer:
     return MustWait(Reason.AGENT_UNAVAILABLE, None)
 
 
+FIRST_IN_LINE = 32
+"""Looked at for an agent's free slots: others may be waking the first of them at this moment."""
+
+
+def _line(many: str) -> str:
+    """Return the part of a statement that finds, as `line`, the first `many` who wait for an agent.
+
+    They wait for `:agent_id` itself or for a capability of it; nobody has woken them yet.
+    """
+    return f"""first AS (
+    (SELECT w.id, w.priority, w.waiting_since FROM tasks w
+     WHERE {_FOR_AGENT.format(agent=":agent_id")} AND {_IN_LINE} AND w.woken_at IS NULL
+     {_ORDER} LIMIT {FIRST_IN_LINE})
+    UNION ALL
+    SELECT f.* FROM agents a, unnest(a.capabilities) AS offered (capability), LATERAL (
+        SELECT w.id, w.priority, w.waiting_since FROM tasks w
+        WHERE {_FOR_CAPABILITY} AND {_IN_LINE} AND w.woken_at IS NULL
+        {_ORDER} LIMIT {FIRST_IN_LINE}) AS f
+    WHERE a.agent_id = :agent_id
+), line AS MATERIALIZED (
+    SELECT w.id FROM tasks w
+    WHERE w.id = ANY (ARRAY(SELECT id FROM first)) AND {_still("waiting", "w")}
+      AND w.woken_at IS NULL
+    {_ORDER}, w.id
+    LIMIT {many} FOR UPDATE OF w SKIP LOCKED
+)"""
+
+
+_KEPT_UNTIL = f"now() + make_interval(secs => {RESERVE_SECONDS})"
+_WOKEN = """t.id AS task_id, t.run_id, t.message, t.reason, t.timeout_seconds,
+          t.parent_id IS NOT NULL AS is_item, r.generation, r.request_id"""
+
+
 # --- Finishing ----------------------------------------------------------------------------------
 
 
@@ -650,6 +685,9 @@ class Finished:
     """A newer canvas's visit that came meanwhile: publish it, so that its canvas goes on."""
     next: Claimed | None = None
     """The visit that was to follow, claimed in the same breath."""
+    woken: "tuple[Woken, ...]" = ()
+    """Who is kept the slot that was freed; if nobody, look at its line once more: somebody may have
+    come to it meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -678,13 +716,13 @@ def _leave(
     after: str = "",
     then_told: str = "",
     answer: str = "gone.id FROM gone",
-    has_slot: bool = True,
+    freed: str = _FREED,
 ) -> str:
     """Return the statement by which a task leaves its attempt: row, attempt, slot, event.
 
     `then_told` adds the events of what comes `after`, to be told after the task's own.
     """
-    freed = f", freed AS ({_FREED})" if has_slot else ""
+    freed = freed and f", freed AS ({freed})"
     return f"""
 WITH {before} gone AS (
     UPDATE tasks t SET {change}, lease_expires_at = NULL, deadline_at = NULL
@@ -706,13 +744,33 @@ SELECT {answer}
 
 _BRIEF = "cast(:error AS jsonb) - 'traceback'"
 _MINE = f"t.attempt = :attempt AND {_still('running')}"
+_HANDED_OVER = f"""
+    UPDATE slots s
+    SET holder = NULL, attempt = NULL, lease_expires_at = NULL,
+        reserved_for = CASE WHEN s.number <= a.capacity THEN next.id END,
+        reserved_until = CASE WHEN s.number <= a.capacity AND next.id IS NOT NULL
+                              THEN {_KEPT_UNTIL} END
+    FROM gone JOIN agents a USING (agent_id) LEFT JOIN line AS next ON true
+    WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt
+    RETURNING s.reserved_for
+), woken AS (
+    UPDATE tasks t SET woken_at = now(), wake_at = NULL
+    FROM freed, runs r WHERE t.id = freed.reserved_for AND r.id = t.run_id
+    RETURNING {_WOKEN}"""
 _COMPLETE = {
     "change": "status = 'completed', output = :output, finished_at = now(), waiting_since = NULL",
     "guard": _MINE,
     "attempt": "status = 'completed'",
     "event": "'task.completed', jsonb_build_object('attempt', attempt)",
-    "answer": """gone.message, gone.ends_run, r.generation
+    "answer": """gone.message AS saved, gone.ends_run, r.generation AS run_generation
     FROM gone JOIN runs r ON r.id = gone.run_id""",
+    "freed": "",
+}
+_HAND_OVER = _COMPLETE | {
+    "before": f"{_line('1')},",
+    "answer": """gone.message AS saved, gone.ends_run, r.generation AS run_generation, woken.*
+    FROM gone JOIN runs r ON r.id = gone.run_id LEFT JOIN woken ON true""",
+    "freed": _HANDED_OVER,
 }
 _SETTLED = f""", settled AS (
     UPDATE runs r
@@ -724,30 +782,33 @@ _SETTLED = f""", settled AS (
 )"""
 _RUN_ENDED = "UNION ALL SELECT id, NULL, 'run.' || status, '{}' FROM settled"
 _FINISH = {
-    has_slot: Prepared(_leave(**_COMPLETE, has_slot=has_slot), json=("output",))
+    has_slot: Prepared(_leave(**(_HAND_OVER if has_slot else _COMPLETE)), json=("output",))
     for has_slot in (True, False)
 }
-_FINISH_LAST = {
-    has_slot: Prepared(
-        _leave(
-            before="run AS (SELECT id FROM runs WHERE id = :run_id FOR NO KEY UPDATE),",
-            source="FROM run",
-            after=_SETTLED.format(ends="true"),
-            then_told=_RUN_ENDED,
-            **_COMPLETE,
-            has_slot=has_slot,
-        ),
+
+
+def _last(leaving: Mapping[str, str]) -> Prepared:
+    run = "run AS (SELECT id FROM runs WHERE id = :run_id FOR NO KEY UPDATE),"
+    ending = {
+        "before": run + leaving.get("before", ""),
+        "source": "FROM run",
+        "after": _SETTLED.format(ends="true"),
+        "then_told": _RUN_ENDED,
+    }
+    return Prepared(
+        _leave(**{**leaving, **ending}),
         json=("output",),
         json_or_null=("run_output", "run_error"),
     )
-    for has_slot in (True, False)
-}
+
+
+_FINISH_LAST = {True: _last(_HAND_OVER), False: _last(_COMPLETE)}
 _FINISH_AND_CLAIM = {
     has_slot: Prepared(
         _leave(
-            has_slot=has_slot,
             **_COMPLETE
             | {
+                "freed": _FREED if has_slot else "",
                 "after": ", "
                 + _simple_claim(
                     ":next_id",
@@ -758,10 +819,10 @@ _FINISH_AND_CLAIM = {
                       AND d.status NOT IN {_ENDED})""",
                 ),
                 "then_told": _NEXT_STARTED,
-                "answer": f"""gone.message, gone.ends_run, gone.output,
+                "answer": f"""gone.message AS saved, gone.ends_run, gone.output,
        r.generation AS run_generation, next.*, {_read_by("next", ":task_id")}
     FROM gone JOIN runs r ON r.id = gone.run_id LEFT JOIN next ON true""",
-            },
+            }
         ),
         json=("output",),
     )
@@ -776,12 +837,17 @@ def complete_attempt(
     run_output: Any = None,
     run_error: Failure | None = None,
 ) -> Finished | Fenced:
-    """Record success: status, output, event, the slot freed.
+    """Record success: status, output, event; the slot is kept for who is first in its line.
 
     The run's sink settles the run too: with `run_output`, or as failed with `run_error` if no
     output could be made. Outputs are storable JSON.
     """
-    parameters = {"task_id": claimed.task_id, "attempt": claimed.attempt, "output": output}
+    parameters = {
+        "task_id": claimed.task_id,
+        "attempt": claimed.attempt,
+        "output": output,
+        "agent_id": claimed.agent_id,
+    }
     if claimed.is_sink:
         error = None if run_error is None else _error(run_error)
         ending = {"run_id": claimed.run_id, "run_output": run_output, "run_error": error}
@@ -790,7 +856,8 @@ def complete_attempt(
         row = _FINISH[claimed.has_slot](tx, parameters).first()
     if row is None:
         return _repeated(tx, claimed)
-    return Finished(row.generation, ends_run=row.ends_run, message=row.message)
+    woken = _woken([row]) if claimed.has_slot and row.task_id is not None else []
+    return Finished(row.run_generation, row.ends_run, message=row.saved, woken=tuple(woken))
 
 
 def complete_and_claim(
@@ -824,7 +891,7 @@ def complete_and_claim(
     if row is None:
         return _repeated(tx, claimed)
     following = None if row.task_id is None else _following(claimed, row)
-    return Finished(row.run_generation, row.ends_run, message=row.message, next=following)
+    return Finished(row.run_generation, row.ends_run, message=row.saved, next=following)
 
 
 def _following(claimed: Claimed, row: Any) -> Claimed:
@@ -1194,10 +1261,6 @@ class Woken:
     timeout_seconds: float
 
 
-_WOKEN = """t.id AS task_id, t.run_id, t.message, t.reason, t.timeout_seconds,
-          t.parent_id IS NOT NULL AS is_item, r.generation, r.request_id"""
-
-
 def _woken(rows: Iterable[Row[Any]]) -> list[Woken]:
     return [Woken(**{name: getattr(row, name) for name in Woken.__slots__}) for row in rows]
 
@@ -1345,38 +1408,19 @@ def wake_parent(tx: Tx, parent_id: UUID) -> list[Woken]:
     return parents or _woken(_RELEASE_ITEMS(tx, {"parent_id": parent_id}))
 
 
-FIRST_IN_LINE = 32
-"""Looked at for an agent's free slots: others may be waking the first of them at this moment."""
-
 _WAKE_LINE = Prepared(
     f"""
 WITH free AS MATERIALIZED (
     SELECT s.number FROM slots s JOIN agents a USING (agent_id)
     WHERE s.agent_id = :agent_id AND s.number <= a.capacity AND {_FREE}
     ORDER BY s.number FOR UPDATE OF s SKIP LOCKED
-), first AS (
-    (SELECT w.id, w.priority, w.waiting_since FROM tasks w
-     WHERE {_FOR_AGENT.format(agent=":agent_id")} AND {_IN_LINE} AND w.woken_at IS NULL
-     {_ORDER} LIMIT {FIRST_IN_LINE})
-    UNION ALL
-    SELECT f.* FROM agents a, unnest(a.capabilities) AS offered (capability), LATERAL (
-        SELECT w.id, w.priority, w.waiting_since FROM tasks w
-        WHERE {_FOR_CAPABILITY} AND {_IN_LINE} AND w.woken_at IS NULL
-        {_ORDER} LIMIT {FIRST_IN_LINE}) AS f
-    WHERE a.agent_id = :agent_id
-), line AS MATERIALIZED (
-    SELECT w.id FROM tasks w
-    WHERE w.id = ANY (ARRAY(SELECT id FROM first)) AND {_still("waiting", "w")}
-      AND w.woken_at IS NULL
-    {_ORDER}, w.id
-    LIMIT (SELECT count(*) FROM free) FOR UPDATE OF w SKIP LOCKED
-), pairs AS (
+), {_line("(SELECT count(*) FROM free)")}, pairs AS (
     SELECT f.number, l.id
     FROM (SELECT number, row_number() OVER (ORDER BY number) AS n FROM free) f
     JOIN (SELECT id, row_number() OVER () AS n FROM line) l USING (n)
 ), kept AS (
     UPDATE slots s SET reserved_for = pairs.id,
-        reserved_until = now() + make_interval(secs => {RESERVE_SECONDS})
+        reserved_until = {_KEPT_UNTIL}
     FROM pairs WHERE s.agent_id = :agent_id AND s.number = pairs.number
 )
 UPDATE tasks t SET woken_at = now(), wake_at = NULL

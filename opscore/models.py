@@ -292,7 +292,17 @@ class Task(Base):
             postgresql_where=text("parent_id IS NOT NULL"),
         ),
         Index("ix_tasks_leases", "lease_expires_at", postgresql_where=text("status = 'running'")),
-        Index("ix_tasks_wakes", "wake_at", postgresql_where=text("status = 'waiting'")),
+        Index(
+            "ix_tasks_wakes",
+            "wake_at",
+            # NOT NULL, or a statement planned early may read all who wait by way of this index.
+            postgresql_where=text("status = 'waiting' AND wake_at IS NOT NULL"),
+        ),
+        Index(
+            "ix_tasks_held",
+            "reason",
+            postgresql_where=text("status = 'waiting' AND reason <> 'agent_busy'"),
+        ),
         Index(
             "ix_tasks_woken",
             "woken_at",

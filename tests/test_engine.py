@@ -265,10 +265,10 @@ def test_a_freed_slot_is_kept_for_who_waits_longest_and_no_newcomer_takes_it(des
     first = desk.claim("a")
     for name in "bc":
         assert desk.park(name, desk.claim(name)) is False
-    desk.complete(first)
+    (woken,) = desk.complete(first).woken
+    assert woken.message == {"of": "b"} and woken.task_id == desk.id("b")
     with desk.database.autocommit() as tx:
-        (woken,) = engine.wake_line(tx, "single")
-    assert woken.message == {"of": "b"}
+        assert engine.wake_line(tx, "single") == [], "there is no other slot"
     assert isinstance(desk.claim("d"), MustWait), "a newcomer"
     assert isinstance(desk.claim("c"), MustWait), "the second in line"
     assert isinstance(desk.claim("b"), Claimed)
@@ -280,8 +280,6 @@ def test_who_comes_for_a_slot_that_is_kept_gets_that_slot_and_gives_it_back(desk
     for name in "bc":
         desk.park(name, desk.claim(name))
     desk.complete(first)
-    with desk.database.autocommit() as tx:
-        engine.wake_line(tx, "single")
     second = desk.claim("b", has_slot=True)
     assert isinstance(second, Claimed) and second.has_slot and second.agent_id == "single"
     (slot,) = desk.rows("SELECT * FROM slots WHERE agent_id = 'single'")
@@ -298,8 +296,6 @@ def test_a_slot_that_was_kept_too_long_is_for_whoever_is_first_in_line(desk: Des
     for name in "bc":
         desk.park(name, desk.claim(name))
     desk.complete(first)
-    with desk.database.autocommit() as tx:
-        engine.wake_line(tx, "single")
     desk.alter("UPDATE slots SET reserved_until = now() - interval '1 s' WHERE agent_id = 'single'")
     assert isinstance(desk.claim("c", has_slot=True), MustWait)
     assert isinstance(desk.claim("b", has_slot=True), Claimed), "its turn all the same"
@@ -312,9 +308,7 @@ def test_a_kept_slot_starts_the_run_of_who_waited_before_its_first_task(desk: De
     desk.submit(task("a", "single"))
     desk.park("a", desk.claim("a"))
     assert desk.run().status == "queued"
-    desk.complete(first)
-    with desk.database.autocommit() as tx:
-        (woken,) = engine.wake_line(tx, "single")
+    (woken,) = desk.complete(first).woken
     assert woken.run_id != plan.run_id
     claimed = desk.claim("a", has_slot=True)
     assert isinstance(claimed, Claimed) and claimed.is_sink and desk.run().status == "running"
@@ -336,9 +330,38 @@ def test_a_high_priority_waits_in_front(desk: Desk) -> None:
     for name in "bc":
         desk.park(name, desk.claim(name))
     desk.alter("UPDATE tasks SET priority = 2 WHERE id = :id", id=desk.id("c"))
-    desk.complete(first)
-    with desk.database.autocommit() as tx:
-        assert [woken.message for woken in engine.wake_line(tx, "single")] == [{"of": "c"}]
+    assert [woken.message for woken in desk.complete(first).woken] == [{"of": "c"}]
+
+
+def test_a_slot_beyond_the_capacity_is_kept_for_nobody(desk: Desk) -> None:
+    desk.submit(*(task(n, "single", dependsOn=[]) for n in "ab"))
+    first = desk.claim("a")
+    desk.park("b", desk.claim("b"))
+    desk.alter("UPDATE slots SET number = 2 WHERE agent_id = 'single'")
+    assert desk.complete(first).woken == ()
+    (slot,) = desk.rows("SELECT * FROM slots WHERE agent_id = 'single'")
+    assert (slot.holder, slot.reserved_for) == (None, None)
+
+
+def test_an_outcome_that_came_too_late_hands_nothing_over(desk: Desk) -> None:
+    desk.submit(*(task(n, "single", dependsOn=[]) for n in "ab"))
+    late = desk.claim("a")
+    desk.park("b", desk.claim("b"))
+    desk.alter("UPDATE tasks SET attempt = 2 WHERE id = :id", id=late.task_id)
+    assert isinstance(desk.complete(late), Fenced)
+    assert desk.task("b").woken_at is None
+
+
+def test_somebody_who_waits_for_a_capability_is_handed_the_slot(desk: Desk) -> None:
+    with desk.tx() as tx:
+        agents.register_functions(tx, [agent("cook", 1, ("cooking",))])
+    by_name = task("a", "cook", dependsOn=[])
+    desk.submit(by_name, {"taskId": "b", "agentCapability": "cooking", "dependsOn": []})
+    first = desk.claim("a")
+    desk.park("b", desk.claim("b"))
+    (woken,) = desk.complete(first).woken
+    assert woken.task_id == desk.id("b")
+    assert isinstance(desk.claim("b", has_slot=True), Claimed)
 
 
 def test_the_slot_of_a_silent_worker_is_free_when_its_lease_is_over(desk: Desk) -> None:

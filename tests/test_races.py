@@ -1,7 +1,7 @@
 """Two at the same moment, on real connections: who wins, and that nobody is forgotten."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -15,7 +15,7 @@ from opscore import engine
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
-from opscore.engine import Claimed, Finished, MustWait, Visit
+from opscore.engine import Claimed, Finished, MustWait, Visit, Woken
 from workers.keeper import Round
 
 T = TypeVar("T")
@@ -111,11 +111,13 @@ def test_never_more_holders_than_capacity_and_everybody_gets_a_turn(
     desk.submit(*(task(name, "trio", dependsOn=[]) for name in names))
     ids = {desk.id(name): name for name in names}
     lock, holding, most = threading.Lock(), set[str](), 0
+    kept = set[str]()
 
     def visit(name: str) -> list[str]:
         """Do what a worker does with one visit; return whom it woke."""
         nonlocal most
-        answer = desk.claim(name)
+        woken: Sequence[Woken] = ()
+        answer = desk.claim(name, has_slot=name in kept)
         if isinstance(answer, MustWait):
             desk.park(name, answer)
         elif isinstance(answer, Claimed):
@@ -125,9 +127,12 @@ def test_never_more_holders_than_capacity_and_everybody_gets_a_turn(
             threading.Event().wait(0.005)
             with lock:
                 holding.discard(name)
-            desk.complete(answer)
-        woken = woken_after(desk, lambda tx: engine.wake_line(tx, "trio"))
-        return [ids[w.task_id] for w in woken]
+            woken = desk.complete(answer).woken
+        if not woken:
+            woken = woken_after(desk, lambda tx: engine.wake_line(tx, "trio"))
+        names = [ids[w.task_id] for w in woken]
+        kept.update(names)
+        return names
 
     waiting = names
     while waiting:

@@ -251,6 +251,13 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_tasks")),
     )
     op.create_index(
+        "ix_tasks_held",
+        "tasks",
+        ["reason"],
+        unique=False,
+        postgresql_where=sa.text("status = 'waiting' AND reason <> 'agent_busy'"),
+    )
+    op.create_index(
         "ix_tasks_items",
         "tasks",
         ["parent_id", "index"],
@@ -307,7 +314,7 @@ def upgrade() -> None:
         "tasks",
         ["wake_at"],
         unique=False,
-        postgresql_where=sa.text("status = 'waiting'"),
+        postgresql_where=sa.text("status = 'waiting' AND wake_at IS NOT NULL"),
     )
     op.create_index(
         "ix_tasks_woken",
@@ -369,7 +376,9 @@ def downgrade() -> None:
         postgresql_where=sa.text("status = 'waiting' AND woken_at IS NOT NULL"),
     )
     op.drop_index(
-        "ix_tasks_wakes", table_name="tasks", postgresql_where=sa.text("status = 'waiting'")
+        "ix_tasks_wakes",
+        table_name="tasks",
+        postgresql_where=sa.text("status = 'waiting' AND wake_at IS NOT NULL"),
     )
     op.drop_index(op.f("ix_tasks_run_id_position_index"), table_name="tasks")
     op.drop_index(
@@ -399,6 +408,11 @@ def downgrade() -> None:
     )
     op.drop_index(
         "ix_tasks_items", table_name="tasks", postgresql_where=sa.text("parent_id IS NOT NULL")
+    )
+    op.drop_index(
+        "ix_tasks_held",
+        table_name="tasks",
+        postgresql_where=sa.text("status = 'waiting' AND reason <> 'agent_busy'"),
     )
     op.drop_table("tasks")
     op.drop_index(op.f("ix_slots_reserved_for"), table_name="slots")
