@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import cel
-
+from opscore.cel_library import cel
 from opscore.input_schema import check_pattern, pattern_weight
 from opscore.json_values import unknown
 

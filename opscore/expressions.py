@@ -16,8 +16,7 @@ from datetime import UTC, datetime, timedelta
 from math import isfinite
 from typing import Any
 
-import cel
-
+from opscore.cel_library import cel
 from opscore.cel_source import MAX_LENGTH, Loop, Path, Reading, find_end
 from opscore.errors import OpsCoreError
 from opscore.json_values import INT64, MAX_DEPTH, Faults, at, kind

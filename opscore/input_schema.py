@@ -14,7 +14,7 @@ from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import cel
+from opscore.cel_library import cel
 
 if TYPE_CHECKING:
     # Ten megabytes that a worker, which checks no input, need not hold.
