@@ -2,8 +2,8 @@
 
 Each change is one guarded statement; a guard that refuses is an answer, not an accident. The event
 that tells of a change is written by the statement that makes it (I3). Callers own the transaction:
-the claim and the ordinary finish are single statements made for autocommit, everything else wants
-`Database.transaction()`. Locks are taken run first, then task, then slot; several tasks in the
+to submit, to claim and to finish as usual are single statements made for autocommit, everything
+else wants `Database.transaction()`. Locks are taken run first, then task, then slot; several tasks in the
 order of their ids, which is that of the graph within a run. The claim and the line begin with
 slots, but wait for none of them. Decisions use the database's clock (I8). Nothing here publishes a
 message or calls an agent (I4): functions say who must be visited next, and `dispatch` does it after
@@ -138,7 +138,8 @@ def submit_run(
     priority: int = 1,
     request_id: str | None = None,
 ) -> Plan:
-    """Write a run, all its tasks and the event. Once this commits, the run is accepted.
+    """Write a run, all its tasks and the event, in one statement. Once it commits, the run is
+    accepted.
 
     `agent_id` is the agent it was triggered for: it runs the tasks that name nobody, and is
     preferred where it has the capability asked for; the input is then merged over the first task's

@@ -40,7 +40,7 @@ SUBMIT = {"workflowId": "report", "input": {"topic": "queues"}, "labels": {"team
 def submit(wanted: dict[str, Any]) -> Any:
     """Submit a run of a workflow."""
     workflow_id, version = wanted.pop("workflow_id"), wanted.pop("version")
-    with database().transaction() as tx:
+    with database().autocommit() as tx:
         stored = find_workflow(tx, workflow_id, version)
         submission = submit_run(tx, stored, request_id=request_id(), **wanted)
         run = queries.get_run(tx, submission.run_id)
