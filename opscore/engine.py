@@ -3,11 +3,11 @@
 Each change is one guarded statement; a guard that refuses is an answer, not an accident. The event
 that tells of a change is written by the statement that makes it (I3). Callers own the transaction:
 to submit, to claim and to finish as usual are single statements made for autocommit, everything
-else wants `Database.transaction()`. Locks are taken run first, then task, then slot; several tasks in the
-order of their ids, which is that of the graph within a run. The claim and the line begin with
-slots, but wait for none of them. Decisions use the database's clock (I8). Nothing here publishes a
-message or calls an agent (I4): functions say who must be visited next, and `dispatch` does it after
-the commit.
+else wants `Database.transaction()`. Locks are taken run first, then task, then slot; several tasks
+in the order of their ids, which is that of the graph within a run. The claim and the line begin
+with slots, but wait for none of them. Decisions use the database's clock (I8). Nothing here
+publishes a message or calls an agent (I4): functions say who must be visited next, and `dispatch`
+does it after the commit.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
