@@ -74,7 +74,10 @@ GATED_STATEMENTS = (
 )
 GATED_WORKLOADS = ("W1", "W2")
 
-EVERY_TASK = ("claim", "finish", "finish_last", "finish_and_claim")
+EVERY_TASK = (
+    *("claim_simply", "claim_kept", "claim", "finish", "finish, slot", "finish_last"),
+    *("finish_last, slot", "finish_and_claim", "finish_and_claim, slot"),
+)
 """The prepared statements behind the gated functions."""
 
 Figures = dict[str, float]
@@ -642,7 +645,7 @@ def explain_all(url: str) -> list[Explained]:
     """Explain every statement of the engine, and the reads, as a process of opscore has them."""
     database = Database(url, application="growth")
     with database.autocommit() as tx:
-        prepared = {k: v for k, v in vars(engine).items() if isinstance(v, Prepared)}
+        prepared = _prepared_statements()
         finished = _some_finished(tx)
         partial = set(tx.execute(text(_PARTIAL)).scalars())
         explained = [
@@ -653,6 +656,17 @@ def explain_all(url: str) -> list[Explained]:
             explained += _explain_called(tx, name, function, partial)
     database.close()
     return explained
+
+
+def _prepared_statements() -> dict[str, Prepared]:
+    """Return the engine's statements; some there are once without and once with a slot."""
+    found = {}
+    for name, value in vars(engine).items():
+        if isinstance(value, Prepared):
+            found[name] = value
+        elif isinstance(value, dict) and all(isinstance(v, Prepared) for v in value.values()):
+            found |= {f"{name}, slot" if slot else name: one for slot, one in value.items()}
+    return found
 
 
 def _explain_prepared(tx: Tx, name: str, statement: Prepared, partial: set[str]) -> Explained:

@@ -18,6 +18,7 @@ from uuid import UUID
 
 from celery import Celery, Signature
 from kombu.exceptions import KombuError, OperationalError
+from kombu.utils import json as kombu_json
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -139,18 +140,24 @@ class Dispatcher:
         instead. `take` is as in `wake`.
         """
         woken = list(finished.woken)
-        with self.database.autocommit() as tx:
-            if finished.ends_run:
-                engine.settle_run(tx, run_id)
-            if parent_id is not None:
-                woken += engine.wake_parent(tx, parent_id)
-            elif wakes and not finished.failed_run:
-                woken += engine.wake_successors(tx, task_id)
-            if agent_id is not None and not finished.woken:
-                woken += engine.wake_line(tx, agent_id)
-        if finished.message is not None and not finished.failed_run:
-            self.send([finished.message], task_id=str(task_id))
-        self.wake(woken, take)
+        line = None if woken else agent_id
+        wakes = wakes and parent_id is None and not finished.failed_run
+        try:
+            if finished.ends_run or parent_id or wakes or line:
+                with self.database.autocommit() as tx:
+                    if finished.ends_run:
+                        engine.settle_run(tx, run_id)
+                    if parent_id:
+                        woken += engine.wake_parent(tx, parent_id)
+                    if wakes:
+                        woken += engine.wake_successors(tx, task_id)
+                    if line:
+                        woken += engine.wake_line(tx, line)
+        finally:
+            # Who was woken counts on it, whatever became of the statements.
+            if finished.message is not None and not finished.failed_run:
+                self.send([finished.message], task_id=str(task_id))
+            self.wake(woken, take)
 
     def _items(self, plan: Plan) -> list[Signature]:
         timeouts = dict(plan.items)
@@ -227,7 +234,9 @@ class Dispatcher:
         """
         heads = self._heads()
         agents, control = (self._left(tx, heads.get(q)) for q in (AGENTS_QUEUE, CONTROL_QUEUE))
-        now, seen = time.monotonic(), Left(agents=agents, control=control)
+        front = heads.get(AGENTS_QUEUE)
+        now = time.monotonic()
+        seen = Left(agents, control, None if front is None else tuple(front))
         self._seen.append((now, seen))
         while len(self._seen) > 1 and self._seen[1][0] <= now - IN_HAND_SECONDS:
             self._seen.popleft()
@@ -237,6 +246,7 @@ class Dispatcher:
         return Left(
             agents=_earlier(first.agents, seen.agents),
             control=_earlier(first.control, seen.control),
+            front=_both(first.front, seen.front),
         )
 
     def _left(self, tx: Tx, head: Sequence[UUID] | None) -> datetime | str:
@@ -332,11 +342,15 @@ class Dispatcher:
         self._broken = False
 
 
+def _both(one: tuple[UUID, ...] | None, other: tuple[UUID, ...] | None) -> tuple[UUID, ...] | None:
+    return None if one is None or other is None else one + other
+
+
 def _keep_client(channel: Any) -> None:
     """Have a channel of kombu's keep its client: it makes a new one for every message."""
     if "_create_client" not in vars(channel):
-        client = channel._create_client()
-        channel._create_client = lambda asynchronous=False: client
+        make, client = channel._create_client, channel._create_client()
+        channel._create_client = lambda asynchronous=False: make(True) if asynchronous else client
 
 
 @contextmanager
@@ -344,7 +358,7 @@ def _at_the_front(channel: Any) -> Iterator[None]:
     """Have a channel of kombu's put messages where the queue is read."""
 
     def put(queue: str, message: Any, _publish_batch: Any = None, **_: Any) -> None:
-        entry = json.dumps(message)
+        entry = kombu_json.dumps(message)
         if _publish_batch is not None:
             _publish_batch.add("rpush", queue, entry)
         else:

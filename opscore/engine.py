@@ -4,10 +4,10 @@ Each change is one guarded statement; a guard that refuses is an answer, not an 
 that tells of a change is written by the statement that makes it (I3). Callers own the transaction:
 to submit, to claim and to finish as usual are single statements made for autocommit, everything
 else wants `Database.transaction()`. Locks are taken run first, then task, then slot; several tasks
-in the order of their ids, which is that of the graph within a run. The claim and the line begin
-with slots, but wait for none of them. Decisions use the database's clock (I8). Nothing here
-publishes a message or calls an agent (I4): functions say who must be visited next, and `dispatch`
-does it after the commit.
+in the order of their ids, which is that of the graph within a run. Who claims begins with a slot,
+and who frees one with a task in its line, but they wait for neither. Decisions use the database's
+clock (I8). Nothing here publishes a message or calls an agent (I4): functions say who must be
+visited next, and `dispatch` does it after the commit.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -374,7 +374,7 @@ _START = """status = 'running', reason = NULL, attempt = t.attempt + 1, claim_to
 
 
 _UNCOUNTED = "a.agent_id = t.wanted_agent_id AND a.capacity IS NULL"
-_WAITED_FOR_NOTHING = "(t.status = 'pending' OR t.status = 'waiting' AND t.reason = 'dependencies')"
+_WAITED_FOR_NOTHING = f"({_still('pending')} OR {_still('waiting')} AND t.reason = 'dependencies')"
 
 
 def _simple_claim(
@@ -422,10 +422,14 @@ def _read_by(claimed: str, but: str = "NULL") -> str:
 
 
 def _first_claim(
-    *, before: str = "", agent: str, fits: str, state: str, has_slot: bool = False
+    *,
+    before: str = "",
+    agent: str = "agents",
+    fits: str = _UNCOUNTED,
+    state: str = _WAITED_FOR_NOTHING,
+    after: str = "",
 ) -> str:
     """Return the statement that claims a task if that is simple, and starts its run if it waits."""
-    held = f", held AS ({_HELD})" if has_slot else ""
     return f"""
 WITH {before} starting AS (
     UPDATE runs r SET status = 'running', started_at = now()
@@ -442,7 +446,7 @@ WITH {before} starting AS (
             fits=fits,
             state=state,
         )
-    } {held}, told AS (
+    } {after}, told AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT id, NULL, 'run.started', '{{}}'::jsonb FROM starting {_NEXT_STARTED}
 )
@@ -450,12 +454,7 @@ SELECT next.*, r.input, {_read_by("next")} FROM next JOIN runs r ON r.id = next.
 """
 
 
-_HELD = """
-    UPDATE slots s
-    SET holder = next.task_id, attempt = next.attempt, lease_expires_at = next.lease_expires_at,
-        reserved_for = NULL, reserved_until = NULL
-    FROM next, kept WHERE s.agent_id = kept.agent_id AND s.number = kept.number"""
-_CLAIM_SIMPLY = Prepared(_first_claim(agent="agents", fits=_UNCOUNTED, state=_WAITED_FOR_NOTHING))
+_CLAIM_SIMPLY = Prepared(_first_claim())
 _CLAIM_KEPT = Prepared(
     _first_claim(
         before="""kept AS (
@@ -467,7 +466,12 @@ _CLAIM_KEPT = Prepared(
         agent="kept",
         fits="true",
         state=f"{_still('waiting')} AND t.reason = 'agent_busy'",
-        has_slot=True,
+        after=""", held AS (
+    UPDATE slots s
+    SET holder = next.task_id, attempt = next.attempt, lease_expires_at = next.lease_expires_at,
+        reserved_for = NULL, reserved_until = NULL
+    FROM next, kept WHERE s.agent_id = kept.agent_id AND s.number = kept.number
+)""",
     )
 )
 _CLAIM = Prepared(
@@ -625,10 +629,6 @@ def _refused(row: Row[Any]) -> Answer:
         sentence = f"No agent is registered as {row.wanted_agent_id!r}."
         return Impossible(Failure("agent_not_found", sentence))
     return MustWait(Reason.AGENT_UNAVAILABLE, None)
-
-
-FIRST_IN_LINE = 32
-"""Looked at for an agent's free slots: others may be waking the first of them at this moment."""
 
 
 def _line(many: str) -> str:
@@ -914,6 +914,14 @@ WHERE t.id = :task_id AND t.attempt = :attempt AND t.status IN {_ENDED}
 )
 
 
+_KEPT_FOR = Prepared(
+    f"""
+SELECT {_WOKEN} FROM slots s JOIN tasks t ON t.id = s.reserved_for JOIN runs r ON r.id = t.run_id
+WHERE s.agent_id = :agent_id AND s.reserved_until > now() AND {_still("waiting")}
+"""
+)
+
+
 def _repeated(tx: Tx, claimed: Claimed) -> Finished | Fenced:
     """Tell an outcome whose answer was lost on the way from one that came too late."""
     parameters = {"task_id": claimed.task_id, "attempt": claimed.attempt}
@@ -921,7 +929,9 @@ def _repeated(tx: Tx, claimed: Claimed) -> Finished | Fenced:
     if row is None:
         return Fenced()
     failed_run = row.status == "failed" and not row.goes_on
-    return Finished(row.generation, row.ends_run, failed_run, row.message)
+    kept = _KEPT_FOR(tx, {"agent_id": claimed.agent_id}) if claimed.has_slot else []
+    woken = tuple(_woken(kept))
+    return Finished(row.generation, row.ends_run, failed_run, row.message, woken=woken)
 
 
 def _backoff(base: str, cap: str, exponent: str) -> str:
@@ -1355,7 +1365,7 @@ WITH parent AS (
     GROUP BY parent.max_parallel
 ), next AS (
     SELECT c.id FROM tasks c JOIN parent ON c.parent_id = parent.id
-    WHERE c.status = 'waiting' AND c.reason = 'max_parallel'
+    WHERE {_still("waiting", "c")} AND c.status NOT IN {_ENDED} AND c.reason = 'max_parallel'
     ORDER BY c.index LIMIT (SELECT greatest(places, 0) FROM room)
 )
 UPDATE tasks t SET status = 'pending', reason = NULL, woken_at = now() FROM next, runs r
@@ -1752,13 +1762,13 @@ def plan_run(tx: Tx, run_id: UUID) -> Plan | None:
 
 
 _HOLD_BACK = Prepared(
-    """
+    f"""
 UPDATE tasks t
 SET status = 'waiting', reason = 'dependencies', message = NULL,
     wake_at = NULL, woken_at = NULL
 WHERE t.id IN (SELECT o.id FROM tasks o WHERE o.id = ANY (:task_ids)
                ORDER BY o.id FOR NO KEY UPDATE)
-  AND (t.status = 'pending' OR t.status = 'waiting' AND t.reason = 'dependencies')
+  AND ({_still("pending")} OR {_still("waiting")} AND t.reason = 'dependencies')
 """,
 )
 
@@ -1820,6 +1830,8 @@ class Left:
 
     agents: datetime | str
     control: datetime | str
+    front: tuple[UUID, ...] | None = None
+    """Whose visits are at the front of their queue; None: not known."""
 
 
 _LEFT = """CASE t.kind WHEN 'end' THEN cast(:control AS timestamptz)
@@ -1866,7 +1878,9 @@ UPDATE tasks t SET woken_at = now() FROM runs r
 WHERE t.id IN (
     SELECT t.id FROM tasks t CROSS JOIN LATERAL (SELECT t.woken_at AS at) AS sent
     WHERE t.status = 'waiting' AND t.woken_at IS NOT NULL
-      AND t.woken_at < now() - make_interval(secs => :after) AND {_LOST}
+      AND t.woken_at < now() - make_interval(secs => :after)
+      -- Who is woken for a slot is sent to the front: who is not there has left it.
+      AND ({_LOST} OR t.reason = 'agent_busy' AND t.id <> ALL (cast(:front AS uuid[])))
     ORDER BY t.id LIMIT :limit FOR NO KEY UPDATE OF t SKIP LOCKED)
   AND {_still("waiting")} AND r.id = t.run_id
 RETURNING {_WOKEN}
@@ -1876,7 +1890,9 @@ RETURNING {_WOKEN}
 
 def wake_lost(tx: Tx, left: Left, after_seconds: float, limit: int) -> list[Woken]:
     """Wake again the parked tasks whose wake was lost on its way, as `unvisited_runs` tells it."""
-    return _woken(_WAKE_LOST(tx, _lost_parameters(left, after_seconds, limit)))
+    front = None if left.front is None else list(left.front)
+    parameters = _lost_parameters(left, after_seconds, limit) | {"front": front}
+    return _woken(_WAKE_LOST(tx, parameters))
 
 
 # --- What an attempt says while it runs ---------------------------------------------------------

@@ -58,14 +58,14 @@ _pipeline: list[Processor] = []
 
 
 class _Lines:
-    """Where our own lines end. It has no lock, which a fork could catch taken."""
+    """Where our own lines end, and those of agents that use structlog."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str = "agent", *_: Any) -> None:
         self.name = name
 
     def write(self, line: str) -> None:
-        # Nobody may be left to read it: no reason to fail what the line tells of.
-        with suppress(OSError, ValueError):
+        # Nobody may be left to read it, which is no reason to fail what the line tells of.
+        with suppress(Exception):
             sys.stderr.write(line + "\n")
 
     debug = info = warning = error = critical = write
@@ -146,4 +146,7 @@ def _text_tail() -> tuple[Processor, ...]:
 def _as_json(logger: Any, method: str, event: EventDict) -> str:
     """Write what every line has first: moment, level, logger, event."""
     first = {key: event[key] for key in ("at", "level", "logger", "event") if key in event}
-    return _encode({**first, **event})
+    try:
+        return _encode({**first, **event})
+    except (TypeError, ValueError):  # a key that is no text, or a circle
+        return _encode({key: repr(value) for key, value in {**first, **event}.items()})

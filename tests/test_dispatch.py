@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from stack import stack_environment, wait_until
 from test_engine import Desk, task
 
@@ -226,6 +227,56 @@ def test_a_visit_sent_first_is_first_whoever_else_sends_at_that_moment(
     finally:
         is_over.set()
         others.join()
+
+
+def busy_pair(desk: Desk, dispatcher: Dispatcher) -> Any:
+    """Return the claim of a task for whose slot another waits."""
+    desk.submit(*(task(name, "single", dependsOn=[]) for name in "ab"))
+    held = desk.claim("a")
+    message = dict(dispatcher._visit(desk.id("b"), 1, 60, None))
+    wait = desk.claim("b")
+    with desk.database.autocommit() as tx:
+        engine.park_task(tx, desk.id("b"), wait, message=message, generation=1)
+    return held
+
+
+def test_who_was_handed_a_slot_is_sent_though_the_database_goes_away_then(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = busy_pair(desk, dispatcher)
+    finished = desk.complete(held)
+
+    def fail(*_: Any) -> None:
+        raise PoolTimeout("no connection")
+
+    monkeypatch.setattr(engine, "wake_successors", fail)
+    with pytest.raises(PoolTimeout):
+        dispatcher.follow(finished, held.task_id, held.run_id, agent_id="single")
+    assert [visit["headers"]["id"] for visit in visits(broker)] == [str(desk.id("b"))]
+
+
+def test_a_lost_wake_for_a_slot_is_repeated_however_long_the_queue_is(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer
+) -> None:
+    held = busy_pair(desk, dispatcher)
+    plan = desk.plan
+    desk.submit(task("long-ago"))
+    age(desk, 3600)
+    dispatcher.send([dispatcher._visit(desk.id("long-ago"), 1, 60, None)])
+    desk.plan = plan
+    (woken,) = desk.complete(held).woken
+    desk.alter(
+        "UPDATE tasks SET waiting_since = now() - interval '40 s',"
+        " woken_at = now() - interval '30 s' WHERE woken_at IS NOT NULL"
+    )
+    dispatcher.wake([woken])
+    dispatcher.rescue()
+    assert len(visits(broker)) == 2, "it waits at the front, for a worker that has time"
+    with Redis.from_url(broker.url) as redis:
+        redis.rpop(AGENTS_QUEUE)
+    dispatcher.rescue()
+    dispatcher.rescue()
+    assert [visit["headers"]["id"] for visit in visits(broker)][1:] == [str(woken.task_id)]
 
 
 def test_a_lost_attempt_brings_its_run_under_a_new_generation(

@@ -352,6 +352,13 @@ def test_an_outcome_that_came_too_late_hands_nothing_over(desk: Desk) -> None:
     assert desk.task("b").woken_at is None
 
 
+def test_who_was_handed_the_slot_is_told_again_if_the_answer_was_lost(desk: Desk) -> None:
+    desk.submit(*(task(n, "single", dependsOn=[]) for n in "ab"))
+    first = desk.claim("a")
+    desk.park("b", desk.claim("b"))
+    assert desk.complete(first).woken == desk.complete(first).woken != ()
+
+
 def test_somebody_who_waits_for_a_capability_is_handed_the_slot(desk: Desk) -> None:
     with desk.tx() as tx:
         agents.register_functions(tx, [agent("cook", 1, ("cooking",))])

@@ -280,3 +280,13 @@ def test_the_deepest_accepted_expressions_fit_in_a_threads_stack():
     sources = json.dumps([*nested, *chains, both, loops])
     done = subprocess.run([sys.executable, "-c", script, sources], capture_output=True, text=True)
     assert done.stdout == "alive\n", done.stderr
+
+
+def test_the_library_comes_without_its_command_line_which_still_can_be_had() -> None:
+    program = (
+        "import sys, opscore.expressions, opscore.input_schema\n"
+        "assert 'prompt_toolkit' not in sys.modules and 'cel.cli' not in sys.modules\n"
+        "import cel.cli\n"
+        "assert 'prompt_toolkit' in sys.modules and cel.cli.app and cel.evaluate('1 + 1') == 2\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -361,3 +361,19 @@ def test_a_message_that_a_frozen_redis_did_not_acknowledge_keeps_no_place(verb: 
                 os.kill(redis.pid, signal.SIGCONT)
             assert channel.qos.can_consume()
         app.close()
+
+
+def test_taking_and_acknowledging_a_message_is_no_transaction_of_redis(
+    worker: subprocess.Popen[bytes], redis: Redis
+) -> None:
+    def transactions() -> int:
+        return int(redis.info("commandstats").get("cmdstat_multi", {}).get("calls", 0))
+
+    def acknowledged() -> int:
+        return int(redis.info("commandstats").get("cmdstat_hdel", {}).get("calls", 0))
+
+    before, acknowledged_before = transactions(), acknowledged()
+    for _ in range(20):
+        redis.lpush(AGENTS_QUEUE, json.dumps(envelope()))
+    wait_until(acknowledged, seconds=20, says=lambda calls: calls >= acknowledged_before + 20)
+    assert transactions() - before < 20, "its mailbox has some of its own"

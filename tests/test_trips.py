@@ -6,17 +6,20 @@ nothing but a trip keeps 20 tasks in one of four processes.
 
 import json
 import os
+import pickle
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from celery.app import trace
 from celery.app.task import Context as Request
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Retry
 from stack import Servers, Stack, running_stack, stack_environment, wait_until
 
 from celeryconfig import make_app
@@ -35,6 +38,7 @@ from workers.trips import (
     TRIP_SECONDS,
     Events,
     Patience,
+    TaskFailed,
     Trip,
 )
 
@@ -831,3 +835,54 @@ def test_nothing_is_taken_over_by_who_has_something_to_follow(desk: Desk) -> Non
     assert trip.take(woken) and not trip.take(woken), "one at a time"
     assert trip.goes_on_after(None)
     assert trip.visit.task_id == woken.task_id and trip.visit.has_slot
+
+
+# --- What Celery and Flower hear
+
+OUTCOMES = [Ignore(), Retry("parked"), TaskFailed("it broke")]
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES, ids=lambda outcome: type(outcome).__name__)
+def test_an_outcome_reaches_celerys_parent_without_a_traceback(outcome: Exception) -> None:
+    try:
+        raise outcome
+    except Exception:
+        told = pickle.loads(pickle.dumps(trace.ExceptionInfo(internal=True)))
+    assert (type(told.exception), told.type) == (type(outcome), type(outcome))
+    assert str(told.exception) == str(outcome)
+    assert (told.traceback, told.tb, told.internal) == ("", None, True)
+
+
+def test_an_accident_keeps_its_traceback() -> None:
+    try:
+        raise ValueError("no")
+    except ValueError:
+        told = pickle.loads(pickle.dumps(trace.ExceptionInfo()))
+    assert "ValueError: no" in told.traceback and told.tb is not None
+
+
+def test_flower_hears_of_every_task_of_a_trip_in_order(stack: Stack) -> None:
+    heard: list[tuple[str, str]] = []
+    three = {"id": "three", "tasks": [{"taskId": name, "agentId": "echo"} for name in "abc"]}
+
+    def hear(event: dict[str, Any]) -> None:
+        if event["type"].startswith("task-"):
+            heard.append((event["uuid"], event["type"]))
+
+    def listen(connection: Any, seconds: float) -> None:
+        with suppress(TimeoutError):
+            connection.drain_events(timeout=seconds)
+
+    with stack.app.connection_for_read() as connection:
+        receiver = stack.app.events.Receiver(connection, handlers={"*": hear})
+        with receiver.consumer_context() as (consuming, _, _consumers):
+            listen(consuming, 0.1)  # subscribes
+            run_id = stack.submit(three)
+            ids = [str(task.id) for task in stack.tasks(run_id)]
+            steps = ("task-received", "task-started", "task-succeeded")
+            deadline = time.monotonic() + 20
+            while not {(id, steps[-1]) for id in ids} <= set(heard):
+                assert time.monotonic() < deadline, heard
+                listen(consuming, 1)
+    for id in ids:
+        assert tuple(what for one, what in heard if one == id) == steps

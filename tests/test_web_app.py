@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import structlog
 from http_client import Client, open_client, problem
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
@@ -362,6 +364,22 @@ def test_a_logger_that_was_used_already_follows_the_level_and_format(lines: Line
     log.info("not heard")
     log.warning("heard again")
     assert [line["event"] for line in lines] == ["heard", "heard again"]
+
+
+def test_no_line_can_fail_what_it_tells_of(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    circle: dict[Any, Any] = {(1, 2): "a key that is no text"}
+    logs.get("some.module").info("odd", value=circle)
+    (line,) = lines
+    assert line["event"] == "'odd'" and "(1, 2)" in line["value"]
+    monkeypatch.setattr(sys, "stderr", None)
+    logs.get("some.module").info("nobody reads this")
+    logging.getLogger("some.library").info("nor this")
+
+
+def test_agents_may_use_structlog_without_a_name(lines: Lines) -> None:
+    structlog.get_logger().info("hello")
+    (line,) = lines
+    assert (line["event"], line["logger"]) == ("hello", "agent")
 
 
 # --- Readiness ----------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from time import monotonic, sleep
 from typing import Any
 from uuid import UUID, uuid4
 
-import celery.app.trace
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback  # type: ignore[attr-defined]
 from celery import Celery, Task
+from celery.app import trace
 from celery.exceptions import Ignore, Retry
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -65,7 +65,8 @@ class OutcomeInfo(ExceptionInfo):
             super().__init__(exc_info, internal)
 
 
-vars(celery.app.trace)["ExceptionInfo"] = OutcomeInfo
+assert vars(trace)["ExceptionInfo"] is ExceptionInfo
+vars(trace)["ExceptionInfo"] = OutcomeInfo
 
 
 class Trip:
@@ -96,7 +97,6 @@ class Trip:
         self._started = self._visit_started = monotonic()
         self._seconds: float = (self.request.timelimit or (None,))[0] or 0.0
         self._length = 1
-        self._first: Outcome = None
         self._next: tuple[Visit, Any] | None = None
         self._taken = False
         """The next visit came with no message of its own."""
@@ -126,9 +126,9 @@ class Trip:
 
     @property
     def is_told(self) -> bool:
-        """Celery has nothing to say of its task, nor to carry on: that waits, or has failed."""
+        """Celery has nothing to carry on, and what is to be said of its task was said here."""
         request = self.request
-        return self._first is not None and not (request.chain or request.chord or request.callbacks)
+        return not (request.chain or request.chord or request.callbacks)
 
     # --- Going on -------------------------------------------------------------------------------
 
@@ -191,8 +191,6 @@ class Trip:
         may = is_ours or outcome is None or self._is_survived(outcome)
         has_next = is_ours or self.look_ahead() is not None
         goes_on = may and has_next
-        if not self.has_moved:
-            self._first = outcome
         if goes_on or self.has_moved:
             self._events.ended(self.request, outcome, monotonic() - self._visit_started)
         return goes_on and self._move()
@@ -372,10 +370,11 @@ class Events:
     def _tell(self, what: str, request: Any, **fields: Any) -> None:
         if not self._app.conf.worker_send_task_events:
             return
+        sender = self._buffer(request.hostname)
         try:
-            self._buffer(request.hostname).send(f"task-{what}", uuid=request.id, **fields)
+            sender.send(f"task-{what}", uuid=request.id, **fields)
         except BrokerErrors as error:  # the buffer is full, and cannot be sent
-            self._drop(error)
+            self._drop(sender, error)
 
     def _buffer(self, hostname: str) -> Any:
         with self._lock:
@@ -398,7 +397,11 @@ class Events:
             self._told.wait()
             sleep(EVENTS_SECONDS)
             self._told.clear()
-            self.flush()
+            try:
+                self.flush()
+            except Exception:
+                # Without this thread Flower would hear nothing more of this process.
+                log.exception("events.not_sent")
 
     def flush(self) -> None:
         """Send what was told."""
@@ -407,9 +410,10 @@ class Events:
             try:
                 sender.flush()
             except BrokerErrors as error:
-                self._drop(error)
+                self._drop(sender, error)
 
-    def _drop(self, error: Exception) -> None:
+    def _drop(self, sender: Any, error: Exception) -> None:
         log.warning("events.not_sent", error=repr(error)[:300])
         with self._lock:
-            self._sender = None
+            if self._sender is sender:
+                self._sender = None

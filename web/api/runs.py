@@ -43,8 +43,9 @@ def submit(wanted: dict[str, Any]) -> Any:
     with database().autocommit() as tx:
         stored = find_workflow(tx, workflow_id, version)
         submission = submit_run(tx, stored, request_id=request_id(), **wanted)
-        run = queries.get_run(tx, submission.run_id)
     dispatcher().publish(submission)
+    with database().autocommit() as tx:
+        run = queries.get_run(tx, submission.run_id)
     return run, 202, {"Location": url_for(".get_one", run_id=submission.run_id)}
 
 
