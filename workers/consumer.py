@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from queue import Empty
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 from uuid import UUID
 
 from celery.worker.consumer import Consumer as CeleryConsumer
+from kombu.asynchronous import get_event_loop
 from kombu.transport import redis, virtual
+from kombu.utils.json import dumps
 
 from opscore import logs
 from opscore.canvas import RUN_TASK
@@ -94,7 +96,53 @@ class Message(virtual.Message):
 
 
 class QoS(redis.QoS):
-    """Remembers in Redis what was taken and not acknowledged."""
+    """Remembers in Redis what was taken and not acknowledged.
+
+    A message goes to the pool first and Redis is told at the next turn of the loop: to wait for its
+    answer in between took a single task a tenth of its time. Who dies in that moment leaves the
+    message to the rescue, as who dies right after taking it does.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._untold: list[tuple[Any, str]] = []
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        hub = get_event_loop()
+        if hub is None:
+            return super().append(message, delivery_tag)
+        virtual.QoS.append(self, message, delivery_tag)
+        if not self._untold:
+            hub.call_soon(hub.call_soon, self._tell_if_open)  # the pool is written to in between
+        self._untold.append((message, delivery_tag))
+
+    def _tell_if_open(self) -> None:
+        channel: Any = self.channel
+        if not channel.closed:
+            self._tell()
+
+    def _tell(self) -> None:
+        untold, self._untold = self._untold, []
+        if not untold:
+            return
+        with self.pipe_or_acquire() as pipe:
+            for message, tag in untold:
+                came = message.delivery_info
+                entry = dumps([message._raw, came["exchange"], came["routing_key"]])
+                pipe.zadd(self.unacked_index_key, {tag: time()}).hset(self.unacked_key, tag, entry)
+            pipe.execute()
+
+    def ack(self, delivery_tag: str) -> None:
+        self._tell()
+        super().ack(delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        self._tell()
+        super().reject(delivery_tag, requeue)
+
+    def restore_unacked(self, client: Any = None) -> Any:
+        self._tell()
+        return super().restore_unacked(client)
 
     @contextmanager
     def pipe_or_acquire(self, pipe: Any = None, client: Any = None) -> Iterator[Any]:
