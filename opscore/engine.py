@@ -1360,12 +1360,12 @@ WITH parent AS (
     WHERE id = :parent_id AND status = 'waiting' AND max_parallel IS NOT NULL FOR UPDATE
 ), room AS (
     SELECT parent.max_parallel - count(c.id) AS places
-    FROM parent LEFT JOIN tasks c ON c.parent_id = parent.id AND c.status NOT IN {_ENDED}
+    FROM parent LEFT JOIN tasks c ON c.parent_id = :parent_id AND c.status NOT IN {_ENDED}
         AND (c.status <> 'waiting' OR c.reason <> 'max_parallel')
     GROUP BY parent.max_parallel
 ), next AS (
-    SELECT c.id FROM tasks c JOIN parent ON c.parent_id = parent.id
-    WHERE {_still("waiting", "c")} AND c.status NOT IN {_ENDED} AND c.reason = 'max_parallel'
+    SELECT c.id FROM tasks c, parent WHERE c.parent_id = :parent_id
+      AND {_still("waiting", "c")} AND c.status NOT IN {_ENDED} AND c.reason = 'max_parallel'
     ORDER BY c.index LIMIT (SELECT greatest(places, 0) FROM room)
 )
 UPDATE tasks t SET status = 'pending', reason = NULL, woken_at = now() FROM next, runs r
@@ -1842,8 +1842,10 @@ _LOST = f"""sent.at < CASE WHEN {_LEFT} = '{NOTHING}'
 _UNVISITED = Prepared(
     f"""
 SELECT t.run_id, r.generation
-FROM tasks t JOIN runs r ON r.id = t.run_id
-    CROSS JOIN LATERAL (SELECT {_SENT_AT} AS at OFFSET 0) AS sent  -- OFFSET: once for each task
+FROM tasks t
+    -- OFFSET: one look for each task, where a plan made on empty tables might read them whole.
+    CROSS JOIN LATERAL (SELECT * FROM runs WHERE id = t.run_id OFFSET 0) AS r
+    CROSS JOIN LATERAL (SELECT {_SENT_AT} AS at OFFSET 0) AS sent
 WHERE t.status = 'pending' AND {_RUN_OPEN} AND {_dependencies_over()}
   AND sent.at < now() - make_interval(secs => :after * power(2, least(r.generation, 2) - 1))
   AND {_LOST}
