@@ -1844,7 +1844,8 @@ _UNVISITED = Prepared(
 SELECT t.run_id, r.generation
 FROM tasks t
     -- OFFSET: one look for each task, where a plan made on empty tables might read them whole.
-    CROSS JOIN LATERAL (SELECT * FROM runs WHERE id = t.run_id OFFSET 0) AS r
+    CROSS JOIN LATERAL (SELECT status, cancel_requested_at, error, generation, generation_at
+                        FROM runs WHERE id = t.run_id OFFSET 0) AS r
     CROSS JOIN LATERAL (SELECT {_SENT_AT} AS at OFFSET 0) AS sent
 WHERE t.status = 'pending' AND {_RUN_OPEN} AND {_dependencies_over()}
   AND sent.at < now() - make_interval(secs => :after * power(2, least(r.generation, 2) - 1))
