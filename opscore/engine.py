@@ -545,13 +545,12 @@ WITH t AS MATERIALIZED (
 ), begun AS (
     INSERT INTO attempts (task_id, number, agent_id, worker, status)
     SELECT id, attempt, agent_id, :worker, 'running' FROM claimed WHERE kind = 'agent'
-), told_run AS (
-    INSERT INTO events (run_id, type) SELECT id, 'run.started' FROM starting RETURNING seq
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
-    SELECT run_id, id, 'task.started', jsonb_build_object(
+    SELECT id, NULL, 'run.started', '{{}}'::jsonb FROM starting
+    UNION ALL SELECT run_id, id, 'task.started', jsonb_build_object(
         'attempt', attempt, 'agentId', agent_id, 'worker', cast(:worker AS text))
-    FROM claimed, (SELECT max(seq) FROM told_run) AS after_that WHERE kind <> 'end'
+    FROM claimed WHERE kind <> 'end'
 )
 SELECT t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index AS item_index,
        t.item, t.items IS NOT NULL AS expanded, t.is_sink, t.merges_input, t.workflow_id, t.version,
@@ -701,9 +700,10 @@ class Fenced:
     """The attempt is no longer this worker's: drop its outcome."""
 
 
-_FREED = """
+_FREED = """freed AS (
     UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM gone
-    WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt"""
+    WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt
+)"""
 
 
 def _leave(
@@ -723,7 +723,7 @@ def _leave(
 
     `then_told` adds the events of what comes `after`, to be told after the task's own.
     """
-    freed = freed and f", freed AS ({freed})"
+    freed = freed and f", {freed}"
     return f"""
 WITH {before} gone AS (
     UPDATE tasks t SET {change}, lease_expires_at = NULL, deadline_at = NULL
@@ -745,7 +745,7 @@ SELECT {answer}
 
 _BRIEF = "cast(:error AS jsonb) - 'traceback'"
 _MINE = f"t.attempt = :attempt AND {_still('running')}"
-_HANDED_OVER = f"""
+_HANDED_OVER = f"""freed AS (
     UPDATE slots s
     SET holder = NULL, attempt = NULL, lease_expires_at = NULL,
         reserved_for = CASE WHEN s.number <= a.capacity THEN next.id END,
@@ -757,7 +757,8 @@ _HANDED_OVER = f"""
 ), woken AS (
     UPDATE tasks t SET woken_at = now(), wake_at = NULL
     FROM freed, runs r WHERE t.id = freed.reserved_for AND r.id = t.run_id
-    RETURNING {_WOKEN}"""
+    RETURNING {_WOKEN}
+)"""
 _COMPLETE = {
     "change": "status = 'completed', output = :output, finished_at = now(), waiting_since = NULL",
     "guard": _MINE,

@@ -64,8 +64,9 @@ class _Lines:
         self.name = name
 
     def write(self, line: str) -> None:
-        # Nobody may be left to read it, which is no reason to fail what the line tells of.
-        with suppress(Exception):
+        # Nobody may be left to read it, which is no reason to fail what the line tells of: the pipe
+        # is broken, the stream closed, or (AttributeError) there was none at the start.
+        with suppress(OSError, ValueError, AttributeError):
             sys.stderr.write(line + "\n")
 
     debug = info = warning = error = critical = write

@@ -11,6 +11,7 @@ Here an entry that is no visit is set aside (see `config.SET_ASIDE`), and the wo
 
 import json
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -105,16 +106,15 @@ class QoS(redis.QoS):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._untold: list[tuple[Any, str]] = []
+        self._untold: deque[tuple[Any, str]] = deque()
 
     def append(self, message: Any, delivery_tag: str) -> None:
         hub = get_event_loop()
         if hub is None:
             return super().append(message, delivery_tag)
         virtual.QoS.append(self, message, delivery_tag)
-        if not self._untold:
-            hub.call_soon(hub.call_soon, self._tell_if_open)  # the pool is written to in between
         self._untold.append((message, delivery_tag))
+        hub.call_soon(hub.call_soon, self._tell_if_open)  # the pool is written to in between
 
     def _tell_if_open(self) -> None:
         channel: Any = self.channel
@@ -122,11 +122,14 @@ class QoS(redis.QoS):
             self._tell()
 
     def _tell(self) -> None:
-        untold, self._untold = self._untold, []
-        if not untold:
+        if not self._untold:
             return
         with self.pipe_or_acquire() as pipe:
-            for message, tag in untold:
+            while self._untold:  # threads of a pool acknowledge while others are taken
+                try:
+                    message, tag = self._untold.popleft()
+                except IndexError:
+                    break
                 came = message.delivery_info
                 entry = dumps([message._raw, came["exchange"], came["routing_key"]])
                 pipe.zadd(self.unacked_index_key, {tag: time()}).hset(self.unacked_key, tag, entry)
