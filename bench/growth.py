@@ -394,6 +394,7 @@ def _reads(finished: Sequence[UUID]) -> dict[str, Callable[[Tx], Any]]:
 def _filters() -> dict[str, RunFilter]:
     return {
         "first page": RunFilter(),
+        "workflow": RunFilter(workflow_id="growth-1"),
         "workflow and status": RunFilter(workflow_id="growth-1", status=["failed"]),
         "workflow that never failed": RunFilter(workflow_id="growth-6", status=["failed"]),
         "open": RunFilter(status=["queued", "running"]),

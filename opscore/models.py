@@ -184,7 +184,7 @@ class Run(Base):
             ["workflow_id", "version"], ["workflows.workflow_id", "workflows.version"]
         ),
         Index(None, "created_at", "id"),
-        Index(None, "workflow_id", "created_at", "id"),
+        Index(None, "workflow_id", "status", "created_at", "id"),
         Index(None, "status", "created_at", "id"),
         Index(None, "labels", postgresql_using="gin", postgresql_ops={"labels": "jsonb_path_ops"}),
         Index(

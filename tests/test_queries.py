@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from uuid import UUID, uuid4
 
 import pytest
@@ -63,6 +63,30 @@ def test_pages_of_runs_show_every_run_once_newest_first_also_when_moments_are_eq
     found = walk(tx, RunFilter(), 3)
     assert sorted(found) == sorted(runs) and len(found) == 10
     assert set(found[:1]) == {runs[9]} and set(found[1:4]) == set(runs[6:9])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count"),
+    [
+        (RunFilter(workflow_id="b"), 6),
+        (RunFilter(status=["running", "failed", "running"]), 8),
+        (RunFilter(workflow_id="b", status=["running", "failed"]), 4),
+    ],
+)
+def test_pages_of_runs_of_several_statuses_are_in_one_order(
+    tx: Tx, wanted: RunFilter, count: int
+) -> None:
+    statuses = ["queued", "running", "failed"]
+    for n in range(12):
+        created_at = NOW + timedelta(seconds=n // 2)
+        add_run(tx, statuses[n // 2 % 3], workflow_id="ab"[n % 2], created_at=created_at)
+    found = walk(tx, wanted, 3)
+    assert len(set(found)) == len(found) == count
+    assert found == sorted(found, key=lambda run: order_of(tx, run), reverse=True)
+
+
+def order_of(tx: Tx, run: UUID) -> tuple[datetime, UUID]:
+    return queries.get_run(tx, run)["created_at"], run
 
 
 def test_runs_that_come_while_paging_make_none_repeat_or_vanish(tx: Tx) -> None:

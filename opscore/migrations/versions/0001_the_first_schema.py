@@ -161,9 +161,9 @@ def upgrade() -> None:
         op.f("ix_runs_status_created_at_id"), "runs", ["status", "created_at", "id"], unique=False
     )
     op.create_index(
-        op.f("ix_runs_workflow_id_created_at_id"),
+        op.f("ix_runs_workflow_id_status_created_at_id"),
         "runs",
-        ["workflow_id", "created_at", "id"],
+        ["workflow_id", "status", "created_at", "id"],
         unique=False,
     )
     op.create_table(
@@ -417,7 +417,7 @@ def downgrade() -> None:
     op.drop_table("tasks")
     op.drop_index(op.f("ix_slots_reserved_for"), table_name="slots")
     op.drop_table("slots")
-    op.drop_index(op.f("ix_runs_workflow_id_created_at_id"), table_name="runs")
+    op.drop_index(op.f("ix_runs_workflow_id_status_created_at_id"), table_name="runs")
     op.drop_index(op.f("ix_runs_status_created_at_id"), table_name="runs")
     op.drop_index(
         "ix_runs_open",
