@@ -11,7 +11,7 @@ from celery import Celery
 from celery.backends.redis import RedisBackend
 from kombu import Exchange, Queue
 
-from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE, Settings
+from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, FIRST, IO_QUEUE, Settings
 
 VISIBILITY_TIMEOUT_SECONDS = 12 * 3600
 """Redis gives a message that was not acknowledged out again after this. It is not our recovery
@@ -75,8 +75,8 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "broker_pool_limit": 4 * settings.database_pool,
         "broker_transport_options": {
             "visibility_timeout": VISIBILITY_TIMEOUT_SECONDS,
-            # Who is first is decided by rows; for each priority kombu looks at one more list.
-            "priority_steps": [0],
+            # Who is first is decided by rows; what they put first has a list of its own.
+            "priority_steps": [0, FIRST],
             "health_check_interval": 25,
             **sockets,
         },

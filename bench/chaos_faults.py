@@ -20,15 +20,17 @@ from typing import Any
 from uuid import uuid4
 
 import psutil  # type: ignore[import-untyped]
+from kombu.transport.redis import Channel
 from redis import Redis
 from redis.exceptions import RedisError
 
 from bench.chaos_site import Load, Popen, Shape, Site, task
 from celeryconfig import make_app
-from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE
+from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, FIRST, IO_QUEUE
 from opscore.processes import wait_until
 
 QUEUES = (AGENTS_QUEUE, IO_QUEUE, CONTROL_QUEUE)
+LISTS = (*QUEUES, f"{AGENTS_QUEUE}{Channel.sep}{FIRST}")
 CATCH_SECONDS = 30.0
 """How long to look for a process in the middle of an agent's call; the load is never idle."""
 IN_FLIGHT_SECONDS = 0.05
@@ -411,7 +413,7 @@ class _Doubler:
         self.known: set[str] = set()
 
     def __call__(self) -> None:
-        for queue in QUEUES:
+        for queue in LISTS:
             for raw in self._strings(self.redis.lrange(queue, 0, -1)):
                 self._copy(json.loads(raw), queue)
         for raw in self._strings(self.redis.hvals("unacked")):  # taken before we saw it
@@ -536,7 +538,7 @@ def queues_are_empty(case: Case) -> list[str]:
     with case.site.arena.client() as redis:
 
         def left() -> dict[str, int]:
-            lengths = {queue: int(redis.llen(queue)) for queue in QUEUES}
+            lengths = {queue: int(redis.llen(queue)) for queue in LISTS}
             lengths["unacked"] = int(redis.hlen("unacked"))
             return {queue: length for queue, length in lengths.items() if length}
 

@@ -21,6 +21,8 @@ IO_QUEUE = "opscore.io"
 """Agents behind HTTP."""
 CONTROL_QUEUE = "opscore.control"
 """What must never lie behind agent work."""
+FIRST = 1
+"""The priority of visits that are served before all others of their queue, which have 0."""
 SET_ASIDE = "opscore.set_aside"
 """The Redis list of the newest queue entries that were no message, as JSON: `queue`, `reason`,
 `at`, `bytes` (its whole length) and `entry`."""

@@ -18,12 +18,12 @@ from uuid import UUID
 
 from celery import Celery, Signature
 from kombu.exceptions import KombuError, OperationalError
-from kombu.utils import json as kombu_json
+from kombu.transport.redis import Channel
 from redis import Redis
 from redis.exceptions import RedisError
 
 from opscore import canvas, engine, graph, logs
-from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, Settings
+from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, FIRST, Settings
 from opscore.db import Database, Tx
 from opscore.engine import Finished, Left, Plan, Woken
 from opscore.errors import Unavailable
@@ -40,6 +40,8 @@ IN_HAND_SECONDS = 2.0
 """A worker visits the last task of a message within this time, or gives it back."""
 HEAD = 200
 """Entries looked at to learn how old the oldest visit of a queue is; some are double or late."""
+MOST_FIRST = 5000
+"""Entries looked at to learn who is served first; there are as many as workers are behind."""
 
 BrokerErrors = (OperationalError, KombuError, RedisError, OSError)
 
@@ -115,7 +117,7 @@ class Dispatcher:
                 segments[task.run_id].add(task.task_id)
             else:
                 dead[task.run_id] = task.generation
-        sent = self.send(messages) and self.send(first, first=True)
+        sent = self.send(messages) and self.send(first, priority=FIRST)
         for run_id, start in segments.items():
             sent &= self._publish_segment(run_id, start)
         for run_id, generation in dead.items():
@@ -230,23 +232,22 @@ class Dispatcher:
     def _left_before(self, tx: Tx) -> Left | None:
         """Return what has left the queues, as two looks agree; None before the second.
 
-        What left since the first may be in a worker's hands, and go back to the front.
+        What left since the first may be in a worker's hands, and come back.
         """
-        heads = self._heads()
+        heads, served_first = self._heads()
         agents, control = (self._left(tx, heads.get(q)) for q in (AGENTS_QUEUE, CONTROL_QUEUE))
-        front = heads.get(AGENTS_QUEUE)
         now = time.monotonic()
-        seen = Left(agents, control, None if front is None else tuple(front))
+        seen = Left(agents, control, served_first)
         self._seen.append((now, seen))
         while len(self._seen) > 1 and self._seen[1][0] <= now - IN_HAND_SECONDS:
             self._seen.popleft()
-        seen_at, first = self._seen[0]
+        seen_at, before = self._seen[0]
         if seen_at > now - IN_HAND_SECONDS:
             return None
         return Left(
-            agents=_earlier(first.agents, seen.agents),
-            control=_earlier(first.control, seen.control),
-            front=_both(first.front, seen.front),
+            agents=_earlier(before.agents, seen.agents),
+            control=_earlier(before.control, seen.control),
+            first=_both(before.first, seen.first),
         )
 
     def _left(self, tx: Tx, head: Sequence[UUID] | None) -> datetime | str:
@@ -257,17 +258,23 @@ class Dispatcher:
         # A run may have been published some time after a younger one.
         return oldest - timedelta(seconds=self.settings.rescue_seconds if head else 0)
 
-    def _heads(self) -> dict[str, list[UUID] | None]:
-        """Return the tasks next in line in each queue; None if what lies there is unknown."""
+    def _heads(self) -> tuple[dict[str, list[UUID] | None], tuple[UUID, ...] | None]:
+        """Return the tasks next in line in each queue, and those that are served before them.
+
+        None: what lies there is unknown.
+        """
         queues = (AGENTS_QUEUE, CONTROL_QUEUE)
         try:
             with self._redis() as redis, redis.pipeline(transaction=False) as pipe:
                 for queue in queues:
                     pipe.lrange(queue, -HEAD, -1)
-                return dict(zip(queues, map(_visited, pipe.execute()), strict=True))
+                pipe.lrange(f"{AGENTS_QUEUE}{Channel.sep}{FIRST}", 0, MOST_FIRST)
+                *heads, first = pipe.execute()
         except RedisError as error:
             self._break(error)
-            return {}
+            return {}, None
+        served_first = None if len(first) > MOST_FIRST else tuple(_visited(first) or ())
+        return dict(zip(queues, map(_visited, heads), strict=True)), served_first
 
     def is_reachable(self) -> bool:
         """Say whether the broker is worth a try: after a failure it must first answer a ping."""
@@ -284,12 +291,12 @@ class Dispatcher:
         self,
         messages: Sequence[Signature | dict[str, Any]],
         *,
-        first: bool = False,
+        priority: int = 0,
         **context: Any,
     ) -> bool:
         """Send messages in one go; False if the broker did not take them.
 
-        With `first` they stand in front of all others of their queue, in their order.
+        Those of priority `FIRST` are served before all others of their queue, in their order.
         """
         if not messages:
             return True
@@ -299,13 +306,12 @@ class Dispatcher:
         try:
             with self.app.producer_or_acquire() as producer:
                 _keep_client(producer.channel)
-                front = _at_the_front(producer.channel) if first else nullcontext()
-                with front, producer.batch(BATCH) if len(messages) > 1 else nullcontext():
-                    for message in reversed(messages) if first else messages:
+                with producer.batch(BATCH) if len(messages) > 1 else nullcontext():
+                    for message in messages:
                         if not isinstance(message, Signature):
                             message = self.app.signature(message)
                         # In Redis a queue is there once somebody sends to it.
-                        message.apply_async(producer=producer, declare=[])
+                        message.apply_async(producer=producer, declare=[], priority=priority)
         except BrokerErrors as error:
             self._break(error, **context)
             return False
@@ -351,25 +357,6 @@ def _keep_client(channel: Any) -> None:
     if "_create_client" not in vars(channel):
         make, client = channel._create_client, channel._create_client()
         channel._create_client = lambda asynchronous=False: make(True) if asynchronous else client
-
-
-@contextmanager
-def _at_the_front(channel: Any) -> Iterator[None]:
-    """Have a channel of kombu's put messages where the queue is read."""
-
-    def put(queue: str, message: Any, _publish_batch: Any = None, **_: Any) -> None:
-        entry = kombu_json.dumps(message)
-        if _publish_batch is not None:
-            _publish_batch.add("rpush", queue, entry)
-        else:
-            with channel.conn_or_acquire() as client:
-                client.rpush(queue, entry)
-
-    channel._put = put
-    try:
-        yield
-    finally:
-        del channel._put
 
 
 def _earlier(one: datetime | str, other: datetime | str) -> datetime | str:

@@ -32,7 +32,7 @@ from opscore.workflows import StoredWorkflow
 DEADLINE_GRACE_SECONDS = 5
 """The worker ends an attempt at its timeout; only when it could not does the deadline come."""
 RESERVE_SECONDS = 5
-"""A freed slot is kept this long for the task it woke."""
+"""A freed slot is kept this long for the first in line; then again for whoever is first."""
 FIRST_IN_LINE = 32
 """Looked at for an agent's free slots: others may be waking the first of them at this moment."""
 LOOK_AGAIN_SECONDS = 30
@@ -343,10 +343,11 @@ class Void:
 Answer = Claimed | Settled | Elsewhere | MustWait | Impossible | Void
 
 _FREE = """s.holder IS NULL AND (s.reserved_until IS NULL OR s.reserved_until < now())"""
-_RESERVED = "EXISTS (SELECT FROM slots k WHERE k.reserved_for = w.id AND k.reserved_until > now())"
-_MAY_ASK = "(w.not_before IS NULL OR w.not_before <= now())"
+_MAY_ASK = "({row}.not_before IS NULL OR {row}.not_before <= now())"
 """Whoever an agent itself sent away does not stand in its line until the time it named."""
-_IN_LINE = f"w.status = 'waiting' AND w.reason = 'agent_busy' AND {_MAY_ASK}"
+_HAS_NONE_KEPT = "(w.kept_until IS NULL OR w.kept_until <= now())"
+_STANDS = f"w.reason = 'agent_busy' AND {_MAY_ASK.format(row='w')} AND {_HAS_NONE_KEPT}"
+_IN_LINE = f"w.status = 'waiting' AND {_STANDS}"
 _FOR_AGENT = "w.wanted_agent_id = {agent}"
 _FOR_CAPABILITY = "w.wanted_agent_id IS NULL AND w.wanted_capability = offered.capability"
 """Of `unnest(capabilities) AS offered (capability)`: a line's index is in order for one of them."""
@@ -357,7 +358,7 @@ def _first_ahead(whose: str) -> str:
     """Return the first of a line besides `ready`, if it is older than that; in SQL, a subquery."""
     return f"""(
     SELECT FROM (SELECT w.priority, w.waiting_since FROM tasks w
-                 WHERE {whose} AND {_IN_LINE} AND w.id <> ready.id AND NOT {_RESERVED}
+                 WHERE {whose} AND {_IN_LINE} AND w.id <> ready.id
                  {_ORDER} LIMIT 1) AS first
     WHERE first.priority > ready.priority OR first.priority = ready.priority
       AND first.waiting_since < coalesce(ready.waiting_since, now()))"""
@@ -370,7 +371,7 @@ _START = """status = 'running', reason = NULL, attempt = t.attempt + 1, claim_to
         -- An old visit does the work, but a newer canvas's saved one must still go on after it.
         message = CASE WHEN t.visit_generation > :generation THEN t.message END,
         visit_generation = greatest(t.visit_generation, :generation),
-        wake_at = NULL, woken_at = NULL, not_before = NULL"""
+        wake_at = NULL, woken_at = NULL, kept_until = NULL, not_before = NULL"""
 
 
 _UNCOUNTED = "a.agent_id = t.wanted_agent_id AND a.capacity IS NULL"
@@ -465,7 +466,7 @@ _CLAIM_KEPT = Prepared(
 ),""",
         agent="kept",
         fits="true",
-        state=f"{_still('waiting')} AND t.reason = 'agent_busy'",
+        state=f"{_still('waiting')} AND t.reason = 'agent_busy' AND {_MAY_ASK.format(row='t')}",
         after=""", held AS (
     UPDATE slots s
     SET holder = next.task_id, attempt = next.attempt, lease_expires_at = next.lease_expires_at,
@@ -633,28 +634,30 @@ def _refused(row: Row[Any]) -> Answer:
 def _line(many: str) -> str:
     """Return the part of a statement that finds, as `line`, the first `many` who wait for an agent.
 
-    They wait for `:agent_id` itself or for a capability of it; nobody has woken them yet.
+    They wait for `:agent_id` itself or for a capability of it. Whoever was woken already
+    `is_out`: a visit is on its way, and those behind wait for it. Whether somebody is in line is
+    asked once more of the locked row: it may have run, and be waiting for something else.
     """
     return f"""first AS (
     (SELECT w.id, w.priority, w.waiting_since FROM tasks w
-     WHERE {_FOR_AGENT.format(agent=":agent_id")} AND {_IN_LINE} AND w.woken_at IS NULL
+     WHERE {_FOR_AGENT.format(agent=":agent_id")} AND {_IN_LINE}
      {_ORDER} LIMIT {FIRST_IN_LINE})
     UNION ALL
     SELECT f.* FROM agents a, unnest(a.capabilities) AS offered (capability), LATERAL (
         SELECT w.id, w.priority, w.waiting_since FROM tasks w
-        WHERE {_FOR_CAPABILITY} AND {_IN_LINE} AND w.woken_at IS NULL
+        WHERE {_FOR_CAPABILITY} AND {_IN_LINE}
         {_ORDER} LIMIT {FIRST_IN_LINE}) AS f
     WHERE a.agent_id = :agent_id
 ), line AS MATERIALIZED (
-    SELECT w.id FROM tasks w
-    WHERE w.id = ANY (ARRAY(SELECT id FROM first)) AND {_still("waiting", "w")}
-      AND w.woken_at IS NULL
+    SELECT w.id, w.woken_at IS NOT NULL AS is_out FROM tasks w
+    WHERE w.id = ANY (ARRAY(SELECT id FROM first)) AND {_still("waiting", "w")} AND {_STANDS}
     {_ORDER}, w.id
     LIMIT {many} FOR UPDATE OF w SKIP LOCKED
 )"""
 
 
 _KEPT_UNTIL = f"now() + make_interval(secs => {RESERVE_SECONDS})"
+_KEEP = f"woken_at = coalesce(t.woken_at, now()), kept_until = {_KEPT_UNTIL}, wake_at = NULL"
 _WOKEN = """t.id AS task_id, t.run_id, t.message, t.reason, t.timeout_seconds,
           t.parent_id IS NOT NULL AS is_item, r.generation, r.request_id"""
 
@@ -753,11 +756,11 @@ _HANDED_OVER = f"""freed AS (
                               THEN {_KEPT_UNTIL} END
     FROM gone JOIN agents a USING (agent_id) LEFT JOIN line AS next ON true
     WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt
-    RETURNING s.reserved_for
+    RETURNING s.reserved_for, next.is_out
 ), woken AS (
-    UPDATE tasks t SET woken_at = now(), wake_at = NULL
+    UPDATE tasks t SET {_KEEP}
     FROM freed, runs r WHERE t.id = freed.reserved_for AND r.id = t.run_id
-    RETURNING {_WOKEN}
+    RETURNING {_WOKEN}, freed.is_out
 )"""
 _COMPLETE = {
     "change": "status = 'completed', output = :output, finished_at = now(), waiting_since = NULL",
@@ -771,7 +774,7 @@ _COMPLETE = {
 _HAND_OVER = _COMPLETE | {
     "before": f"{_line('1')},",
     "answer": """gone.message AS saved, gone.ends_run, r.generation AS run_generation, woken.*
-    FROM gone JOIN runs r ON r.id = gone.run_id LEFT JOIN woken ON true""",
+    FROM gone JOIN runs r ON r.id = gone.run_id LEFT JOIN woken ON NOT woken.is_out""",
     "freed": _HANDED_OVER,
 }
 _SETTLED = f""", settled AS (
@@ -1288,7 +1291,7 @@ WITH before AS (
         waiting_since = CASE WHEN :busy THEN coalesce(t.waiting_since, now()) END,
         wake_at = CASE WHEN :busy THEN now() + make_interval(secs =>
             {_backoff("t.busy_backoff", "t.busy_max_backoff", "t.waits")}) END,
-        woken_at = NULL, not_before = NULL
+        woken_at = NULL, kept_until = NULL, not_before = NULL
     WHERE t.id = :task_id AND t.status IN ('pending', 'waiting')
       AND t.visit_generation <= :generation
     RETURNING t.id, t.run_id, t.wake_at, t.waiting_since, t.max_wait_seconds
@@ -1427,24 +1430,25 @@ WITH free AS MATERIALIZED (
     WHERE s.agent_id = :agent_id AND s.number <= a.capacity AND {_FREE}
     ORDER BY s.number FOR UPDATE OF s SKIP LOCKED
 ), {_line("(SELECT count(*) FROM free)")}, pairs AS (
-    SELECT f.number, l.id
+    SELECT f.number, l.id, l.is_out
     FROM (SELECT number, row_number() OVER (ORDER BY number) AS n FROM free) f
-    JOIN (SELECT id, row_number() OVER () AS n FROM line) l USING (n)
+    JOIN (SELECT id, is_out, row_number() OVER () AS n FROM line) l USING (n)
 ), kept AS (
-    UPDATE slots s SET reserved_for = pairs.id,
-        reserved_until = {_KEPT_UNTIL}
+    UPDATE slots s SET reserved_for = pairs.id, reserved_until = {_KEPT_UNTIL}
     FROM pairs WHERE s.agent_id = :agent_id AND s.number = pairs.number
+), woken AS (
+    UPDATE tasks t SET {_KEEP}
+    FROM pairs, runs r
+    WHERE t.id = pairs.id AND r.id = t.run_id AND {_still("waiting")}
+    RETURNING {_WOKEN}, pairs.is_out
 )
-UPDATE tasks t SET woken_at = now(), wake_at = NULL
-FROM pairs, runs r
-WHERE t.id = pairs.id AND r.id = t.run_id AND {_still("waiting")}
-RETURNING {_WOKEN}
+SELECT * FROM woken WHERE NOT is_out
 """
 )
 
 
 def wake_line(tx: Tx, agent_id: str) -> list[Woken]:
-    """Wake the longest-waiting tasks for the agent's free slots, and keep the slots for them."""
+    """Keep the agent's free slots for the first in line, and wake those not yet on their way."""
     return _woken(_WAKE_LINE(tx, {"agent_id": agent_id}))
 
 
@@ -1453,15 +1457,15 @@ _LINES = Prepared(
 SELECT a.agent_id FROM agents a WHERE EXISTS (SELECT FROM slots s WHERE s.agent_id = a.agent_id AND
 s.number <= a.capacity AND {_FREE})
   AND (EXISTS (SELECT FROM tasks w WHERE {_FOR_AGENT.format(agent="a.agent_id")}
-               AND {_IN_LINE} AND w.woken_at IS NULL)
+               AND {_IN_LINE})
        OR EXISTS (SELECT FROM unnest(a.capabilities) AS offered (capability), tasks w
-                  WHERE {_FOR_CAPABILITY} AND {_IN_LINE} AND w.woken_at IS NULL))
+                  WHERE {_FOR_CAPABILITY} AND {_IN_LINE}))
 """
 )
 
 
 def agents_to_wake(tx: Tx) -> list[str]:
-    """Return the agents that have a free slot while somebody waits for one."""
+    """Return the agents with a free slot that is kept for nobody while somebody waits for one."""
     return _LINES(tx).scalars()
 
 
@@ -1811,7 +1815,7 @@ _IS_UNDER_WAY = "(t.status = 'pending' OR t.status = 'waiting' AND t.woken_at IS
 _OLDEST = Prepared(
     f"""
 SELECT CASE WHEN cardinality(cast(:task_ids AS uuid[])) = 0 THEN now()
-            ELSE min(coalesce(t.waiting_since, {_SENT_AT})) END
+            ELSE min({_SENT_AT}) END
 FROM tasks t JOIN runs r ON r.id = t.run_id
 WHERE t.id = ANY (:task_ids) AND {_IS_UNDER_WAY} AND {_RUN_OPEN} AND {_dependencies_over()}
 """
@@ -1831,14 +1835,18 @@ class Left:
 
     agents: datetime | str
     control: datetime | str
-    front: tuple[UUID, ...] | None = None
-    """Whose visits are at the front of their queue; None: not known."""
+    first: tuple[UUID, ...] | None = None
+    """Whose visits are to be served before the others, whenever sent; None: not known."""
 
 
 _LEFT = """CASE t.kind WHEN 'end' THEN cast(:control AS timestamptz)
     ELSE cast(:agents AS timestamptz) END"""
-_LOST = f"""sent.at < CASE WHEN {_LEFT} = '{NOTHING}'
-    THEN now() - make_interval(secs => {LOST_BY_AGE_SECONDS}) ELSE {_LEFT} END"""
+_LONG_AGO = f"now() - make_interval(secs => {LOST_BY_AGE_SECONDS})"
+_NOT_FIRST = "t.id <> ALL (cast(:first AS uuid[]))"
+_LOST = f"""coalesce({_NOT_FIRST}, true)
+    AND sent.at < CASE WHEN {_LEFT} = '{NOTHING}' THEN {_LONG_AGO}
+        WHEN cast(:first AS uuid[]) IS NULL THEN least({_LEFT}, {_LONG_AGO})
+        ELSE {_LEFT} END"""
 
 _UNVISITED = Prepared(
     f"""
@@ -1871,6 +1879,7 @@ def _lost_parameters(left: Left, after_seconds: float, limit: int) -> dict[str, 
     return {
         "agents": left.agents,
         "control": left.control,
+        "first": None if left.first is None else list(left.first),
         "after": after_seconds,
         "limit": limit,
     }
@@ -1883,8 +1892,9 @@ WHERE t.id IN (
     SELECT t.id FROM tasks t CROSS JOIN LATERAL (SELECT t.woken_at AS at) AS sent
     WHERE t.status = 'waiting' AND t.woken_at IS NOT NULL
       AND t.woken_at < now() - make_interval(secs => :after)
-      -- Who is woken for a slot is sent to the front: who is not there has left it.
-      AND ({_LOST} OR t.reason = 'agent_busy' AND t.id <> ALL (cast(:front AS uuid[])))
+      -- Who is woken for a slot is served first: who is not among those has left the queue.
+      AND CASE WHEN t.reason = 'agent_busy'
+               THEN coalesce({_NOT_FIRST}, sent.at < {_LONG_AGO}) ELSE {_LOST} END
     ORDER BY t.id LIMIT :limit FOR NO KEY UPDATE OF t SKIP LOCKED)
   AND {_still("waiting")} AND r.id = t.run_id
 RETURNING {_WOKEN}
@@ -1894,9 +1904,7 @@ RETURNING {_WOKEN}
 
 def wake_lost(tx: Tx, left: Left, after_seconds: float, limit: int) -> list[Woken]:
     """Wake again the parked tasks whose wake was lost on its way, as `unvisited_runs` tells it."""
-    front = None if left.front is None else list(left.front)
-    parameters = _lost_parameters(left, after_seconds, limit) | {"front": front}
-    return _woken(_WAKE_LOST(tx, parameters))
+    return _woken(_WAKE_LOST(tx, _lost_parameters(left, after_seconds, limit)))
 
 
 # --- What an attempt says while it runs ---------------------------------------------------------

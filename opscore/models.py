@@ -267,6 +267,8 @@ class Task(Base):
     """Its agent took no work and is not asked again before this."""
     woken_at: Mapped[datetime | None]
     """When its newest wake was decided; null again with every park."""
+    kept_until: Mapped[datetime | None]
+    """A slot is kept for it; as the slot's `reserved_until`, but under the lock of its own row."""
 
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]

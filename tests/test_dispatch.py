@@ -3,25 +3,29 @@
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from kombu.transport.redis import Channel
 from redis import Redis
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from stack import stack_environment, wait_until
-from test_engine import Desk, task
+from test_engine import Desk, agent, task
 
 from celeryconfig import make_app
-from opscore import dispatch, engine
-from opscore.config import AGENTS_QUEUE, Settings
+from opscore import agents, dispatch, engine
+from opscore.config import AGENTS_QUEUE, FIRST, Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
 from opscore.engine import Failure
 from opscore.errors import Unavailable
 from opscore.servers import RedisServer
+from opscore.states import Reason
+from workers import consumer
+
+SERVED_FIRST = f"{AGENTS_QUEUE}{Channel.sep}{FIRST}"
 
 
 @pytest.fixture
@@ -47,9 +51,13 @@ def dispatcher(
     return Dispatcher(make_app(settings), database, settings)
 
 
-def visits(broker: RedisServer) -> list[dict[str, Any]]:
+def visits(broker: RedisServer, *queues: str) -> list[dict[str, Any]]:
+    """Return what lies in the queues, the next to be served last."""
     with Redis.from_url(broker.url) as redis:
-        return [json.loads(message) for message in redis.lrange(AGENTS_QUEUE, 0, -1)]
+        entries: list[Any] = []
+        for queue in queues or (AGENTS_QUEUE, SERVED_FIRST):
+            entries += redis.lrange(queue, 0, -1)
+        return [json.loads(message) for message in entries]
 
 
 def test_a_message_carries_ids_and_nothing_of_input_or_output(
@@ -194,39 +202,22 @@ def test_a_wake_that_was_lost_is_repeated_and_one_that_is_late_is_not(
     assert len(visits(broker)) == 1, "it was sent a moment ago"
 
 
-def test_visits_sent_first_stand_in_front_in_their_order(
+def test_visits_of_the_highest_priority_are_served_before_others_in_their_order(
     desk: Desk, dispatcher: Dispatcher, broker: RedisServer
 ) -> None:
     desk.submit(*(task(name, dependsOn=[]) for name in "abcd"))
     messages = [dict(dispatcher._visit(desk.id(name), 1, 60, None)) for name in "abcd"]
     dispatcher.send(messages[3:])
-    assert dispatcher.send(messages[:3], first=True)
-    in_line = [message["headers"]["id"] for message in reversed(visits(broker))]
-    assert in_line == [str(desk.id(name)) for name in "abcd"]
-
-
-def test_a_visit_sent_first_is_first_whoever_else_sends_at_that_moment(
-    desk: Desk, dispatcher: Dispatcher, broker: RedisServer
-) -> None:
-    desk.submit(task("a"))
-    message = dispatcher._visit(desk.id("a"), 1, 60, None)
-    is_over = threading.Event()
-
-    def send_others() -> None:
-        with Redis.from_url(broker.url) as redis:
-            while not is_over.is_set():
-                redis.lpush(AGENTS_QUEUE, "other")
-
-    others = threading.Thread(target=send_others)
-    others.start()
-    try:
-        with Redis.from_url(broker.url) as redis:
-            for _ in range(100):
-                assert dispatcher.send([message], first=True)
-                assert redis.rpop(AGENTS_QUEUE) != b"other"
-    finally:
-        is_over.set()
-        others.join()
+    assert dispatcher.send(messages[:3], priority=FIRST)
+    app = dispatcher.app
+    with app.connection_for_read() as connection:
+        connection.transport.Channel = consumer.Channel
+        queue = app.amqp.queues[AGENTS_QUEUE](connection.default_channel)
+        served: list[str] = []
+        with connection.Consumer([queue], callbacks=[lambda _, m: served.append(m.headers["id"])]):
+            while len(served) < 4:
+                connection.drain_events(timeout=5)
+    assert served == [str(desk.id(name)) for name in "abcd"]
 
 
 def busy_pair(desk: Desk, dispatcher: Dispatcher) -> Any:
@@ -273,10 +264,61 @@ def test_a_lost_wake_for_a_slot_is_repeated_however_long_the_queue_is(
     dispatcher.rescue()
     assert len(visits(broker)) == 2, "it waits at the front, for a worker that has time"
     with Redis.from_url(broker.url) as redis:
-        redis.rpop(AGENTS_QUEUE)
+        redis.rpop(SERVED_FIRST)
     dispatcher.rescue()
     dispatcher.rescue()
     assert [visit["headers"]["id"] for visit in visits(broker)][1:] == [str(woken.task_id)]
+
+
+def test_who_is_served_first_hides_no_lost_visit_of_the_others(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer
+) -> None:
+    held = busy_pair(desk, dispatcher)
+    (woken,) = desk.complete(held).woken
+    desk.alter("UPDATE tasks SET waiting_since = now() - interval '2 h' WHERE woken_at IS NOT NULL")
+    dispatcher.wake([woken])
+    lost = desk.submit(task("lost"))
+    age(desk, 3600)
+    dispatcher.rescue()
+    dispatcher.rescue()
+    assert desk.rows("SELECT generation FROM runs WHERE id = :run", run=lost.run_id)[0][0] == 2
+    assert len(visits(broker, SERVED_FIRST)) == 1
+
+
+def crowd(desk: Desk, dispatcher: Dispatcher, count: int) -> None:
+    """Have `count` tasks woken for as many slots, and no worker for any of them."""
+    with desk.tx() as tx:
+        agents.register_functions(tx, [agent("wide", count)])
+    desk.submit(*(task(f"t{n}", "wide", dependsOn=[]) for n in range(count)))
+    for number in range(count):
+        message = dict(dispatcher._visit(desk.id(f"t{number}"), 1, 60, None))
+        with desk.database.autocommit() as tx:
+            wait = engine.MustWait(Reason.AGENT_BUSY, "wide")
+            engine.park_task(tx, desk.id(f"t{number}"), wait, message=message, generation=1)
+    with desk.database.autocommit() as tx:
+        while woken := engine.wake_line(tx, "wide"):
+            dispatcher.wake(woken)
+
+
+def test_however_many_wait_to_be_served_first_nobody_is_taken_for_lost(
+    desk: Desk, dispatcher: Dispatcher, broker: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        dispatcher.publish(desk.submit(task("behind")))
+    age(desk, 3600)
+    crowd(desk, dispatcher, 260)
+    before = len(visits(broker))
+    for most in (5000, 100):
+        monkeypatch.setattr(dispatch, "MOST_FIRST", most)
+        for _ in range(3):
+            desk.alter("UPDATE tasks SET woken_at = woken_at - interval '11 s'")
+            dispatcher.rescue()
+        assert len(visits(broker)) == before
+    desk.alter("UPDATE tasks SET woken_at = woken_at - interval '11 min'")
+    with Redis.from_url(broker.url) as redis:
+        redis.ltrim(SERVED_FIRST, 0, 199)
+    dispatcher.rescue()
+    assert len(visits(broker)) > before, "who is too many to be told apart is judged by age"
 
 
 def test_a_lost_attempt_brings_its_run_under_a_new_generation(

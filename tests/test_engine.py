@@ -290,15 +290,73 @@ def test_who_comes_for_a_slot_that_is_kept_gets_that_slot_and_gives_it_back(desk
     assert isinstance(desk.claim("c"), Claimed)
 
 
-def test_a_slot_that_was_kept_too_long_is_for_whoever_is_first_in_line(desk: Desk) -> None:
-    desk.submit(*(task(n, "single", dependsOn=[]) for n in "abc"))
-    first = desk.claim("a")
-    for name in "bc":
+def line_of(desk: Desk, names: str, capacity: int = 1) -> list[Claimed]:
+    """Submit a task for each name: the first hold the slots of `team`, the others wait in line."""
+    with desk.tx() as tx:
+        agents.register_functions(tx, [agent("team", capacity)])
+    desk.submit(*(task(n, "team", dependsOn=[]) for n in names))
+    held = [desk.claim(n) for n in names[:capacity]]
+    for name in names[capacity:]:
         desk.park(name, desk.claim(name))
+    return held
+
+
+def lapse(desk: Desk) -> None:
+    """Let the time pass that a slot is kept."""
+    past = "now() - interval '1 s'"
+    desk.alter(f"UPDATE slots SET reserved_until = {past} WHERE reserved_for IS NOT NULL")
+    desk.alter(f"UPDATE tasks SET kept_until = {past} WHERE kept_until IS NOT NULL")
+
+
+def serve(desk: Desk) -> list[Any]:
+    """Do what the keeper does for the lines, and return the messages of who was woken."""
+    with desk.database.autocommit() as tx:
+        lines = engine.agents_to_wake(tx)
+        return [woken.message for agent_id in lines for woken in engine.wake_line(tx, agent_id)]
+
+
+def test_a_slot_that_was_kept_too_long_is_for_whoever_is_first_in_line(desk: Desk) -> None:
+    (first,) = line_of(desk, "abc")
     desk.complete(first)
-    desk.alter("UPDATE slots SET reserved_until = now() - interval '1 s' WHERE agent_id = 'single'")
+    lapse(desk)
     assert isinstance(desk.claim("c", has_slot=True), MustWait)
     assert isinstance(desk.claim("b", has_slot=True), Claimed), "its turn all the same"
+
+
+def test_however_long_a_visit_is_on_its_way_its_slot_is_kept_and_nobody_behind_is_woken(
+    desk: Desk,
+) -> None:
+    (first,) = line_of(desk, "abcd")
+    assert [woken.message for woken in desk.complete(first).woken] == [{"of": "b"}]
+    for _ in range(3):
+        lapse(desk)
+        assert serve(desk) == [], "there is one slot, and one is on its way to it"
+        assert isinstance(desk.claim("c"), MustWait)
+    second = desk.claim("b", has_slot=True)
+    assert isinstance(second, Claimed)
+    assert [woken.message for woken in desk.complete(second).woken] == [{"of": "c"}]
+
+
+def test_a_slot_freed_meanwhile_is_kept_for_who_is_on_his_way_and_the_next_woken_for_another(
+    desk: Desk,
+) -> None:
+    one, other = line_of(desk, "abcde", capacity=2)
+    assert [woken.message for woken in desk.complete(one).woken] == [{"of": "c"}]
+    lapse(desk)
+    assert desk.complete(other).woken == (), "its own lapsed, and he is the first in line"
+    assert serve(desk) == [{"of": "d"}]
+    kept = desk.rows("SELECT reserved_for FROM slots WHERE agent_id = 'team' ORDER BY number")
+    assert {row.reserved_for for row in kept} == {desk.id("c"), desk.id("d")}
+    assert isinstance(desk.claim("d", has_slot=True), Claimed)
+    assert isinstance(desk.claim("c", has_slot=True), Claimed)
+
+
+def test_who_is_parked_again_stands_in_line_as_if_never_woken(desk: Desk) -> None:
+    (first,) = line_of(desk, "abc")
+    desk.complete(first)
+    desk.park("b", MustWait(Reason.AGENT_BUSY, "team"))
+    lapse(desk)
+    assert serve(desk) == [{"of": "b"}]
 
 
 def test_a_kept_slot_starts_the_run_of_who_waited_before_its_first_task(desk: Desk) -> None:

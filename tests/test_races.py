@@ -9,13 +9,14 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 from stack import wait_until
-from test_engine import Desk, task
+from test_engine import Desk, line_of, task
 
 from opscore import engine
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
 from opscore.engine import Claimed, Finished, MustWait, Visit, Woken
+from opscore.states import Reason
 from workers.keeper import Round
 
 T = TypeVar("T")
@@ -201,6 +202,29 @@ def test_a_duplicate_that_waited_for_the_row_does_not_take_what_moved_meanwhile(
         assert isinstance(first, Claimed)
         assert engine.expand_task(tx, first, [1, 2, 3], {"m": 1})
     assert duplicate.result(30) is None, "it saw a pending task; now it must ask again"
+
+
+@pytest.mark.parametrize("waits_for", ["retry", "its agent"])
+def test_a_slot_is_not_handed_to_who_ran_and_waits_for_something_else_meanwhile(
+    desk: Desk, threads: ThreadPoolExecutor, waits_for: str
+) -> None:
+    first, second = line_of(desk, "abc", capacity=2)
+    with desk.tx() as tx:
+        tx.execute(text("SELECT FROM tasks WHERE id = :id FOR UPDATE"), {"id": first.task_id})
+        finish = threads.submit(desk.complete, first)
+        wait_until(lambda: desk.rows("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        assert desk.complete(second).woken
+        third = desk.claim("c", has_slot=True)
+        if waits_for == "retry":
+            desk.fail(third, delay=3600)
+        else:
+            with desk.tx() as other:
+                engine.release_attempt(
+                    other, third, Reason.AGENT_BUSY, delay_seconds=3600, message={"m": 1}
+                )
+    finished = finish.result(20)
+    assert isinstance(finished, Finished) and finished.woken == ()
+    assert not isinstance(desk.claim("c", has_slot=True), Claimed), "an hour too early"
 
 
 def test_two_failures_at_once_fail_the_run_once_and_never_lock_each_other(

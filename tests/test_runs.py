@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from redis import Redis
@@ -361,6 +362,29 @@ QUICK = {
     "OPSCORE_KEEPER_SECONDS": "0.2",
     "OPSCORE_RESCUE_SECONDS": "1",
 }
+
+
+def test_a_line_is_served_in_order_though_no_worker_was_free_for_longer_than_a_slot_is_kept(
+    servers: Servers, tmp_path: Path
+) -> None:
+    with running_stack(servers, tmp_path / "log", OPSCORE_AGENTS="tests.fleet") as stack:
+
+        def submit(agent_id: str, seconds: float, status: str) -> UUID:
+            one = task("t", agent_id, parameters={"seconds": seconds})
+            run_id = stack.submit({"id": agent_id, "tasks": [one]})
+            wait_until(lambda: stack.tasks(run_id)[0].status, says=lambda s: s == status)
+            return run_id
+
+        leaving = stack.start_worker(concurrency=1)
+        submit("one-at-a-time", 10, "running")
+        stack.start_worker(concurrency=1)
+        line = [submit("one-at-a-time", 0.1, "waiting") for _ in range(4)]
+        submit("nap", 16, "running")
+        leaving.send_signal(signal.SIGTERM)  # it ends its task first, which frees the slot
+        for run_id in line:
+            stack.finished(run_id, seconds=60)
+        began = [stack.tasks(run_id)[0].started_at for run_id in line]
+        assert began == sorted(began)
 
 
 def test_a_task_whose_worker_is_killed_is_done_by_the_next_attempt(

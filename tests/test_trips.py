@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -723,7 +724,9 @@ class Desk:
 
     def queued(self) -> list[str]:
         with self.dispatcher._redis() as redis:
-            entries = redis.lrange("opscore.agents", 0, -1)
+            entries: list[Any] = []
+            for queue in ("opscore.agents", "opscore.agents\x06\x161"):
+                entries += redis.lrange(queue, 0, -1)
         return [json.loads(entry)["headers"]["id"] for entry in reversed(entries)]
 
 
@@ -790,6 +793,15 @@ def test_a_lane_holds_only_tasks_before_the_same_joins() -> None:
     lanes = build(nodes).lanes
     assert sorted(task_id for lane in lanes for task_id in lane) == sorted(ids.values())
     assert all(len({sides[task_id] for task_id in lane}) == 1 for lane in lanes)
+
+
+def test_a_trip_takes_no_message_that_is_none_of_ours(desk: Desk) -> None:
+    trip, woken = desk.trip(60), desk.woken(60)
+    message: Any = woken.message
+    for odd in ({"time_limit": None}, {"queue": None, "routing_key": None}, {"time_limit": "x"}):
+        assert not trip.take(replace(woken, message=message | {"options": odd}))
+    assert not trip.take(replace(woken, message={"task": "opscore.run_task"}))
+    assert trip.take(woken)
 
 
 def test_what_was_claimed_is_visited_though_its_lane_was_given_back_and_a_slot_freed(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from queue import Empty
+from threading import Lock
 from time import monotonic, time
 from typing import Any
 from uuid import UUID
@@ -107,6 +108,7 @@ class QoS(redis.QoS):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._untold: deque[tuple[Any, str]] = deque()
+        self._telling = Lock()
 
     def append(self, message: Any, delivery_tag: str) -> None:
         hub = get_event_loop()
@@ -122,18 +124,18 @@ class QoS(redis.QoS):
             self._tell()
 
     def _tell(self) -> None:
-        if not self._untold:
-            return
-        with self.pipe_or_acquire() as pipe:
-            while self._untold:  # threads of a pool acknowledge while others are taken
-                try:
+        # Whoever acknowledges, in a thread of the pool, must come after who told of that message.
+        with self._telling:
+            if not self._untold:
+                return
+            with self.pipe_or_acquire() as pipe:
+                while self._untold:
                     message, tag = self._untold.popleft()
-                except IndexError:
-                    break
-                came = message.delivery_info
-                entry = dumps([message._raw, came["exchange"], came["routing_key"]])
-                pipe.zadd(self.unacked_index_key, {tag: time()}).hset(self.unacked_key, tag, entry)
-            pipe.execute()
+                    came = message.delivery_info
+                    entry = dumps([message._raw, came["exchange"], came["routing_key"]])
+                    pipe.zadd(self.unacked_index_key, {tag: time()})
+                    pipe.hset(self.unacked_key, tag, entry)
+                pipe.execute()
 
     def ack(self, delivery_tag: str) -> None:
         self._tell()
@@ -170,6 +172,15 @@ class Channel(redis.Channel):
     _taken: tuple[str, bytes] = ("", b"")
     """The queue and the entry that is being looked at."""
     _pooled_client: Any = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # The queues are looked at in this order: what is to be served first lies in `FIRST`.
+        self.priority_steps = sorted(self.priority_steps, reverse=True)
+
+    def priority(self, n: int) -> int:
+        """Return the step of a message's priority; kombu wants the steps in ascending order."""
+        return max((step for step in self.priority_steps if step <= n), default=0)
 
     def set_aside(self, reason: str) -> None:
         """Keep the entry at hand where operators find it; without Redis only the log tells."""

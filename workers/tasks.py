@@ -381,11 +381,11 @@ def _follow(
     wakes = trip.wakes or is_old
     parent_id = claimed.parent_id
     if trip.is_lane and finished.next is not None:
-        trip.owes = (replace(finished, message=None), claimed)
+        trip.owe(replace(finished, message=None), claimed)
         wakes, parent_id = False, None
     if wakes or parent_id or agent_id or finished.ends_run or finished.message is not None:
         if wakes or parent_id:
-            trip.owes = None
+            trip.owe_nothing()
         try:
             process.dispatcher.follow(
                 finished,

@@ -24,6 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from opscore import logs
 from opscore.canvas import HARD_LIMIT_GRACE_SECONDS, LANE_HEADER, RUN_TASK, WAKES_HEADER
+from opscore.config import FIRST
 from opscore.dispatch import BrokerErrors, Dispatcher
 from opscore.engine import DEADLINE_GRACE_SECONDS, Claimed, Finished, Visit, Woken
 from opscore.states import Reason
@@ -177,9 +178,12 @@ class Trip:
         request, message = self.request, woken.message
         has_next = self._taken or self.claimed_next is not None
         is_bound = request.chain or request.callbacks or request.chord or has_next
-        if message is None or is_bound or not self._may_go_on(message):
-            return False
-        task_id, generation = message["args"]
+        try:
+            if message is None or is_bound or not self._may_go_on(message):
+                return False
+            task_id, generation = message["args"]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return False  # the message was not made by us
         has_slot = woken.reason == Reason.AGENT_BUSY
         self._next = (Visit(UUID(task_id), generation, uuid4(), has_slot), message)
         self._taken = True
@@ -261,10 +265,20 @@ class Trip:
         with self._lock:
             chain = self.request.chain if self.is_lane else None
             rest = list(chain or ())
-        if rest and self._dispatcher.send([_alone(one) for one in reversed(rest)], first=True):
+        if rest and self._dispatcher.send([_alone(one) for one in reversed(rest)], priority=FIRST):
             with self._lock:
                 if self.request.chain is chain:
                     self.request.chain = None
+
+    def owe(self, finished: Finished, claimed: Claimed) -> None:
+        """Leave the wakes of this task of a lane to the next."""
+        with self._lock:
+            self.owes = (finished, claimed)
+
+    def owe_nothing(self) -> None:
+        """Know that whoever was to be woken is being woken."""
+        with self._lock:
+            self.owes = None
 
     def pay(self) -> None:
         """Wake what the tasks of a lane left to their last one."""
