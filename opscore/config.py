@@ -5,6 +5,7 @@ environment by itself, so that a test, or a second stack in the same process, pa
 mapping.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
@@ -69,6 +70,13 @@ class _Names(ma.Field[tuple[str, ...]]):
         return tuple(name.strip() for name in str(value).split(",") if name.strip())
 
 
+class _Level(ma.String):
+    """A word in capitals, however it was written."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> str:
+        return str(super()._deserialize(value, attr, data, **kwargs)).upper()
+
+
 def _seconds(low: float, high: float) -> ma.Field[Any]:
     return ma.Float(validate=validate.Range(low, high))
 
@@ -110,7 +118,7 @@ class Settings:
     )
     log_level: str = _setting(
         "OPSCORE_LOG_LEVEL",
-        ma.String(validate=validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])),
+        _Level(validate=validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])),
         "DEBUG, INFO, WARNING or ERROR.",
         "INFO",
     )
@@ -131,6 +139,14 @@ class Settings:
         _seconds(0.1, 1200),
         "Seconds between two renewals of a lease; at least three fit into a lease.",
         10.0,
+    )
+    grace_seconds: float = _setting(
+        "OPSCORE_GRACE_SECONDS",
+        _seconds(0, 86_400),
+        "Seconds a worker that is asked to stop lets its agents go on; then it hands their tasks "
+        "back and ends. Whoever stops it must wait a little longer before killing it: Docker and "
+        "`opscore down` wait 10 seconds, Kubernetes 30.",
+        8.0,
     )
     keeper_seconds: float = _setting(
         "OPSCORE_KEEPER_SECONDS",
@@ -208,7 +224,7 @@ def _lease_faults(lease_seconds: float, renew_seconds: float) -> list[str]:
     return [
         f"OPSCORE_LEASE_SECONDS ({lease_seconds:g}) must be at least three times "
         f"OPSCORE_RENEW_SECONDS ({renew_seconds:g}): set "
-        f"OPSCORE_RENEW_SECONDS={lease_seconds / 3:g} or a longer lease"
+        f"OPSCORE_RENEW_SECONDS={math.floor(lease_seconds / 3 * 10) / 10:g} or a longer lease"
     ]
 
 

@@ -1648,6 +1648,27 @@ def renew_leases(tx: Tx, held: Mapping[UUID, int], lease_seconds: float) -> dict
     return {row.id: row.cancelled for row in rows}
 
 
+_HAND_BACK = Prepared(
+    _leave(
+        """status = 'waiting', reason = 'retry', wake_at = now(), woken_at = NULL, waits = 0,
+        waiting_since = NULL""",
+        f"{_MINE} AND NOT t.ends_run",
+        """status = 'cancelled', error = jsonb_build_object(
+            'code', 'worker_stopped', 'message', 'The worker was stopped.')""",
+        f"""'task.waiting', jsonb_build_object(
+            'reason', 'retry', 'wakeAt', {_WAKE_AT}, 'agentId', agent_id)""",
+    ),
+)
+
+
+def hand_back(tx: Tx, task_id: UUID, attempt: int) -> bool:
+    """Give a running attempt up because its worker ends: the task is tried again, at no cost to it.
+
+    False if it is not this worker's any more, or its run is ending.
+    """
+    return _HAND_BACK(tx, {"task_id": task_id, "attempt": attempt}).first() is not None
+
+
 def expired_attempts(tx: Tx, limit: int, lease_seconds: float = 0) -> list[UUID]:
     """Return the tasks whose running attempt let its lease run out.
 

@@ -467,7 +467,7 @@ def _migrate(url: str) -> None:
         raise StackError(f"DATABASE_URL: the tables cannot be upgraded: {reason}") from error
     except ConfigurationError as error:
         hint = "It is set in your environment: unset it to have a server started."
-        raise StackError(f"{error.faults[0]} {hint}") from error
+        raise StackError(f"{error.faults[0].rstrip('.')}. {hint}") from error
 
 
 def _reach_redis(url: str) -> None:
@@ -477,7 +477,7 @@ def _reach_redis(url: str) -> None:
             client.ping()
     except (redis.RedisError, ValueError) as error:
         hint = "It is set in your environment: unset it to have a server started."
-        raise StackError(f"REDIS_URL: no answer from Redis: {error} {hint}") from error
+        raise StackError(f"REDIS_URL: no answer from Redis: {error}. {hint}") from error
 
 
 # -- what is asked over HTTP -----------------------------------------------------------------

@@ -35,7 +35,18 @@ from sqlalchemy.orm import aliased
 
 from opscore.db import Tx
 from opscore.errors import AgentNotFound, RunNotFound, TaskNotFound, WorkflowNotFound
-from opscore.models import Agent, Attempt, AttemptLog, Event, Lease, Run, Slot, Task, Workflow
+from opscore.models import (
+    RUN_STATUS,
+    Agent,
+    Attempt,
+    AttemptLog,
+    Event,
+    Lease,
+    Run,
+    Slot,
+    Task,
+    Workflow,
+)
 from opscore.states import RUN_ENDED, Reason, RunStatus, TaskStatus
 
 ITEMS_SHOWN = 200
@@ -125,18 +136,22 @@ def list_runs(tx: Tx, wanted: RunFilter, *, after: Key | None, limit: int) -> Pa
         statement = statement.where(tuple_(Run.created_at, Run.id) < after)
     statement = statement.order_by(Run.created_at.desc(), Run.id.desc())
     if wanted.status or wanted.workflow_id is not None:
-        statement = _by_status(statement, wanted.status or list(RunStatus), limit)
+        of_one = wanted.workflow_id is not None
+        statement = _by_status(statement, wanted.status or list(RunStatus), limit, of_one)
     return _page(tx, statement, limit, "created_at", "run_id")
 
 
-def _by_status(statement: Statement, among: Sequence[str], limit: int) -> Statement:
+def _by_status(
+    statement: Statement, among: Sequence[str], limit: int, of_one_workflow: bool
+) -> Statement:
     """Find the runs of each status by itself: an index gives those in order, however many others.
 
     One that gives them in order whatever their status would have to be read past all others.
     """
     statuses = func.unnest(cast(sorted(set(among)), ARRAY(Text)))
     each = statuses.table_valued("status").render_derived()
-    found = statement.where(Run.status == each.c.status).limit(limit + 1).lateral("found")
+    status = Run.status if of_one_workflow else literal_column(f"({RUN_STATUS})")
+    found = statement.where(status == each.c.status).limit(limit + 1).lateral("found")
     together = select(found).select_from(each).join(found, true())
     return together.order_by(found.c.created_at.desc(), found.c.run_id.desc())
 
@@ -405,7 +420,11 @@ def _named(names: Sequence[str]) -> str:
 
 _WAITS: Mapping[Reason, Callable[[Row, Mapping[str, int]], str]] = {
     Reason.AGENT_BUSY: lambda task, _: f"{_wanted(task)} is busy{_again(task)}",
-    Reason.AGENT_UNAVAILABLE: lambda task, _: f"{_wanted(task)} is unavailable{_again(task)}",
+    Reason.AGENT_UNAVAILABLE: lambda task, _: (
+        f"agent {task['wanted_agent_id']} is unavailable{_again(task)}"
+        if task["wanted_agent_id"] is not None
+        else f"no agent with capability {task['agent_capability']} is available{_again(task)}"
+    ),
     Reason.RETRY: lambda task, _: (
         f"{task['tries']} of {task['max_attempts']} attempts failed{_again(task)}"
     ),

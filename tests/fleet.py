@@ -40,6 +40,12 @@ def one_at_a_time(parameters: Parameters, context: Context) -> Any:
     return parameters.get("value")
 
 
+@agent("slow-at-first", capacity=1)
+def slow_at_first(parameters: Parameters, context: Context) -> Any:
+    threading.Event().wait(60 if context.attempt == 1 else 0)
+    return context.attempt
+
+
 @agent("fails-until")
 def fails_until(parameters: Parameters, context: Context) -> Any:
     if context.attempt < parameters["attempt"]:

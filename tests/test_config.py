@@ -1,5 +1,7 @@
 """Settings: every fault at once, no secret in an error, and relations where they belong."""
 
+import re
+
 import pytest
 
 from opscore.config import Settings
@@ -30,6 +32,17 @@ def test_wrong_values_and_broken_relations_are_named_together_with_the_way_out()
     assert "OPSCORE_MAX_LOST" in said
     assert "OPSCORE_LEASE_SECONDS (9) must be at least three times" in said
     assert "set OPSCORE_RENEW_SECONDS=3" in said
+
+
+@pytest.mark.parametrize("lease", ["1", "10", "20", "28.5"])
+def test_what_a_fault_says_to_set_is_accepted(lease: str) -> None:
+    said = faults(OPSCORE_LEASE_SECONDS=lease)
+    (renew,) = re.findall(r"set OPSCORE_RENEW_SECONDS=([0-9.]+) ", said)
+    Settings.from_env(GIVEN | {"OPSCORE_LEASE_SECONDS": lease, "OPSCORE_RENEW_SECONDS": renew})
+
+
+def test_the_log_level_may_be_written_in_small_letters() -> None:
+    assert Settings.from_env(GIVEN | {"OPSCORE_LOG_LEVEL": "debug"}).log_level == "DEBUG"
 
 
 def test_no_error_shows_a_secret() -> None:

@@ -266,7 +266,7 @@ def test_what_a_task_waits_for_is_said_in_words(tx: Tx) -> None:
         "agent writer is busy; it is tried again at 2026-01-31T12:00:00Z",
         "1 of 3 attempts failed; it is tried again at 2026-01-31T12:00:00Z",
         "task a is not over",
-        "every agent with capability sum is unavailable",
+        "no agent with capability sum is available",
         "1 of 2 items are over",
         None,
         "as many items as maxParallel allows are out already",

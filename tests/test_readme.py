@@ -10,6 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
+from stack import Servers, running_stack
 
 from opscore.config import Settings
 
@@ -65,7 +67,7 @@ def test_the_tour_runs_as_it_is_written() -> None:
         )
         shutil.rmtree(folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert '"status": "completed"' in done.stdout or '"status":"completed"' in done.stdout
+    assert "\ncompleted {" in done.stdout
     assert "run.completed" in done.stdout
 
 
@@ -75,8 +77,23 @@ def test_the_agent_it_shows_runs_as_pasted() -> None:
     exec(source, names)
     from opscore import AgentBusy, Context
 
-    write = names["write"]
+    triage, write = names["triage"], names["write"]
+    assert callable(triage) and triage({"ticket": "fire"}, Context.for_testing())["urgent"]
     assert callable(write)
     assert write({"topic": "queues"}, Context.for_testing()) == {"text": "All about queues"}
     with pytest.raises(AgentBusy):
         write({"topic": "queues", "quota": 0}, Context.for_testing())
+
+
+def test_the_workflow_it_shows_runs_on_the_agents_it_shows(
+    servers: Servers, tmp_path: Path
+) -> None:
+    (source,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    (document,) = re.findall(r"```yaml\n(.+?)```", README, re.DOTALL)
+    (tmp_path / "my_agents.py").write_text(source)
+    env = {"OPSCORE_AGENTS": "my_agents", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with running_stack(servers, tmp_path / "log", **env) as stack:
+        stack.start_worker()
+        run_id = stack.submit(yaml.safe_load(document), {"tickets": ["fire", "water", "air"]})
+        run = stack.finished(run_id)
+        assert (run.status, run.output) == ("completed", {"text": "All about 3 tickets"})

@@ -364,10 +364,33 @@ QUICK = {
 }
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_worker_that_must_stop_hands_back_what_does_not_end_in_time(
+    servers: Servers, tmp_path: Path, pool: str
+) -> None:
+    env = {"OPSCORE_AGENTS": "tests.fleet", "OPSCORE_GRACE_SECONDS": "0.5"}
+    with running_stack(servers, tmp_path / "log", **env) as stack:
+        leaving = stack.start_worker(pool=pool)
+        tasks = [task("a", "slow-at-first"), task("b")]
+        run_id = stack.submit({"id": "w", "tasks": tasks})
+        wait_until(lambda: stack.tasks(run_id)[0].status, says=lambda s: s == "running")
+        leaving.send_signal(signal.SIGTERM)
+        assert leaving.wait(timeout=10) == 0
+        first = stack.tasks(run_id)[0]
+        assert (first.status, first.reason, first.lost, first.tries) == ("waiting", "retry", 0, 0)
+        assert not stack.rows("SELECT FROM slots WHERE holder IS NOT NULL")
+        stack.start_worker(pool=pool)
+        assert stack.finished(run_id, seconds=15).status == "completed", "no lease was waited for"
+        attempts = stack.rows("SELECT status, error FROM attempts ORDER BY number, started_at")
+        assert [attempt.status for attempt in attempts] == ["cancelled", "completed", "completed"]
+        assert attempts[0].error["code"] == "worker_stopped"
+
+
 def test_a_line_is_served_in_order_though_no_worker_was_free_for_longer_than_a_slot_is_kept(
     servers: Servers, tmp_path: Path
 ) -> None:
-    with running_stack(servers, tmp_path / "log", OPSCORE_AGENTS="tests.fleet") as stack:
+    env = {"OPSCORE_AGENTS": "tests.fleet", "OPSCORE_GRACE_SECONDS": "60"}
+    with running_stack(servers, tmp_path / "log", **env) as stack:
 
         def submit(agent_id: str, seconds: float, status: str) -> UUID:
             one = task("t", agent_id, parameters={"seconds": seconds})

@@ -7,6 +7,8 @@ connection belongs to one process: after a fork the child makes its own.
 import gc
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -22,11 +24,14 @@ from opscore.db import Database, Tx
 from opscore.definition import Definition
 from opscore.dispatch import Dispatcher
 from workers.keeper import Keeper
-from workers.leases import Leases
+from workers.leases import Ending, Leases
 from workers.trips import Events, Patience
 
 log = logs.get(__name__)
 
+
+HAND_BACK_SECONDS = 1.5
+"""The processes of a worker look at what is due once a second."""
 
 Read = Callable[[Callable[[Tx], Definition]], Definition]
 
@@ -36,6 +41,7 @@ class Process:
 
     def __init__(self, celery: Celery) -> None:
         self.celery = celery
+        self.ending = Ending()
         self._definitions: dict[tuple[str, int], Definition] = {}
 
     @cached_property
@@ -54,7 +60,7 @@ class Process:
 
     @cached_property
     def leases(self) -> Leases:
-        return Leases(self.database, self.settings)
+        return Leases(self.database, self.settings, self.ending)
 
     @cached_property
     def events(self) -> Events:
@@ -125,6 +131,22 @@ class Offer(bootsteps.Step):
 
 
 app.steps["worker"].update((Offer, Keeper))
+
+
+@signals.worker_shutting_down.connect
+def give_grace(**_: Any) -> None:
+    """End without the agents that do not end in time; their tasks are handed back (see `Leases`).
+
+    Celery would wait for them until somebody kills it, and their attempts would count as lost.
+    """
+    process.ending.set(process.settings.grace_seconds)
+    threading.Thread(target=_end_after_grace, name="grace", daemon=True).start()
+
+
+def _end_after_grace() -> None:
+    time.sleep(max(0.0, process.ending.moment - time.monotonic()) + HAND_BACK_SECONDS)
+    log.warning("worker.ended_before_its_agents")
+    os._exit(0)  # nothing of Celery's own waits for less than all of them
 
 
 @signals.worker_process_init.connect

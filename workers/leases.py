@@ -1,9 +1,12 @@
 """Keeping the leases of the attempts this process runs, and storing what they say meanwhile.
 
 A daemon thread, so that it outlives a warm shutdown and ends with the process: as long as an
-attempt runs here, its lease is renewed here (I5), though never beyond its deadline.
+attempt runs here, its lease is renewed here (I5), though never beyond its deadline. What a worker
+that is asked to stop cannot end in time is handed back.
 """
 
+import mmap
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +27,31 @@ FLUSH_SECONDS = 1.0
 """How long a line an agent logged may take to be seen."""
 
 
+class Ending:
+    """When a worker that was asked to stop hands back what it holds, told to all its processes.
+
+    Made before the first fork: the memory is shared.
+    """
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, struct.calcsize("d"))
+
+    def set(self, grace_seconds: float) -> None:
+        """Begin the grace; a second request changes nothing."""
+        if not self.moment:
+            self._memory[:] = struct.pack("d", monotonic() + grace_seconds)
+
+    @property
+    def moment(self) -> float:
+        """On the clock of `monotonic`, which all processes share; 0 while nobody asked."""
+        moment: float = struct.unpack("d", self._memory[:])[0]
+        return moment
+
+    @property
+    def has_come(self) -> bool:
+        return 0 < self.moment <= monotonic()
+
+
 @dataclass(slots=True)
 class _Held:
     attempt: int
@@ -34,9 +62,10 @@ class _Held:
 class Leases:
     """The attempts of this process."""
 
-    def __init__(self, database: Database, settings: Settings) -> None:
+    def __init__(self, database: Database, settings: Settings, ending: Ending) -> None:
         self._database = database
         self._settings = settings
+        self._ending = ending
         self._held: dict[UUID, _Held] = {}
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
@@ -81,6 +110,15 @@ class Leases:
             self._renew(held)
         for task_id, attempt in held.items():
             self._flush(task_id, attempt)
+        if self._ending.has_come:
+            self._hand_back(held)
+
+    def _hand_back(self, held: dict[UUID, _Held]) -> None:
+        """Give up what is still running; should it end after all, its outcome is refused."""
+        for task_id, one in held.items():
+            with self._database.autocommit() as tx:
+                if engine.hand_back(tx, task_id, one.attempt):
+                    log.warning("attempt.handed_back", task_id=str(task_id), attempt=one.attempt)
 
     def _renew(self, held: dict[UUID, _Held]) -> None:
         """Renew all leases at once; a lost or cancelled attempt's agent is told to stop."""

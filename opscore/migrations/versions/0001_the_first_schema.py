@@ -158,7 +158,10 @@ def upgrade() -> None:
         postgresql_where=sa.text("NOT status IN ('cancelled', 'completed', 'failed')"),
     )
     op.create_index(
-        op.f("ix_runs_status_created_at_id"), "runs", ["status", "created_at", "id"], unique=False
+        "ix_runs_status",
+        "runs",
+        [sa.literal_column("(status || '')"), "created_at", "id"],
+        unique=False,
     )
     op.create_index(
         op.f("ix_runs_workflow_id_status_created_at_id"),
@@ -419,7 +422,7 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_slots_reserved_for"), table_name="slots")
     op.drop_table("slots")
     op.drop_index(op.f("ix_runs_workflow_id_status_created_at_id"), table_name="runs")
-    op.drop_index(op.f("ix_runs_status_created_at_id"), table_name="runs")
+    op.drop_index("ix_runs_status", table_name="runs")
     op.drop_index(
         "ix_runs_open",
         table_name="runs",
