@@ -2,9 +2,11 @@
 
     python -m bench.growth [--runs N | --short] [--rounds N] [--out FILE] [--markdown]
 
-The same is measured on one database before and after N finished runs of 5 tasks are loaded into it;
-all the while some hundred open runs wait in it, so that the partial indexes are not empty. Ends
-with status 1 if a task costs more than `LIMIT` times as much, or a plan reads a big table whole.
+The same is measured in turn on two databases of one server, with N finished runs of 5 tasks and
+with a fiftieth of them: machines get faster and slower by the minute. In both some hundred open
+runs wait, so that the partial indexes are not empty. Ends with status 1 if something on a task's
+way, the search for lost visits or a read costs more than `LIMIT` times as much, or if a plan reads
+a big table whole.
 """
 
 import itertools
@@ -33,11 +35,11 @@ from rich.table import Table
 from sqlalchemy import event, text
 
 from bench import agents, measure
-from bench.contenders import DATABASE, ROOT, BenchError, OpsCore, Servers
+from bench.contenders import ROOT, BenchError, OpsCore, Servers
 from bench.drives import drive
 from bench.measure import connect
 from bench.workloads import WORKLOADS, Workload
-from opscore import engine, queries, workflows
+from opscore import engine, migrations, queries, workflows
 from opscore.agentkit import load_agents
 from opscore.agents import register_functions, set_capacity
 from opscore.db import Database, Prepared, Tx
@@ -48,11 +50,15 @@ from opscore.servers import PostgresServer, RedisServer
 from opscore.workflows import StoredWorkflow
 
 LIMIT = 1.2
-"""What may cost so many times as much on full tables as on empty ones."""
+"""What may cost so many times as much on large tables as on small ones."""
 NOISE_MS = 0.1
 """A statement that takes no longer than this above the limit has not grown, it was disturbed."""
-EXECUTIONS = 200
-BUDGET_SECONDS = 4.0
+SMALLER = 50
+"""The small database has one finished run where the large one has so many."""
+PASSES = 4
+EXECUTIONS = 50
+"""In each pass."""
+BUDGET_SECONDS = 1.0
 """A statement so slow that its executions take longer than this is executed less often."""
 LEAST_EXECUTIONS = 5
 SHORT_RUNS = 20_000
@@ -64,6 +70,7 @@ DAYS = 90
 LEASE_SECONDS = 30.0
 WORKER = "growth"
 BUSY_AGENT = "bench-held"
+SIZES = ("small", "large")
 BIG = ("runs", "tasks", "attempts", "events")
 RUNS_MEASURED = {"W1": 200, "W2": 20, "W4": 200}
 GATED_STATEMENTS = (
@@ -71,7 +78,10 @@ GATED_STATEMENTS = (
     "complete_attempt",
     "complete_attempt, last",
     "complete_and_claim",
+    "unvisited_runs",
+    "wake_lost",
 )
+"""And every read."""
 GATED_WORKLOADS = ("W1", "W2")
 
 EVERY_TASK = (
@@ -88,6 +98,7 @@ class State:
     """What was measured on tables of one size."""
 
     workloads: dict[str, Figures]
+    """Medians."""
     statements: Figures
     """Name -> median in ms."""
     plans: list["Explained"]
@@ -113,57 +124,90 @@ def main(
     markdown: bool,
     quiet: float | None,
 ) -> None:
-    """Measure on empty tables and on full ones, and compare."""
+    """Measure on small tables and on large ones, and compare."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up
     runs = SHORT_RUNS if short else runs
     plans = plans or out.with_suffix(".plans.txt")
-    with _servers() as servers:
-        machine = measure.machine(servers.postgres.url, Redis.from_url(servers.redis.url))
-        url = servers.database_url(DATABASE)
-        fill_open(url)
-        empty = _measure(servers, rounds, quiet)
-        loading = load(servers.postgres.url, url, runs)
-        full = _measure(servers, rounds, quiet)
-        sizes = _sizes(url)
-    written = _as_json(empty, full) | {"loaded": loading, "tables": sizes, "machine": machine}
-    complaints, notes = judge(empty, full), unbounded(full)
+    with _servers() as (small_site, large_site):
+        machine = measure.machine(large_site.postgres.url, Redis.from_url(large_site.redis.url))
+        for site, finished in ((small_site, runs // SMALLER), (large_site, runs)):
+            fill_open(site.url)
+            loading = load(site.postgres.url, site.url, finished)
+        small, large = _measure((small_site, large_site), rounds, quiet)
+        sizes = _sizes(large_site.url)
+    written = _as_json(small, large) | {"loaded": loading, "tables": sizes, "machine": machine}
+    complaints, notes = judge(small, large), unbounded(large)
     written |= {"complaints": complaints, "notes": notes}
     out.write_text(json.dumps(written, indent=1) + "\n")
-    plans.write_text("\n".join(_full_plans(empty, full)))
-    _show(empty, full, sizes, markdown=markdown)
+    plans.write_text("\n".join(_all_plans(small, large)))
+    _show(small, large, sizes, markdown=markdown)
     click.echo(f"\n{machine}\nLoaded in {loading['seconds']:.0f} s. Written to {out} and {plans}.")
     for sentence in [*(f"Note: {note}" for note in notes), *complaints]:
         click.echo(sentence, err=True)
     sys.exit(1 if complaints else 0)
 
 
-class _OneDatabase(Servers):
-    """Servers whose sessions all work on the database that is there."""
+@dataclass(frozen=True, slots=True)
+class _Site(Servers):
+    """Servers whose sessions all work on one database, which is there already."""
+
+    database: str
+
+    @property
+    def url(self) -> str:
+        return self.database_url(self.database)
 
     @contextmanager
     def new_database(self) -> Iterator[str]:
-        yield self.database_url(DATABASE)
+        yield self.url
 
 
 @contextmanager
-def _servers() -> Iterator[Servers]:
+def _servers() -> Iterator[tuple[_Site, _Site]]:
     folder = Path(tempfile.mkdtemp(prefix="opscore-growth-"))
     try:
         with PostgresServer.temporary() as postgres, RedisServer.temporary() as redis:
-            servers = Servers(postgres, redis, folder)
-            servers.prepare()
-            with servers.new_database():
-                yield _OneDatabase(postgres, redis, folder)
+            small, large = (_Site(postgres, redis, folder, f"growth_{s}") for s in SIZES)
+            for site in (small, large):
+                with connect(postgres.url) as cursor:
+                    cursor.execute(f"CREATE DATABASE {site.database}")
+                migrations.upgrade(site.url)
+            yield small, large
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _measure(servers: Servers, rounds: int, quiet: float | None) -> State:
-    url = servers.database_url(DATABASE)
-    statements = time_statements(url)
-    plans = explain_all(url)
-    _say(f"{len(statements)} statements timed, {len(plans)} explained")
-    return State(_measure_workloads(servers, rounds, quiet), statements, plans)
+def _measure(sites: Sequence[_Site], rounds: int, quiet: float | None) -> list[State]:
+    """Measure on each site in turn, as often as `rounds` and `PASSES` say."""
+    watches = [_Stopwatch() for _ in sites]
+    for _, (site, watch) in itertools.product(range(PASSES), zip(sites, watches, strict=True)):
+        time_statements(site.url, watch)
+    _say(f"{len(watches[0].medians())} statements timed")
+    figures = [_Measured() for _ in sites]
+    smaller = [replace(w, runs=RUNS_MEASURED[w.name]) for w in WORKLOADS if w.name in RUNS_MEASURED]
+    for number, workload in itertools.product(range(rounds), smaller):
+        for site, measured in zip(sites, figures, strict=True):
+            if quiet is not None:
+                measure.wait_until_quiet(quiet)
+            for name, value in _run(site, workload, number).items():
+                measured[workload.name][name].append(value)
+    return [
+        State(measured.medians(), watch.medians(), explain_all(site.url))
+        for site, measured, watch in zip(sites, figures, watches, strict=True)
+    ]
+
+
+class _Measured(defaultdict[str, defaultdict[str, list[float]]]):
+    """Workload -> figure -> a value for each round."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: defaultdict(list))
+
+    def medians(self) -> dict[str, Figures]:
+        return {
+            workload: {name: median(values) for name, values in figures.items()}
+            for workload, figures in self.items()
+        }
 
 
 def _say(sentence: str) -> None:
@@ -173,29 +217,10 @@ def _say(sentence: str) -> None:
 # --- Workloads ----------------------------------------------------------------------------------
 
 
-def _measure_workloads(servers: Servers, rounds: int, quiet: float | None) -> dict[str, Figures]:
-    measured: defaultdict[str, defaultdict[str, list[float]]]
-    measured = defaultdict(lambda: defaultdict(list))
-    smaller = [
-        replace(workload, runs=RUNS_MEASURED[workload.name])
-        for workload in WORKLOADS
-        if workload.name in RUNS_MEASURED
-    ]
-    for number, workload in itertools.product(range(rounds), smaller):
-        if quiet is not None:
-            measure.wait_until_quiet(quiet)
-        for name, value in _run(servers, workload, number).items():
-            measured[workload.name][name].append(value)
-    return {
-        workload: {name: median(values) for name, values in figures.items()}
-        for workload, figures in measured.items()
-    }
-
-
-def _run(servers: Servers, workload: Workload, number: int) -> Figures:
+def _run(site: _Site, workload: Workload, number: int) -> Figures:
     """Run a workload once, as `bench.bench` does."""
-    log = servers.folder / f"{workload.name}-{number}.log"
-    with OpsCore(servers, workload, log) as session:
+    log = site.folder / f"{site.database}-{workload.name}-{number}.log"
+    with OpsCore(site, workload, log) as session:
         session.warm_up()
         machine, before = measure.machine_seconds(), measure.cpu_seconds(session.processes)
         driven = drive(session)
@@ -211,7 +236,7 @@ def _run(servers: Servers, workload: Workload, number: int) -> Figures:
     if "p50_ms" in driven.figures:
         figures["p50_ms"] = driven.figures["p50_ms"]
     values = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
-    _say(f"round {number + 1} {workload.name}: {values}")
+    _say(f"round {number + 1} {workload.name} {site.database}: {values}")
     return figures
 
 
@@ -293,9 +318,16 @@ def _fill_dependent(tx: Tx, plan: Plan) -> None:
 class _Stopwatch:
     """Executes and remembers how long it took, by name."""
 
-    def __init__(self, tx: Tx) -> None:
-        self.tx = tx
+    tx: Tx
+
+    def __init__(self) -> None:
         self._took: defaultdict[str, list[float]] = defaultdict(list)
+        self._before: dict[str, int] = {}
+
+    def begin(self, tx: Tx) -> None:
+        """Begin a pass."""
+        self.tx = tx
+        self._before = {name: len(took) for name, took in self._took.items()}
 
     def __call__(self, name: str, function: Callable[..., Any], *args: Any, **rest: Any) -> Any:
         began = time.perf_counter()
@@ -305,7 +337,7 @@ class _Stopwatch:
 
     def is_patient(self, name: str) -> bool:
         """Tell whether it may be executed once more."""
-        took = self._took[name]
+        took = self._took[name][self._before.get(name, 0) :]
         return len(took) < LEAST_EXECUTIONS or sum(took) < BUDGET_SECONDS
 
     def medians(self) -> Figures:
@@ -313,13 +345,13 @@ class _Stopwatch:
         return {name: median(took) * 1000 for name, took in self._took.items()}
 
 
-def time_statements(url: str) -> Figures:
-    """Execute opscore's own functions by themselves; return the median of each, in ms."""
+def time_statements(url: str, watch: _Stopwatch) -> None:
+    """Execute opscore's own functions by themselves."""
     database = Database(url, application="growth")
     with database.transaction() as tx:
         stored = workflows.find_workflow(tx, "growth")
     with database.autocommit() as tx:
-        watch = _Stopwatch(tx)
+        watch.begin(tx)
         for _ in range(EXECUTIONS):
             _walk_run(watch, stored)
             _cancel_run(watch, stored)
@@ -329,7 +361,6 @@ def time_statements(url: str) -> Figures:
                 if watch.is_patient(name):
                     watch(name, function)
     database.close()
-    return watch.medians()
 
 
 def _walk_run(watch: _Stopwatch, stored: StoredWorkflow) -> None:
@@ -734,23 +765,23 @@ def _accesses(
 # --- Judging and showing ------------------------------------------------------------------------
 
 
-def judge(empty: State, full: State) -> list[str]:
-    """Return what costs too much on full tables, a sentence each."""
+def judge(small: State, large: State) -> list[str]:
+    """Return what costs too much on large tables, a sentence each."""
     complaints = []
     for workload in GATED_WORKLOADS:
-        before, after = (s.workloads[workload]["cpu_s_per_1000"] for s in (empty, full))
+        before, after = (s.workloads[workload]["cpu_s_per_1000"] for s in (small, large))
         if after > before * LIMIT:
             complaints.append(
                 f"{workload}: CPU s/1,000 tasks grew from {before:.2f} to {after:.2f}."
             )
-    for name in GATED_STATEMENTS:
-        before, after = empty.statements[name], full.statements[name]
+    for name in (*GATED_STATEMENTS, *_reads(())):
+        before, after = small.statements[name], large.statements[name]
         if after > before * LIMIT + NOISE_MS:
             complaints.append(f"{name}: grew from {before:.2f} to {after:.2f} ms.")
-    for when, state in (("empty", empty), ("full", full)):
+    for size, state in zip(SIZES, (small, large), strict=True):
         for one in state.plans:
             for scan in one.scans():
-                complaints.append(f"{one.statement}: on {when} tables it reads all of {scan}.")
+                complaints.append(f"{one.statement}: on {size} tables it reads all of {scan}.")
     return complaints
 
 
@@ -765,37 +796,37 @@ def unbounded(state: State) -> list[str]:
     ]
 
 
-def _as_json(empty: State, full: State) -> dict[str, Any]:
+def _as_json(small: State, large: State) -> dict[str, Any]:
     return {
-        "workloads": {"empty": empty.workloads, "full": full.workloads},
-        "statements_ms": {"empty": empty.statements, "full": full.statements},
-        "plans": {one.statement: list(map(str, one.accesses)) for one in full.plans},
+        "workloads": dict(zip(SIZES, (small.workloads, large.workloads), strict=True)),
+        "statements_ms": dict(zip(SIZES, (small.statements, large.statements), strict=True)),
+        "plans": {one.statement: list(map(str, one.accesses)) for one in large.plans},
     }
 
 
-def _full_plans(empty: State, full: State) -> Iterator[str]:
-    for when, state in (("full", full), ("empty", empty)):
+def _all_plans(small: State, large: State) -> Iterator[str]:
+    for size, state in zip(SIZES[::-1], (large, small), strict=True):
         for one in state.plans:
-            yield f"=== {one.statement} ({when} tables)\n{one.text}\n"
+            yield f"=== {one.statement} ({size} tables)\n{one.text}\n"
 
 
 def _show(
-    empty: State, full: State, sizes: Mapping[str, Mapping[str, int]], *, markdown: bool
+    small: State, large: State, sizes: Mapping[str, Mapping[str, int]], *, markdown: bool
 ) -> None:
     rows = ", ".join(f"{size['rows']:,} {table}" for table, size in sizes.items())
     gigabytes = sum(size["bytes"] for size in sizes.values()) / 1e9
-    title = f"Full: {rows}; {gigabytes:.1f} GB"
-    _print(title, ["", "empty", "full", "ratio"], list(_ratios(empty, full)), markdown)
-    plans = [[one.statement, ", ".join(map(str, one.accesses))] for one in full.plans]
-    _print("Indexes used on full tables", ["statement", "table: index"], plans, markdown)
+    title = f"Large: {rows}; {gigabytes:.1f} GB"
+    _print(title, ["", *SIZES, "ratio"], list(_ratios(small, large)), markdown)
+    plans = [[one.statement, ", ".join(map(str, one.accesses))] for one in large.plans]
+    _print("Indexes used on large tables", ["statement", "table: index"], plans, markdown)
 
 
-def _ratios(empty: State, full: State) -> Iterator[list[str]]:
-    for workload, figures in full.workloads.items():
+def _ratios(small: State, large: State) -> Iterator[list[str]]:
+    for workload, figures in large.workloads.items():
         for name, after in figures.items():
-            yield _ratio(f"{workload} {name}", empty.workloads[workload][name], after)
-    for name, after in full.statements.items():
-        yield _ratio(f"{name}, ms", empty.statements[name], after)
+            yield _ratio(f"{workload} {name}", small.workloads[workload][name], after)
+    for name, after in large.statements.items():
+        yield _ratio(f"{name}, ms", small.statements[name], after)
 
 
 def _ratio(name: str, before: float, after: float) -> list[str]:

@@ -1871,15 +1871,18 @@ _LOST = f"""coalesce({_NOT_FIRST}, true)
 
 _UNVISITED = Prepared(
     f"""
+WITH ready AS MATERIALIZED (
+    SELECT id, run_id, kind, created_at, woken_at, depends_on FROM tasks t
+    WHERE t.status = 'pending' AND {_dependencies_over()}
+)
 SELECT t.run_id, r.generation
-FROM tasks t
+FROM ready t
     -- OFFSET: one look for each task, where a plan made on empty tables might read them whole.
     CROSS JOIN LATERAL (SELECT status, cancel_requested_at, error, generation, generation_at
                         FROM runs WHERE id = t.run_id OFFSET 0) AS r
     CROSS JOIN LATERAL (SELECT {_SENT_AT} AS at OFFSET 0) AS sent
-WHERE t.status = 'pending' AND {_RUN_OPEN} AND {_dependencies_over()}
+WHERE {_RUN_OPEN} AND {_LOST}
   AND sent.at < now() - make_interval(secs => :after * power(2, least(r.generation, 2) - 1))
-  AND {_LOST}
 GROUP BY t.run_id, r.generation
 LIMIT :limit
 """
