@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -693,7 +694,8 @@ def explain_all(url: str) -> list[Explained]:
 def _prepared_statements() -> dict[str, Prepared]:
     """Return the engine's statements; some there are once without and once with a slot."""
     found = {}
-    for name, value in vars(engine).items():
+    parts = [vars(part) for part in vars(engine).values() if isinstance(part, ModuleType)]
+    for name, value in itertools.chain.from_iterable(part.items() for part in parts):
         if isinstance(value, Prepared):
             found[name] = value
         elif isinstance(value, dict) and all(isinstance(v, Prepared) for v in value.values()):

@@ -1,0 +1,135 @@
+"""Every change to a run, a task or an attempt, and nothing else changes them (I2).
+
+Each change is one guarded statement; a guard that refuses is an answer, not an accident. The event
+that tells of a change is written by the statement that makes it (I3). Callers own the transaction:
+to submit, to claim and to finish as usual are single statements made for autocommit, everything
+else wants `Database.transaction()`. Locks are taken run first, then task, then slot; several tasks
+in the order of their ids, which is that of the graph within a run. Who claims begins with a slot,
+and who frees one with a task in its line, but they wait for neither. Decisions use the database's
+clock (I8). Nothing here publishes a message or calls an agent (I4): functions say who must be
+visited next, and `dispatch` does it after the commit.
+"""
+
+from opscore.engine.claims import (
+    Answer,
+    Claimed,
+    Elsewhere,
+    Failure,
+    Impossible,
+    MustWait,
+    Settled,
+    Visit,
+    Void,
+    claim_task,
+)
+from opscore.engine.clauses import (
+    DEADLINE_GRACE_SECONDS,
+)
+from opscore.engine.leases import (
+    expired_attempts,
+    hand_back,
+    lose_attempt,
+    renew_leases,
+)
+from opscore.engine.outcomes import (
+    Fenced,
+    Finished,
+    Gone,
+    Parked,
+    abandon_attempt,
+    complete_and_claim,
+    complete_attempt,
+    expand_task,
+    fail_attempt,
+    fail_overdue,
+    fail_unclaimed,
+    item_outputs,
+    release_attempt,
+    write_log,
+    write_progress,
+)
+from opscore.engine.runs import (
+    Plan,
+    cancel_run,
+    carry,
+    hold_back,
+    plan_run,
+    republish_run,
+    runs_to_settle,
+    settle_run,
+    submit_run,
+)
+from opscore.engine.waits import (
+    NOTHING,
+    Left,
+    Woken,
+    agents_to_wake,
+    keep_message,
+    oldest_visit,
+    park_task,
+    unvisited_runs,
+    wake_due,
+    wake_forgotten,
+    wake_joins,
+    wake_line,
+    wake_lost,
+    wake_parent,
+    wake_successors,
+)
+
+__all__ = [
+    "DEADLINE_GRACE_SECONDS",
+    "NOTHING",
+    "Answer",
+    "Claimed",
+    "Elsewhere",
+    "Failure",
+    "Fenced",
+    "Finished",
+    "Gone",
+    "Impossible",
+    "Left",
+    "MustWait",
+    "Parked",
+    "Plan",
+    "Settled",
+    "Visit",
+    "Void",
+    "Woken",
+    "abandon_attempt",
+    "agents_to_wake",
+    "cancel_run",
+    "carry",
+    "claim_task",
+    "complete_and_claim",
+    "complete_attempt",
+    "expand_task",
+    "expired_attempts",
+    "fail_attempt",
+    "fail_overdue",
+    "fail_unclaimed",
+    "hand_back",
+    "hold_back",
+    "item_outputs",
+    "keep_message",
+    "lose_attempt",
+    "oldest_visit",
+    "park_task",
+    "plan_run",
+    "release_attempt",
+    "renew_leases",
+    "republish_run",
+    "runs_to_settle",
+    "settle_run",
+    "submit_run",
+    "unvisited_runs",
+    "wake_due",
+    "wake_forgotten",
+    "wake_joins",
+    "wake_line",
+    "wake_lost",
+    "wake_parent",
+    "wake_successors",
+    "write_log",
+    "write_progress",
+]

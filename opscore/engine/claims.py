@@ -1,0 +1,388 @@
+"""Claiming: whether a visit may have its task, and if not, why."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row
+
+from opscore.db import Prepared, Tx
+from opscore.engine.clauses import (
+    DEADLINE_GRACE_SECONDS,
+    FOR_AGENT,
+    FOR_CAPABILITY,
+    FREE,
+    IN_LINE,
+    ITEMS_OVER,
+    MAY_ASK,
+    ORDER,
+    RUN_OPEN,
+    dependencies_over,
+    still,
+)
+from opscore.states import TASK_ENDED, Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt failed."""
+
+    code: str
+    message: str
+    traceback: str | None = None
+    retryable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A task's turn in a worker."""
+
+    task_id: UUID
+    generation: int
+    """The message's: an older one may still do the work, but does not carry its canvas on."""
+    token: UUID
+    """Its own: who asks again after a lost answer is told by it that the claim is his."""
+    has_slot: bool = False
+    """A slot is kept for its task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """This visit holds the task: run it, then record the outcome under `attempt`."""
+
+    task_id: UUID
+    run_id: UUID
+    attempt: int
+    kind: str
+    definition_id: str
+    parent_id: UUID | None
+    item_index: int | None
+    item: Any
+    merges_input: bool
+    """The first task of a run triggered for an agent: the input is merged over its parameters."""
+    expanded: bool
+    """A `forEach` whose items are over: collect them."""
+    is_sink: bool
+    agent_id: str | None
+    has_slot: bool
+    """Its end may free a slot somebody waits for."""
+    workflow_id: str
+    version: int
+    generation: int
+    timeout_seconds: float
+    deadline_at: datetime
+    input: Any
+    tasks: Mapping[str, Any] | None
+    """Definition id -> `{output, status, error}` of the tasks its expressions read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The task is over, whoever did it: return normally, so that the canvas goes on."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Another visit runs it, or it waits for its time: a newer canvas's visit is kept for later."""
+
+
+@dataclass(frozen=True, slots=True)
+class MustWait:
+    """The task cannot start yet: park it. `agent_id` is an agent it could go to, if any."""
+
+    reason: Reason
+    agent_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Impossible:
+    """The task can never start: it fails at once."""
+
+    failure: "Failure"
+
+
+@dataclass(frozen=True, slots=True)
+class Void:
+    """Nothing to do here any more: drop the message."""
+
+
+Answer = Claimed | Settled | Elsewhere | MustWait | Impossible | Void
+
+
+def _first_ahead(whose: str) -> str:
+    """Return the first of a line besides `ready`, if it is older than that; in SQL, a subquery."""
+    return f"""(
+    SELECT FROM (SELECT w.priority, w.waiting_since FROM tasks w
+                 WHERE {whose} AND {IN_LINE} AND w.id <> ready.id
+                 {ORDER} LIMIT 1) AS first
+    WHERE first.priority > ready.priority OR first.priority = ready.priority
+      AND first.waiting_since < coalesce(ready.waiting_since, now()))"""
+
+
+_START = """status = 'running', reason = NULL, attempt = t.attempt + 1, claim_token = :token,
+        started_at = coalesce(t.started_at, now()),
+        deadline_at = now() + make_interval(secs => t.timeout_seconds + :grace),
+        lease_expires_at = now() + make_interval(secs => least(:lease, t.timeout_seconds + :grace)),
+        -- An old visit does the work, but a newer canvas's saved one must still go on after it.
+        message = CASE WHEN t.visit_generation > :generation THEN t.message END,
+        visit_generation = greatest(t.visit_generation, :generation),
+        wake_at = NULL, woken_at = NULL, kept_until = NULL, not_before = NULL"""
+_UNCOUNTED = "a.agent_id = t.wanted_agent_id AND a.capacity IS NULL"
+_WAITED_FOR_NOTHING = f"({still('pending')} OR {still('waiting')} AND t.reason = 'dependencies')"
+
+
+def simple_claim(
+    task: str,
+    source: str,
+    guard: str,
+    *,
+    agent: str = "agents",
+    fits: str = _UNCOUNTED,
+    state: str = _WAITED_FOR_NOTHING,
+) -> str:
+    """Return the part of a statement that claims `task` if that is simple, as `next`.
+
+    Simple is a task that waits for nothing (but `guard`) and whose agent has no capacity to count:
+    most are, and it takes a third of the time. So is one that a slot is kept for.
+    """
+    return f"""next AS (
+    UPDATE tasks t SET {_START}, agent_id = a.agent_id
+    FROM {source}, runs r, {agent} a
+    WHERE t.id = {task} AND t.kind = 'agent' AND {state}
+      AND r.id = t.run_id AND {RUN_OPEN} AND {fits} AND {guard}
+    RETURNING t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id,
+              t.index AS item_index, t.item, t.is_sink, t.agent_id, t.attempt, t.timeout_seconds,
+              t.deadline_at, t.lease_expires_at, t.reads, r.workflow_id, r.version, r.generation,
+              r.agent_id IS NOT NULL AND t.position = 0 AS merges_input
+), begun AS (
+    INSERT INTO attempts (task_id, number, agent_id, worker, status)
+    SELECT task_id, attempt, agent_id, :worker, 'running' FROM next
+)"""
+
+
+NEXT_STARTED = """UNION ALL SELECT run_id, task_id, 'task.started', jsonb_build_object(
+        'attempt', attempt, 'agentId', agent_id, 'worker', cast(:worker AS text)) FROM next"""
+"""The event of a claimed `next`: it comes after those of the SELECT it is added to."""
+
+
+def read_by(claimed: str, but: str = "NULL") -> str:
+    """Return the outcomes that a claimed task's expressions read, in SQL."""
+    return f"""CASE WHEN {claimed}.reads <> '{{}}'
+            THEN (SELECT jsonb_object_agg(d.definition_id, jsonb_build_object(
+                      'output', d.output, 'status', d.status, 'error', d.error))
+                  FROM tasks d WHERE d.run_id = {claimed}.run_id AND d.index IS NULL
+                  AND d.definition_id = ANY ({claimed}.reads)
+                  AND d.id IS DISTINCT FROM {but}) END AS tasks"""
+
+
+def _first_claim(
+    *,
+    before: str = "",
+    agent: str = "agents",
+    fits: str = _UNCOUNTED,
+    state: str = _WAITED_FOR_NOTHING,
+    after: str = "",
+) -> str:
+    """Return the statement that claims a task if that is simple, and starts its run if it waits."""
+    return f"""
+WITH {before} starting AS (
+    UPDATE runs r SET status = 'running', started_at = now()
+    FROM tasks t, {agent} a
+    WHERE t.id = :task_id AND t.kind = 'agent' AND {state} AND r.id = t.run_id
+      AND {still("queued", "r")} AND {RUN_OPEN} AND {fits} AND {dependencies_over()}
+    RETURNING r.id
+), {
+        simple_claim(
+            ":task_id",
+            "(SELECT count(*) FROM starting) AS first",
+            dependencies_over(),
+            agent=agent,
+            fits=fits,
+            state=state,
+        )
+    } {after}, told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT id, NULL, 'run.started', '{{}}'::jsonb FROM starting {NEXT_STARTED}
+)
+SELECT next.*, r.input, {read_by("next")} FROM next JOIN runs r ON r.id = next.run_id
+"""
+
+
+_CLAIM_SIMPLY = Prepared(_first_claim())
+_CLAIM_KEPT = Prepared(
+    _first_claim(
+        before="""kept AS (
+    SELECT s.agent_id, s.number FROM slots s JOIN agents a USING (agent_id)
+    WHERE s.reserved_for = :task_id AND s.reserved_until > now() AND s.holder IS NULL
+      AND s.number <= a.capacity
+    LIMIT 1 FOR UPDATE OF s SKIP LOCKED
+),""",
+        agent="kept",
+        fits="true",
+        state=f"{still('waiting')} AND t.reason = 'agent_busy' AND {MAY_ASK.format(row='t')}",
+        after=""", held AS (
+    UPDATE slots s
+    SET holder = next.task_id, attempt = next.attempt, lease_expires_at = next.lease_expires_at,
+        reserved_for = NULL, reserved_until = NULL
+    FROM next, kept WHERE s.agent_id = kept.agent_id AND s.number = kept.number
+)""",
+    )
+)
+_CLAIM = Prepared(
+    f"""
+WITH t AS MATERIALIZED (
+    SELECT t.*, r.status AS run_status, r.generation, r.workflow_id, r.version,
+           {RUN_OPEN} AS run_open,
+           r.agent_id IS NOT NULL AND t.position = 0 AS merges_input
+    FROM tasks t JOIN runs r ON r.id = t.run_id
+    WHERE t.id = :task_id
+), over AS (
+    SELECT {dependencies_over()} AS dependencies FROM t
+), ready AS (
+    SELECT t.* FROM t, over
+    WHERE run_open AND over.dependencies AND (t.status = 'pending' OR t.status = 'waiting' AND
+        CASE t.reason
+            WHEN 'retry' THEN t.wake_at <= now() OR t.woken_at IS NOT NULL
+            WHEN 'children' THEN true
+            WHEN 'max_parallel' THEN false
+            ELSE t.not_before IS NULL OR t.not_before <= now()
+        END) AND (t.items IS NULL OR {ITEMS_OVER})
+), candidate AS (
+    SELECT a.agent_id, a.capacity, a.capabilities,
+           a.agent_id IS NOT DISTINCT FROM ready.preferred_agent_id AS preferred
+    FROM agents a, ready
+    WHERE ready.kind = 'agent' AND CASE
+        WHEN ready.wanted_agent_id IS NOT NULL THEN a.agent_id = ready.wanted_agent_id
+        ELSE ready.wanted_capability = ANY (a.capabilities) END
+), slot AS (
+    -- A free slot, unless somebody older waits for it who has none kept for him.
+    SELECT s.agent_id, s.number
+    FROM candidate c JOIN slots s USING (agent_id) CROSS JOIN ready
+    WHERE s.number <= c.capacity
+      AND s.holder IS NULL
+      AND (s.reserved_for = :task_id AND s.reserved_until > now()
+           OR {FREE}
+           AND NOT EXISTS {_first_ahead(FOR_AGENT.format(agent="c.agent_id"))}
+           AND NOT EXISTS (SELECT FROM unnest(c.capabilities) AS offered (capability)
+                           WHERE EXISTS {_first_ahead(FOR_CAPABILITY)}))
+    ORDER BY (s.reserved_for = :task_id) DESC NULLS LAST, c.preferred DESC, s.number
+    LIMIT 1
+    FOR UPDATE OF s SKIP LOCKED
+), unlimited AS (
+    SELECT agent_id, NULL::int AS number FROM candidate
+    WHERE capacity IS NULL ORDER BY preferred DESC, agent_id LIMIT 1
+), chosen AS (
+    SELECT * FROM slot
+    UNION ALL SELECT * FROM unlimited WHERE NOT EXISTS (SELECT FROM slot)
+    UNION ALL SELECT NULL, NULL FROM ready WHERE kind <> 'agent'
+), starting AS (
+    UPDATE runs r SET status = 'running', started_at = now()
+    FROM ready, chosen
+    WHERE r.id = ready.run_id AND r.status = 'queued' AND ready.run_status = 'queued'
+      AND r.cancel_requested_at IS NULL AND r.error IS NULL
+    RETURNING r.id
+), claimed AS (
+    UPDATE tasks t
+    SET {_START}, agent_id = chosen.agent_id
+    FROM ready CROSS JOIN chosen LEFT JOIN starting ON true
+    -- As it was seen above: whoever waited here for the row's lock may find it moved.
+    WHERE t.id = :task_id AND t.status = ready.status AND t.attempt = ready.attempt
+      AND t.reason IS NOT DISTINCT FROM ready.reason
+    RETURNING t.id, t.run_id, t.attempt, t.kind, t.agent_id, t.lease_expires_at, t.deadline_at,
+              chosen.number
+), held AS (
+    UPDATE slots s
+    SET holder = claimed.id, attempt = claimed.attempt, lease_expires_at = claimed.lease_expires_at,
+        reserved_for = NULL, reserved_until = NULL
+    FROM claimed
+    WHERE s.agent_id = claimed.agent_id AND s.number = claimed.number
+), begun AS (
+    INSERT INTO attempts (task_id, number, agent_id, worker, status)
+    SELECT id, attempt, agent_id, :worker, 'running' FROM claimed WHERE kind = 'agent'
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT id, NULL, 'run.started', '{{}}'::jsonb FROM starting
+    UNION ALL SELECT run_id, id, 'task.started', jsonb_build_object(
+        'attempt', attempt, 'agentId', agent_id, 'worker', cast(:worker AS text))
+    FROM claimed WHERE kind <> 'end'
+)
+SELECT t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index AS item_index,
+       t.item, t.items IS NOT NULL AS expanded, t.is_sink, t.merges_input, t.workflow_id, t.version,
+       t.generation, t.timeout_seconds, t.status, t.visit_generation, t.wanted_agent_id, t.run_open,
+       over.dependencies,
+       claimed.id IS NOT NULL OR mine.held AS claimed,
+       coalesce(claimed.attempt, t.attempt) AS attempt,
+       coalesce(claimed.agent_id, t.agent_id) AS agent_id,
+       coalesce(claimed.deadline_at, t.deadline_at) AS deadline_at,
+       claimed.number IS NOT NULL OR mine.held AND t.kind = 'agent' AS has_slot,
+       EXISTS (SELECT FROM ready) AS ready,
+       EXISTS (SELECT FROM chosen) AS chosen,
+       (SELECT agent_id FROM candidate ORDER BY preferred DESC LIMIT 1) AS candidate,
+       CASE WHEN claimed.id IS NOT NULL OR mine.held
+            THEN (SELECT input FROM runs WHERE id = t.run_id) END AS input,
+       CASE WHEN (claimed.id IS NOT NULL OR mine.held) AND t.reads <> '{{}}'
+            THEN (SELECT jsonb_object_agg(d.definition_id, jsonb_build_object(
+                      'output', d.output, 'status', d.status, 'error', d.error))
+                  FROM tasks d WHERE d.run_id = t.run_id AND d.index IS NULL
+                  AND d.definition_id = ANY (t.reads)) END AS tasks
+FROM t CROSS JOIN over LEFT JOIN claimed ON true
+     CROSS JOIN LATERAL (SELECT t.status = 'running' AND t.claim_token = :token AS held) AS mine
+""",
+)
+
+
+def claim_task(tx: Tx, visit: Visit, *, worker: str, lease_seconds: float) -> Answer | None:
+    """Take the task for this visit if it may start now, with a slot of its agent.
+
+    Returns None when another visit moved the task at the same moment: ask again.
+    """
+    parameters = {
+        "task_id": visit.task_id,
+        "generation": visit.generation,
+        "token": visit.token,
+        "worker": worker,
+        "lease": lease_seconds,
+        "grace": DEADLINE_GRACE_SECONDS,
+    }
+    statement = _CLAIM_KEPT if visit.has_slot else _CLAIM_SIMPLY
+    if simple := statement(tx, parameters).first():
+        return simply_claimed(simple, simple.input, simple.tasks, has_slot=visit.has_slot)
+    row = _CLAIM(tx, parameters).first()
+    if row is None:
+        return Void()
+    if row.claimed:
+        return Claimed(**{name: getattr(row, name) for name in Claimed.__slots__})
+    if not row.run_open:
+        return Void()
+    if row.status in TASK_ENDED:
+        return Settled(row.generation)
+    if row.ready and row.chosen:
+        return None
+    return Elsewhere() if row.visit_generation > visit.generation else _refused(row)
+
+
+def simply_claimed(
+    row: Any, input: Any, tasks: Mapping[str, Any] | None, *, has_slot: bool = False
+) -> Claimed:
+    """Return what `simple_claim` claimed."""
+    given = {"expanded": False, "has_slot": has_slot, "input": input, "tasks": tasks}
+    named = {name: getattr(row, name) for name in Claimed.__slots__ if name not in given}
+    return Claimed(**named, **given)
+
+
+def _refused(row: Row[Any]) -> Answer:
+    """Say why a task of an open run cannot start; for a visit as new as any other of it."""
+    if row.status != "running" and not row.dependencies:
+        return MustWait(Reason.DEPENDENCIES, None)
+    if not row.ready:
+        return Elsewhere()
+    if row.candidate is not None:
+        return MustWait(Reason.AGENT_BUSY, row.candidate)
+    if row.wanted_agent_id is not None:
+        sentence = f"No agent is registered as {row.wanted_agent_id!r}."
+        return Impossible(Failure("agent_not_found", sentence))
+    return MustWait(Reason.AGENT_UNAVAILABLE, None)

@@ -1,0 +1,128 @@
+"""Attempts whose worker lives, is stopped, or went silent."""
+
+from collections.abc import Mapping
+from uuid import UUID
+
+from sqlalchemy import select, text
+
+from opscore.db import Prepared, Tx
+from opscore.engine.claims import Failure
+from opscore.engine.clauses import MINE, WAKE_AT, still
+from opscore.engine.outcomes import Gone, as_error, end_task, leave
+from opscore.models import Task
+
+_RENEW = Prepared(
+    f"""
+WITH mine AS MATERIALIZED (
+    SELECT t.id FROM tasks t
+    JOIN unnest(cast(:ids AS uuid[]), cast(:attempts AS int[])) AS held (id, attempt)
+      ON t.id = held.id AND t.attempt = held.attempt
+    WHERE {still("running")} AND t.lease_expires_at > now()
+    ORDER BY t.id FOR NO KEY UPDATE OF t
+), renewed AS (
+    UPDATE tasks t
+    SET lease_expires_at = least(now() + make_interval(secs => :lease), t.deadline_at)
+    FROM mine WHERE t.id = mine.id
+    RETURNING t.id, t.run_id, t.attempt, t.lease_expires_at
+), slots AS (
+    UPDATE slots s SET lease_expires_at = renewed.lease_expires_at FROM renewed
+    WHERE s.holder = renewed.id AND s.attempt = renewed.attempt
+)
+SELECT renewed.id, r.cancel_requested_at IS NOT NULL AS cancelled
+FROM renewed JOIN runs r ON r.id = renewed.run_id
+""",
+)
+
+
+def renew_leases(tx: Tx, held: Mapping[UUID, int], lease_seconds: float) -> dict[UUID, bool]:
+    """Extend the leases of these attempts (task id -> attempt), never beyond their deadline.
+
+    Returns task id -> whether its run was cancelled; an attempt that is missing was lost.
+    """
+    if not held:
+        return {}
+    rows = _RENEW(tx, {"ids": list(held), "attempts": list(held.values()), "lease": lease_seconds})
+    return {row.id: row.cancelled for row in rows}
+
+
+_HAND_BACK = Prepared(
+    leave(
+        """status = 'waiting', reason = 'retry', wake_at = now(), woken_at = NULL, waits = 0,
+        waiting_since = NULL""",
+        f"{MINE} AND NOT t.ends_run",
+        """status = 'cancelled', error = jsonb_build_object(
+            'code', 'worker_stopped', 'message', 'The worker was stopped.')""",
+        f"""'task.waiting', jsonb_build_object(
+            'reason', 'retry', 'wakeAt', {WAKE_AT}, 'agentId', agent_id)""",
+    ),
+)
+
+
+def hand_back(tx: Tx, task_id: UUID, attempt: int) -> bool:
+    """Give a running attempt up because its worker ends: the task is tried again, at no cost to it.
+
+    False if it is not this worker's any more, or its run is ending.
+    """
+    return _HAND_BACK(tx, {"task_id": task_id, "attempt": attempt}).first() is not None
+
+
+def expired_attempts(tx: Tx, limit: int, lease_seconds: float = 0) -> list[UUID]:
+    """Return the tasks whose running attempt let its lease run out.
+
+    None within `lease_seconds` of the server's start: nobody could renew while it was away, and who
+    is alive does so first.
+    """
+    query = select(Task.id).where(
+        Task.status == "running",
+        text("lease_expires_at < now()"),
+        text("pg_postmaster_start_time() < now() - make_interval(secs => :lease)").bindparams(
+            lease=lease_seconds
+        ),
+    )
+    return list(tx.execute(query.order_by(Task.lease_expires_at).limit(limit)).scalars())
+
+
+_LOSE = Prepared(
+    leave(
+        """status = 'waiting', waits = 0, waiting_since = NULL, woken_at = NULL,
+        reason = CASE WHEN t.items IS NULL THEN 'retry' ELSE 'children' END,
+        wake_at = CASE WHEN t.items IS NULL THEN now() END,
+        lost = t.lost + CASE WHEN t.deadline_at < now() THEN 0 ELSE 1 END,
+        tries = t.tries + CASE WHEN t.deadline_at < now() THEN 1 ELSE 0 END""",
+        """t.status = 'running' AND t.lease_expires_at < now() AND NOT t.ends_run
+        AND CASE WHEN t.deadline_at < now() THEN t.tries + 1 < t.max_attempts
+                 ELSE t.lost + 1 < :max_lost END""",
+        """status = 'lost', error = jsonb_build_object(
+            'code', 'worker_lost', 'message', 'The worker went silent.')""",
+        "'task.lost', jsonb_build_object('attempt', attempt)",
+        answer="run_id, parent_id FROM gone",
+    ),
+)
+_EXPIRED = Prepared(
+    f"""
+SELECT t.run_id, t.parent_id, t.attempt, t.lost, t.ends_run, t.deadline_at < now() AS timed_out,
+t.timeout_seconds FROM tasks t WHERE t.id = :task_id AND {still("running")} AND t.lease_expires_at
+< now() """,
+)
+
+
+def lose_attempt(tx: Tx, task_id: UUID, max_lost: int) -> Gone | None:
+    """Take an expired attempt from its silent worker: it counts as lost and the task goes back to
+    wait.
+
+    The `max_lost`-th time, or past its deadline with no attempt left, the task fails for good. None
+    if it was finished or renewed meanwhile.
+    """
+    back = _LOSE(tx, {"task_id": task_id, "max_lost": max_lost}).first()
+    if back is not None:
+        return Gone(back.run_id, back.parent_id, None)
+    row = _EXPIRED(tx, {"task_id": task_id}).first()
+    if row is None:
+        return None
+    if row.timed_out:
+        error = as_error(Failure("timeout", f"No answer within {row.timeout_seconds:g} seconds."))
+    else:
+        message = f"Its worker went silent {row.lost + 1} times; the task may be what kills it."
+        error = as_error(Failure("worker_lost", message))
+    finished = end_task(tx, task_id, row.run_id, error, attempt=row.attempt)
+    return None if finished is None else Gone(row.run_id, row.parent_id, finished)

@@ -1,0 +1,655 @@
+"""How an attempt ends: with an output, items, a failure, or nothing done."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, select
+from uuid6 import uuid7
+
+from opscore.db import Prepared, Tx
+from opscore.engine.claims import (
+    NEXT_STARTED,
+    Claimed,
+    Failure,
+    Visit,
+    read_by,
+    simple_claim,
+    simply_claimed,
+)
+from opscore.engine.clauses import (
+    DEADLINE_GRACE_SECONDS,
+    ENDED,
+    KEEP,
+    KEPT_UNTIL,
+    MINE,
+    RUN_OPEN,
+    WAKE_AT,
+    WOKEN,
+    backoff,
+    find_line,
+    still,
+)
+from opscore.engine.waits import Woken, as_woken
+from opscore.models import Run, Task
+from opscore.states import Reason
+
+# --- Finishing -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The outcome is recorded; says what must follow the commit."""
+
+    generation: int
+    ends_run: bool = False
+    """The run may be over now: call `settle_run`."""
+    failed_run: bool = False
+    """The failure ends the run: nothing below the task may start."""
+    message: dict[str, Any] | None = None
+    """A newer canvas's visit that came meanwhile: publish it, so that its canvas goes on."""
+    next: Claimed | None = None
+    """The visit that was to follow, claimed in the same breath."""
+    woken: tuple[Woken, ...] = ()
+    """Who is kept the slot that was freed; if nobody, look at its line once more: somebody may have
+    come to it meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """The task waits now; its visit is saved with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """The attempt is no longer this worker's: drop its outcome."""
+
+
+_FREED = """freed AS (
+    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM gone
+    WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt
+)"""
+
+
+def leave(
+    change: str,
+    guard: str,
+    attempt: str,
+    event: str,
+    *,
+    source: str = "",
+    before: str = "",
+    after: str = "",
+    then_told: str = "",
+    answer: str = "gone.id FROM gone",
+    freed: str = _FREED,
+) -> str:
+    """Return the statement by which a task leaves its attempt: row, attempt, slot, event.
+
+    `then_told` adds the events of what comes `after`, to be told after the task's own.
+    """
+    freed = freed and f", {freed}"
+    return f"""
+WITH {before} gone AS (
+    UPDATE tasks t SET {change}, lease_expires_at = NULL, deadline_at = NULL
+    {source}
+    WHERE t.id = :task_id AND {guard}
+    RETURNING t.id, t.run_id, t.definition_id, t.kind, t.parent_id, t.index AS item_index,
+              t.is_sink, t.goes_on, t.status, t.attempt, t.agent_id, t.ends_run, t.message,
+              t.wake_at, t.output
+), closed AS (
+    UPDATE attempts a SET {attempt}, finished_at = now() FROM gone
+    WHERE a.task_id = gone.id AND a.number = gone.attempt AND a.status = 'running'
+) {freed} {after}, told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, {event} FROM gone WHERE kind <> 'end' {then_told}
+)
+SELECT {answer}
+"""
+
+
+_BRIEF = "cast(:error AS jsonb) - 'traceback'"
+_HANDED_OVER = f"""freed AS (
+    UPDATE slots s
+    SET holder = NULL, attempt = NULL, lease_expires_at = NULL,
+        reserved_for = CASE WHEN s.number <= a.capacity THEN next.id END,
+        reserved_until = CASE WHEN s.number <= a.capacity AND next.id IS NOT NULL
+                              THEN {KEPT_UNTIL} END
+    FROM gone JOIN agents a USING (agent_id) LEFT JOIN line AS next ON true
+    WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt
+    RETURNING s.reserved_for, next.is_out
+), woken AS (
+    UPDATE tasks t SET {KEEP}
+    FROM freed, runs r WHERE t.id = freed.reserved_for AND r.id = t.run_id
+    RETURNING {WOKEN}, freed.is_out
+)"""
+_COMPLETE = {
+    "change": "status = 'completed', output = :output, finished_at = now(), waiting_since = NULL",
+    "guard": MINE,
+    "attempt": "status = 'completed'",
+    "event": "'task.completed', jsonb_build_object('attempt', attempt)",
+    "answer": """gone.message AS saved, gone.ends_run, r.generation AS run_generation
+    FROM gone JOIN runs r ON r.id = gone.run_id""",
+    "freed": "",
+}
+_HAND_OVER = _COMPLETE | {
+    "before": f"{find_line('1')},",
+    "answer": """gone.message AS saved, gone.ends_run, r.generation AS run_generation, woken.*
+    FROM gone JOIN runs r ON r.id = gone.run_id LEFT JOIN woken ON NOT woken.is_out""",
+    "freed": _HANDED_OVER,
+}
+_SETTLED = f""", settled AS (
+    UPDATE runs r
+    SET status = CASE WHEN cast(:run_error AS jsonb) IS NULL THEN 'completed' ELSE 'failed' END,
+        output = :run_output, error = :run_error, finished_at = now()
+    FROM gone
+    WHERE r.id = gone.run_id AND {{ends}} AND {still("running", "r")} AND {RUN_OPEN}
+    RETURNING r.id, r.status
+)"""
+_RUN_ENDED = "UNION ALL SELECT id, NULL, 'run.' || status, '{}' FROM settled"
+_FINISH = {
+    has_slot: Prepared(leave(**(_HAND_OVER if has_slot else _COMPLETE)), json=("output",))
+    for has_slot in (True, False)
+}
+
+
+def _last(leaving: Mapping[str, str]) -> Prepared:
+    run = "run AS (SELECT id FROM runs WHERE id = :run_id FOR NO KEY UPDATE),"
+    ending = {
+        "before": run + leaving.get("before", ""),
+        "source": "FROM run",
+        "after": _SETTLED.format(ends="true"),
+        "then_told": _RUN_ENDED,
+    }
+    return Prepared(
+        leave(**{**leaving, **ending}),
+        json=("output",),
+        json_or_null=("run_output", "run_error"),
+    )
+
+
+_FINISH_LAST = {True: _last(_HAND_OVER), False: _last(_COMPLETE)}
+_FINISH_AND_CLAIM = {
+    has_slot: Prepared(
+        leave(
+            **_COMPLETE
+            | {
+                "freed": _FREED if has_slot else "",
+                "after": ", "
+                + simple_claim(
+                    ":next_id",
+                    "gone",
+                    f"""NOT gone.ends_run AND t.run_id = gone.run_id AND {still("running", "r")}
+      AND r.generation = :generation
+      AND NOT EXISTS (SELECT FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.id <> :task_id
+                      AND d.status NOT IN {ENDED})""",
+                ),
+                "then_told": NEXT_STARTED,
+                "answer": f"""gone.message AS saved, gone.ends_run, gone.output,
+       r.generation AS run_generation, next.*, {read_by("next", ":task_id")}
+    FROM gone JOIN runs r ON r.id = gone.run_id LEFT JOIN next ON true""",
+            }
+        ),
+        json=("output",),
+    )
+    for has_slot in (True, False)
+}
+
+
+def complete_attempt(
+    tx: Tx,
+    claimed: Claimed,
+    output: Any,
+    run_output: Any = None,
+    run_error: Failure | None = None,
+) -> Finished | Fenced:
+    """Record success: status, output, event; the slot is kept for who is first in its line.
+
+    The run's sink settles the run too: with `run_output`, or as failed with `run_error` if no
+    output could be made. Outputs are storable JSON.
+    """
+    parameters = {
+        "task_id": claimed.task_id,
+        "attempt": claimed.attempt,
+        "output": output,
+        "agent_id": claimed.agent_id,
+    }
+    if claimed.is_sink:
+        error = None if run_error is None else as_error(run_error)
+        ending = {"run_id": claimed.run_id, "run_output": run_output, "run_error": error}
+        row = _FINISH_LAST[claimed.has_slot](tx, parameters | ending).first()
+    else:
+        row = _FINISH[claimed.has_slot](tx, parameters).first()
+    if row is None:
+        return _repeated(tx, claimed)
+    woken = as_woken([row]) if claimed.has_slot and row.task_id is not None else []
+    return Finished(row.run_generation, row.ends_run, message=row.saved, woken=tuple(woken))
+
+
+def complete_and_claim(
+    tx: Tx,
+    claimed: Claimed,
+    output: Any,
+    then: Visit,
+    *,
+    worker: str,
+    lease_seconds: float,
+) -> Finished | Fenced:
+    """Record success, and take the next task of the same run in the same statement if that is easy.
+
+    Easy is a task that waits for nothing but this one and whose agent has no capacity to count. The
+    others come with `claim_task`; so does one whose answer was lost here, by its token.
+    """
+    row = _FINISH_AND_CLAIM[claimed.has_slot](
+        tx,
+        {
+            "task_id": claimed.task_id,
+            "attempt": claimed.attempt,
+            "output": output,
+            "next_id": then.task_id,
+            "generation": then.generation,
+            "token": then.token,
+            "worker": worker,
+            "lease": lease_seconds,
+            "grace": DEADLINE_GRACE_SECONDS,
+        },
+    ).first()
+    if row is None:
+        return _repeated(tx, claimed)
+    following = None if row.task_id is None else _following(claimed, row)
+    return Finished(row.run_generation, row.ends_run, message=row.saved, next=following)
+
+
+def _following(claimed: Claimed, row: Any) -> Claimed:
+    """Return the claim that came with a finish; its statement could not see what it finished."""
+    tasks = None if not row.reads else dict(row.tasks or {})
+    if tasks is not None and claimed.parent_id is None and claimed.definition_id in row.reads:
+        tasks[claimed.definition_id] = {"output": row.output, "status": "completed", "error": None}
+    return simply_claimed(row, claimed.input, tasks)
+
+
+_RECORDED = Prepared(
+    f"""
+SELECT r.generation, t.ends_run, t.message, t.status, t.goes_on
+FROM tasks t JOIN runs r ON r.id = t.run_id
+WHERE t.id = :task_id AND t.attempt = :attempt AND t.status IN {ENDED}
+  AND NOT EXISTS (SELECT FROM attempts a WHERE a.task_id = t.id AND a.number = t.attempt
+                  AND a.status IN ('lost', 'cancelled'))
+""",
+)
+_KEPT_FOR = Prepared(
+    f"""
+SELECT {WOKEN} FROM slots s JOIN tasks t ON t.id = s.reserved_for JOIN runs r ON r.id = t.run_id
+WHERE s.agent_id = :agent_id AND s.reserved_until > now() AND {still("waiting")}
+"""
+)
+
+
+def _repeated(tx: Tx, claimed: Claimed) -> Finished | Fenced:
+    """Tell an outcome whose answer was lost on the way from one that came too late."""
+    parameters = {"task_id": claimed.task_id, "attempt": claimed.attempt}
+    row = _RECORDED(tx, parameters).first()
+    if row is None:
+        return Fenced()
+    failed_run = row.status == "failed" and not row.goes_on
+    kept = _KEPT_FOR(tx, {"agent_id": claimed.agent_id}) if claimed.has_slot else []
+    woken = tuple(as_woken(kept))
+    return Finished(row.generation, row.ends_run, failed_run, row.message, woken=woken)
+
+
+_RETRY = Prepared(
+    leave(
+        f"""status = 'waiting', reason = 'retry', tries = tries + 1, waits = 0,
+        waiting_since = NULL, message = coalesce(t.message, :message), woken_at = NULL,
+        wake_at = now() + make_interval(secs => coalesce(
+            :delay, {backoff("t.retry_backoff", "t.retry_max_backoff", "t.tries")}))""",
+        f"{MINE} AND t.tries + 1 < t.max_attempts AND NOT t.ends_run",
+        "status = 'failed', error = :error",
+        f"""'task.retrying', jsonb_build_object(
+            'attempt', attempt, 'wakeAt', {WAKE_AT}, 'error', {_BRIEF})""",
+    ),
+    json=("error",),
+    json_or_null=("message",),
+)
+
+
+def fail_attempt(
+    tx: Tx,
+    claimed: Claimed,
+    failure: Failure,
+    *,
+    delay_seconds: float | None = None,
+    message: dict[str, Any],
+) -> Finished | Parked | Fenced:
+    """Record a failure: park the task for its next attempt, or let it fail for good.
+
+    `delay_seconds` is what the agent asked for; without it the task's own backoff decides. For
+    good, under `onFailure: fail`, nothing of the run starts any more: what has not started is
+    cancelled, and the run fails when its running attempts have ended.
+    """
+    error = as_error(failure)
+    parameters = {
+        "task_id": claimed.task_id,
+        "attempt": claimed.attempt,
+        "message": message,
+        "delay": delay_seconds,
+        "error": error,
+    }
+    if failure.retryable and _RETRY(tx, parameters).first() is not None:
+        return Parked()
+    ended = end_task(tx, claimed.task_id, claimed.run_id, error, attempt=claimed.attempt)
+    return ended or _repeated(tx, claimed)
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A task that was moved by somebody other than its worker."""
+
+    run_id: UUID
+    parent_id: UUID | None
+    finished: Finished | None
+    """None if it goes back to wait."""
+
+
+def fail_unclaimed(tx: Tx, task_id: UUID, failure: Failure) -> Gone | None:
+    """Let a task fail that cannot start; None if it moved on."""
+    row = tx.execute(select(Task.run_id, Task.parent_id).where(Task.id == task_id)).one_or_none()
+    if row is None:
+        return None
+    finished = end_task(tx, task_id, row.run_id, as_error(failure))
+    return None if finished is None else Gone(row.run_id, row.parent_id, finished)
+
+
+def fail_overdue(tx: Tx, task_id: UUID) -> Gone | None:
+    """Let a task fail that waited longer than its `busy.maxWaitSeconds`; None if it moved on."""
+    reason = tx.execute(select(Task.reason).where(Task.id == task_id)).scalar()
+    if reason == Reason.AGENT_UNAVAILABLE:
+        failure = Failure("agent_unavailable", "No agent that could take it came in time.")
+    else:
+        failure = Failure("agent_busy_timeout", "Its agent was busy for all of maxWaitSeconds.")
+    return fail_unclaimed(tx, task_id, failure)
+
+
+def as_error(failure: Failure) -> dict[str, Any]:
+    error = {"code": failure.code, "message": failure.message}
+    return error | ({"traceback": failure.traceback} if failure.traceback else {})
+
+
+_END_TASK = Prepared(
+    leave(
+        f"""status = CASE WHEN r.cancel_requested_at IS NULL AND cast(:error AS jsonb) IS NOT NULL
+                      THEN 'failed' ELSE 'cancelled' END,
+        reason = CASE WHEN r.cancel_requested_at IS NOT NULL THEN 'run_cancelled'
+                      WHEN cast(:error AS jsonb) IS NULL THEN 'upstream_failed' END,
+        error = {_BRIEF}, finished_at = now(), waiting_since = NULL, wake_at = NULL""",
+        f"""r.id = t.run_id
+        AND CASE WHEN cast(:attempt AS int) IS NULL THEN t.status IN ('pending', 'waiting')
+                 ELSE t.attempt = :attempt AND {still("running")} END""",
+        """status = CASE WHEN cast(:error AS jsonb) IS NULL THEN 'cancelled' ELSE 'failed' END,
+        error = :error""",
+        f"'task.' || status, jsonb_build_object('attempt', attempt, 'error', {_BRIEF})",
+        source="FROM runs r",
+        after=_SETTLED.format(ends="gone.status = 'failed' AND gone.goes_on AND gone.is_sink"),
+        then_told=_RUN_ENDED,
+        answer=f"""gone.*, r.generation, {RUN_OPEN} AS run_open
+        FROM gone JOIN runs r ON r.id = gone.run_id""",
+    ),
+    json_or_null=(
+        "error",
+        "run_output",
+        "run_error",
+    ),
+)
+
+
+def end_task(
+    tx: Tx,
+    task_id: UUID,
+    run_id: UUID,
+    error: dict[str, Any] | None,
+    *,
+    attempt: int | None = None,
+) -> Finished | None:
+    """Fail a task for good and, unless it goes on, begin to fail its run.
+
+    Without an error the task is given up with a run that is ending already. A sink that goes on
+    completes the run, which then has no output.
+    """
+    _lock_run(tx, run_id)
+    ending = {"run_output": None, "run_error": None}
+    row = _END_TASK(tx, {"task_id": task_id, "error": error, "attempt": attempt, **ending}).first()
+    if row is None:
+        return None
+    failed_run = row.status == "failed" and not row.goes_on
+    if failed_run and row.run_open and error is not None:
+        _fail_run(tx, row, error)
+    return Finished(row.generation, row.ends_run or failed_run, failed_run, row.message)
+
+
+def _lock_run(tx: Tx, run_id: UUID) -> None:
+    """Let one change at a time decide the run's fate.
+
+    Not FOR UPDATE: an expanding `forEach`, which holds its task, key-shares the run for the foreign
+    key of its items, and the two would lock each other.
+    """
+    tx.execute(select(Run.id).where(Run.id == run_id).with_for_update(key_share=True))
+
+
+_FAIL_RUN = Prepared(
+    "UPDATE runs r SET error = :error WHERE r.id = :run_id AND r.error IS NULL",
+    json=("error",),
+)
+_FAIL_PARENT = Prepared(
+    leave(
+        "status = 'failed', reason = NULL, finished_at = now(), error = :error, wake_at = NULL",
+        still("waiting"),
+        "status = 'failed'",
+        "'task.failed', jsonb_build_object('error', cast(:error AS jsonb))",
+    ),
+    json=("error",),
+)
+_CLOSE = Prepared(
+    """
+WITH closing AS (
+    UPDATE tasks t
+    SET status = CASE t.status WHEN 'running' THEN 'running' ELSE 'cancelled' END,
+        reason = CASE t.status WHEN 'running' THEN t.reason ELSE :reason END,
+        finished_at = CASE t.status WHEN 'running' THEN NULL ELSE now() END,
+        wake_at = NULL, ends_run = true
+    WHERE t.id IN (SELECT o.id FROM tasks o WHERE o.run_id = :run_id
+                     AND o.status IN ('pending', 'waiting', 'running')
+                   ORDER BY o.id FOR NO KEY UPDATE)
+      AND (t.status IN ('pending', 'waiting') OR t.status = 'running' AND NOT t.ends_run)
+    RETURNING t.id, t.run_id, t.status, t.kind
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, 'task.cancelled', jsonb_build_object('reason', cast(:reason AS text))
+    FROM closing WHERE status = 'cancelled' AND kind <> 'end'
+)
+SELECT id FROM closing
+""",
+)
+
+
+def _fail_run(tx: Tx, row: Row[Any], error: dict[str, Any]) -> None:
+    """Mark the run as failing and cancel what has not started; the caller holds the run's lock."""
+    if row.parent_id is not None:
+        sentence = f"Item {row.item_index} failed: {error['message']}"
+        item = {"code": "item_failed", "message": sentence}
+        _FAIL_PARENT(tx, {"task_id": row.parent_id, "error": item})
+    brief = {
+        "code": error["code"],
+        "message": f"Task {row.definition_id}: {error['message']}",
+        "taskId": str(row.id),
+        "taskDefinitionId": row.definition_id,
+    }
+    _FAIL_RUN(tx, {"run_id": row.run_id, "error": brief})
+    close_tasks(tx, row.run_id, "upstream_failed")
+
+
+def close_tasks(tx: Tx, run_id: UUID, reason: str) -> None:
+    """Cancel what has not started; who is running learns that the run ends with it.
+
+    Repeated, because a `forEach` that expands at this moment holds its row until its items are
+    written, and a statement that waited for that row does not see them; the next one does.
+    """
+    while _CLOSE(tx, {"run_id": run_id, "reason": reason}):
+        pass
+
+
+_RELEASE = Prepared(
+    leave(
+        f"""status = 'waiting', reason = :reason, waits = waits + 1, woken_at = NULL,
+        waiting_since = coalesce(t.waiting_since, now()), message = coalesce(t.message, :message),
+        (not_before, wake_at) = (SELECT moment, moment FROM (SELECT now() + make_interval(secs =>
+            coalesce(:delay, {backoff("t.busy_backoff", "t.busy_max_backoff", "t.waits")})))
+            AS asked (moment))""",
+        f"{MINE} AND NOT t.ends_run",
+        """status = 'cancelled', error = jsonb_build_object(
+            'code', cast(:reason AS text), 'message', 'The agent took no work.')""",
+        f"""'task.waiting', jsonb_build_object(
+            'reason', cast(:reason AS text), 'wakeAt', {WAKE_AT}, 'agentId', agent_id)""",
+    ),
+    json_or_null=("message",),
+)
+
+
+def release_attempt(
+    tx: Tx,
+    claimed: Claimed,
+    reason: Reason,
+    *,
+    delay_seconds: float | None = None,
+    message: dict[str, Any],
+) -> Finished | Parked | Fenced:
+    """Give a claimed task back because its agent took no work; that uses up no attempt.
+
+    It is not asked again before `delay_seconds`, or the task's own backoff, have passed.
+    """
+    parameters = {
+        "task_id": claimed.task_id,
+        "attempt": claimed.attempt,
+        "reason": str(reason),
+        "message": message,
+        "delay": delay_seconds,
+    }
+    if _RELEASE(tx, parameters).first() is not None:
+        return Parked()
+    return abandon_attempt(tx, claimed)
+
+
+def abandon_attempt(tx: Tx, claimed: Claimed) -> Finished | Fenced:
+    """Give up an attempt that has nothing to show because its run is ending."""
+    ended = end_task(tx, claimed.task_id, claimed.run_id, None, attempt=claimed.attempt)
+    return ended or Fenced()
+
+
+# --- forEach -------------------------------------------------------------------------------------
+
+_EXPAND = Prepared(
+    f"""
+WITH expanded AS (
+    UPDATE tasks t
+    SET status = 'waiting', reason = 'children', items = :count,
+        message = coalesce(t.message, :message),
+        lease_expires_at = NULL, deadline_at = NULL, wake_at = NULL, woken_at = NULL
+    WHERE t.id = :task_id AND t.attempt = :attempt AND {still("running")} AND NOT t.ends_run
+    RETURNING t.*
+), items AS (
+    INSERT INTO tasks (id, run_id, definition_id, kind, position, parent_id, index, item,
+        depends_on, successors, reads, wanted_agent_id, wanted_capability, preferred_agent_id,
+        timeout_seconds, max_attempts, retry_backoff, retry_max_backoff, busy_backoff,
+        busy_max_backoff, max_wait_seconds, goes_on, priority, status, reason)
+    SELECT i.id, e.run_id, e.definition_id, 'agent', e.position, e.id, i.index - 1, i.item, '{{}}',
+        '{{}}', e.reads, e.wanted_agent_id, e.wanted_capability, e.preferred_agent_id,
+        e.timeout_seconds, e.max_attempts, e.retry_backoff, e.retry_max_backoff, e.busy_backoff,
+        e.busy_max_backoff, e.max_wait_seconds, e.goes_on, e.priority,
+        CASE WHEN i.index <= coalesce(e.max_parallel, i.index) THEN 'pending' ELSE 'waiting' END,
+        CASE WHEN i.index <= coalesce(e.max_parallel, i.index) THEN NULL ELSE 'max_parallel' END
+    FROM expanded e,
+        ROWS FROM (unnest(cast(:ids AS uuid[])), jsonb_array_elements(cast(:values AS jsonb)))
+        WITH ORDINALITY AS i(id, item, index)
+    RETURNING id, status, index, timeout_seconds
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, 'task.expanded', jsonb_build_object('items', items) FROM expanded
+)
+SELECT items.id, items.timeout_seconds FROM items WHERE status = 'pending' ORDER BY index
+""",
+    json=("values",),
+    json_or_null=("message",),
+)
+
+
+def expand_task(
+    tx: Tx, claimed: Claimed, values: Sequence[Any], message: dict[str, Any]
+) -> list[tuple[UUID, float]] | None:
+    """Write a row per item and park the `forEach` until they are over.
+
+    Returns the (id, timeout) of the items to visit now: all of them, or the first `maxParallel`;
+    None when the attempt is no longer this worker's or the run ends.
+    """
+    rows = _EXPAND(
+        tx,
+        {
+            "task_id": claimed.task_id,
+            "attempt": claimed.attempt,
+            "count": len(values),
+            "ids": [uuid7() for _ in values],
+            "values": list(values),
+            "message": message,
+        },
+    )
+    return [(row.id, row.timeout_seconds) for row in rows] or None
+
+
+def item_outputs(tx: Tx, task_id: UUID) -> list[Any]:
+    """Return the outputs of an expanded `forEach`'s items, in item order."""
+    query = select(Task.output).where(Task.parent_id == task_id).order_by(Task.index)
+    return list(tx.execute(query).scalars())
+
+
+# --- What an attempt says while it runs ----------------------------------------------------------
+
+LOG_LINES_KEPT = 1000
+"""Lines kept of an attempt; the oldest are cut."""
+_LOG = Prepared(
+    """
+INSERT INTO attempt_logs (task_id, attempt, line, at, message, fields)
+SELECT :task_id, :attempt, e.line, e.at, e.message, e.fields
+FROM jsonb_to_recordset(:entries) AS e (line int, at timestamptz, message text, fields jsonb)
+WHERE EXISTS (SELECT FROM attempts a WHERE a.task_id = :task_id AND a.number = :attempt
+              AND a.status = 'running')
+ON CONFLICT DO NOTHING
+""",
+    json=("entries",),
+)
+_CUT_LOG = Prepared(
+    "DELETE FROM attempt_logs WHERE task_id = :task_id AND attempt = :attempt AND line <= :line",
+)
+_PROGRESS = Prepared(
+    """
+UPDATE attempts SET progress = :fraction, progress_message = :message
+WHERE task_id = :task_id AND number = :attempt AND status = 'running'
+""",
+)
+
+
+def write_log(tx: Tx, task_id: UUID, attempt: int, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Append what an agent logged: `{line, at, message, fields}` each, `line` counted from 1."""
+    if not entries:
+        return
+    where = {"task_id": task_id, "attempt": attempt}
+    _LOG(tx, where | {"entries": [dict(entry) for entry in entries]})
+    newest = max(entry["line"] for entry in entries)
+    if newest > LOG_LINES_KEPT:
+        _CUT_LOG(tx, where | {"line": newest - LOG_LINES_KEPT})
+
+
+def write_progress(
+    tx: Tx, task_id: UUID, attempt: int, fraction: float, message: str | None
+) -> None:
+    """Record how far an attempt says it is, from 0 to 1."""
+    parameters = {"task_id": task_id, "attempt": attempt, "fraction": fraction, "message": message}
+    _PROGRESS(tx, parameters)

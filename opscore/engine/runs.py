@@ -1,0 +1,373 @@
+"""Runs as a whole: submitted, cancelled, settled, and published again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import select
+from uuid6 import uuid7
+
+from opscore.db import Prepared, Tx
+from opscore.definition import Definition, TaskSpec
+from opscore.engine.clauses import END, ENDED, RUN_OPEN, still
+from opscore.engine.outcomes import close_tasks
+from opscore.errors import AgentNotFound, InvalidRequest, RunFinished, RunNotFound
+from opscore.expressions import Template
+from opscore.graph import Canvas, Node, build
+from opscore.json_values import Faults
+from opscore.models import Agent, Run
+from opscore.states import RUN_ENDED
+from opscore.workflows import StoredWorkflow
+
+# --- Submitting ----------------------------------------------------------------------------------
+
+_TASK_COLUMNS = {
+    "id": "uuid",
+    "definition_id": "text",
+    "kind": "text",
+    "position": "int",
+    "max_parallel": "int",
+    "depends_on": "uuid[]",
+    "successors": "uuid[]",
+    "reads": "text[]",
+    "is_sink": "boolean",
+    "wanted_agent_id": "text",
+    "wanted_capability": "text",
+    "timeout_seconds": "float",
+    "max_attempts": "int",
+    "retry_backoff": "float",
+    "retry_max_backoff": "float",
+    "busy_backoff": "float",
+    "busy_max_backoff": "float",
+    "max_wait_seconds": "float",
+    "goes_on": "boolean",
+    "status": "text",
+    "reason": "text",
+}
+_SUBMIT = Prepared(
+    f"""
+WITH run AS (
+    INSERT INTO runs (id, workflow_id, version, agent_id, input, labels, priority, request_id)
+    VALUES (:run_id, :workflow_id, :version, :agent_id, :input, :labels, :priority, :request_id)
+    RETURNING *
+), told AS (
+    INSERT INTO events (run_id, type, data)
+    SELECT id, 'run.queued', jsonb_build_object('version', version) FROM run
+)
+INSERT INTO tasks (run_id, priority, preferred_agent_id, {", ".join(_TASK_COLUMNS)})
+SELECT run.id, run.priority, run.agent_id, {", ".join(f"t.{name}" for name in _TASK_COLUMNS)}
+FROM run, jsonb_to_recordset(cast(:tasks AS jsonb)) AS t (
+    {", ".join(f"{name} {kind}" for name, kind in _TASK_COLUMNS.items())})
+""",
+    json=("input", "labels", "tasks"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is left of a run: the input of a canvas."""
+
+    run_id: UUID
+    generation: int
+    request_id: str | None
+    nodes: tuple[Node, ...]
+    items: tuple[tuple[UUID, float], ...] = ()
+    """Items of expanded `forEach` tasks that need a visit of their own: (task id, timeout)."""
+    drawn: Canvas | None = None
+    """The canvas, if it was drawn already and what lies beyond it is held back."""
+
+
+def submit_run(
+    tx: Tx,
+    stored: StoredWorkflow,
+    *,
+    input: Any,
+    agent_id: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    priority: int = 1,
+    request_id: str | None = None,
+) -> Plan:
+    """Write a run, all its tasks and the event, in one statement. Once it commits, the run is
+    accepted.
+
+    `agent_id` is the agent it was triggered for: it runs the tasks that name nobody, and is
+    preferred where it has the capability asked for; the input is then merged over the first task's
+    parameters.
+
+    Raises:
+        InvalidInput: the input breaks the workflow's inputSchema.
+        InvalidRequest: a task names neither agent nor capability and there is no `agent_id`.
+        AgentNotFound: no agent is registered as `agent_id`.
+    """
+    definition = stored.definition
+    definition.check_input(input)
+    _check_agents(tx, definition, agent_id)
+    run_id = uuid7()
+    tasks = _task_rows(definition, agent_id)
+    nodes = tuple(
+        Node(row["id"], frozenset(row["depends_on"]), row["timeout_seconds"], row["kind"] == "end")
+        for row in tasks
+    )
+    drawn = build(nodes)
+    _hold_beyond(tasks, drawn)
+    _SUBMIT(
+        tx,
+        {
+            "run_id": run_id,
+            "workflow_id": stored.workflow_id,
+            "version": stored.version,
+            "agent_id": agent_id,
+            "input": input,
+            "labels": dict(labels or {}),
+            "priority": priority,
+            "request_id": request_id,
+            "tasks": [_in_json(row) for row in tasks],
+        },
+    )
+    return Plan(run_id, 1, request_id, nodes, drawn=drawn)
+
+
+def _in_json(row: dict[str, Any]) -> dict[str, Any]:
+    ids = {name: [str(id) for id in row[name]] for name in ("depends_on", "successors")}
+    return row | ids | {"id": str(row["id"])}
+
+
+def _hold_beyond(tasks: list[dict[str, Any]], drawn: Canvas) -> None:
+    """Let what no message carries yet wait for its dependencies: waking it builds its segment."""
+    beyond = set(drawn.beyond)
+    for row in tasks:
+        is_beyond = row["id"] in beyond
+        row["status"] = "waiting" if is_beyond else "pending"
+        row["reason"] = "dependencies" if is_beyond else None
+
+
+def _check_agents(tx: Tx, definition: Definition, agent_id: str | None) -> None:
+    if agent_id is None:
+        if unbound := definition.unbound():
+            sentence = (
+                "The task names neither agentId nor agentCapability: name one, or trigger the"
+            )
+            raise InvalidRequest(
+                {f"/tasks/{task}": [f"{sentence} workflow for an agent."] for task in unbound}
+            )
+    elif tx.execute(select(Agent.agent_id).where(Agent.agent_id == agent_id)).first() is None:
+        raise AgentNotFound(agent_id=agent_id)
+
+
+def _task_rows(definition: Definition, agent_id: str | None) -> list[dict[str, Any]]:
+    """Return the rows of a run's tasks; with several leaves an implicit end joins them."""
+    specs = list(definition.tasks)
+    if len(definition.leaves) > 1:
+        nothing = Template.compile({}, "", Faults())
+        specs.append(TaskSpec(END, None, None, None, nothing, definition.leaves))
+    ids = {spec.id: uuid7() for spec in specs}
+    after: dict[str, list[UUID]] = {spec.id: [] for spec in specs}
+    for spec in specs:
+        for name in spec.depends_on:
+            after[name].append(ids[spec.id])
+    rows = [_task_row(spec, position, ids, after[spec.id]) for position, spec in enumerate(specs)]
+    for row in rows:
+        if row["wanted_agent_id"] is None and row["wanted_capability"] is None:
+            row["wanted_agent_id"] = agent_id
+        if not row["successors"]:
+            row["is_sink"] = True
+            row["reads"] = sorted(
+                {*row["reads"], *output_reads(definition)} - {row["definition_id"]}
+            )
+    return rows
+
+
+def output_reads(definition: Definition) -> frozenset[str]:
+    """Return the tasks the run's output is made of: those its expression names, else the leaves."""
+    return (
+        frozenset(definition.leaves) if definition.output is None else definition.output_references
+    )
+
+
+def _task_row(
+    spec: TaskSpec, position: int, ids: Mapping[str, UUID], successors: list[UUID]
+) -> dict[str, Any]:
+    each = spec.for_each
+    return {
+        "id": ids[spec.id],
+        "definition_id": spec.id,
+        "kind": "end" if spec.id == END else "agent" if each is None else "for_each",
+        "position": position,
+        "max_parallel": each.max_parallel if each else None,
+        "depends_on": [ids[name] for name in spec.depends_on],
+        "successors": successors,
+        "reads": sorted(spec.references),
+        "is_sink": False,
+        "wanted_agent_id": spec.agent_id,
+        "wanted_capability": spec.capability,
+        "timeout_seconds": spec.timeout_seconds,
+        "max_attempts": spec.retry.max_attempts,
+        "retry_backoff": spec.retry.backoff_seconds,
+        "retry_max_backoff": spec.retry.max_backoff_seconds,
+        "busy_backoff": spec.busy.backoff_seconds,
+        "busy_max_backoff": spec.busy.max_backoff_seconds,
+        "max_wait_seconds": spec.busy.max_wait_seconds,
+        "goes_on": spec.on_failure == "continue",
+    }
+
+
+# --- Cancelling and settling ---------------------------------------------------------------------
+
+
+def cancel_run(tx: Tx, run_id: UUID) -> None:
+    """Cancel a run: no task of it starts once this commits; running attempts are told.
+
+    Call `settle_run` after the commit. Asking again while it ends changes nothing.
+
+    Raises:
+        RunNotFound: there is no such run.
+        RunFinished: it is over already.
+    """
+    row = tx.execute(
+        select(Run.status, Run.cancel_requested_at)
+        .where(Run.id == run_id)
+        .with_for_update(key_share=True)
+    ).one_or_none()
+    if row is None:
+        raise RunNotFound(run_id=run_id)
+    if row.status in RUN_ENDED:
+        raise RunFinished(status=row.status)
+    if row.cancel_requested_at is None:
+        _REQUEST_CANCEL(tx, {"run_id": run_id})
+        close_tasks(tx, run_id, "run_cancelled")
+
+
+_REQUEST_CANCEL = Prepared(
+    """
+WITH asked AS (
+    UPDATE runs r SET cancel_requested_at = now() WHERE r.id = :run_id RETURNING r.id
+)
+INSERT INTO events (run_id, type) SELECT id, 'run.cancel_requested' FROM asked
+""",
+)
+_SETTLE = Prepared(
+    f"""
+WITH settled AS (
+    UPDATE runs r
+    SET status = CASE WHEN r.cancel_requested_at IS NULL THEN 'failed' ELSE 'cancelled' END,
+        finished_at = now()
+    WHERE r.id = :run_id AND r.status IN ('queued', 'running')
+      AND (r.error IS NOT NULL OR r.cancel_requested_at IS NOT NULL)
+      AND NOT EXISTS (SELECT FROM tasks t WHERE t.run_id = r.id AND t.status NOT IN {ENDED})
+    RETURNING r.id, r.status, r.error
+)
+INSERT INTO events (run_id, type, data)
+SELECT id, 'run.' || status, jsonb_strip_nulls(jsonb_build_object('error', error)) FROM settled
+RETURNING run_id
+""",
+)
+
+
+def settle_run(tx: Tx, run_id: UUID) -> bool:
+    """End a run that fails or is cancelled once nothing of it runs any more."""
+    return _SETTLE(tx, {"run_id": run_id}).first() is not None
+
+
+_ENDING = Prepared(
+    f"""
+SELECT r.id FROM runs r WHERE r.status IN ('queued', 'running') AND (r.error IS NOT NULL OR
+r.cancel_requested_at IS NOT NULL)
+  AND NOT EXISTS (SELECT FROM tasks t WHERE t.run_id = r.id AND t.status NOT IN {ENDED})
+LIMIT :limit
+"""
+)
+
+
+def runs_to_settle(tx: Tx, limit: int) -> list[UUID]:
+    """Return runs with nothing left to end, whose last finisher died before settling them."""
+    return _ENDING(tx, {"limit": limit}).scalars()
+
+
+# --- Publishing again ----------------------------------------------------------------------------
+
+_REPUBLISH = Prepared(
+    f"""
+WITH raised AS (
+    UPDATE runs r SET generation = r.generation + 1, generation_at = now()
+    WHERE r.id = :run_id AND r.generation = :generation AND {RUN_OPEN}
+    RETURNING r.id, r.generation
+), told AS (
+    INSERT INTO events (run_id, type, data)
+    SELECT id, 'run.republished', jsonb_build_object('generation', generation) FROM raised
+)
+SELECT generation FROM raised
+""",
+)
+_NODES = Prepared(
+    f"""
+SELECT t.id, t.timeout_seconds, t.kind, r.generation, r.request_id,
+       ARRAY(SELECT d.id FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.status NOT IN {ENDED})
+           AS depends_on
+FROM tasks t JOIN runs r ON r.id = t.run_id
+WHERE t.run_id = :run_id AND t.index IS NULL AND t.status NOT IN {ENDED} AND {RUN_OPEN}
+ORDER BY t.position
+""",
+)
+_LOOSE_ITEMS = Prepared(
+    """
+SELECT t.id, t.timeout_seconds FROM tasks t
+WHERE t.run_id = :run_id AND t.index IS NOT NULL AND t.status = 'pending' ORDER BY t.index
+""",
+)
+
+
+def republish_run(tx: Tx, run_id: UUID, generation: int) -> Plan | None:
+    """Raise the run's generation and return what is left of it; older canvases fade out (I7).
+
+    None if the run is over or somebody raised its generation (from `generation`) already.
+    """
+    raised = _REPUBLISH(tx, {"run_id": run_id, "generation": generation}).first()
+    return None if raised is None else plan_run(tx, run_id)
+
+
+def plan_run(tx: Tx, run_id: UUID) -> Plan | None:
+    """Return what is left of an open run, under its present generation."""
+    rows = _NODES(tx, {"run_id": run_id})
+    if not rows:
+        return None
+    nodes = tuple(
+        Node(row.id, frozenset(row.depends_on), row.timeout_seconds, row.kind == "end")
+        for row in rows
+    )
+    loose = _LOOSE_ITEMS(tx, {"run_id": run_id})
+    items = tuple((row.id, row.timeout_seconds) for row in loose)
+    return Plan(run_id, rows[0].generation, rows[0].request_id, nodes, items)
+
+
+_HOLD_BACK = Prepared(
+    f"""
+UPDATE tasks t
+SET status = 'waiting', reason = 'dependencies', message = NULL,
+    wake_at = NULL, woken_at = NULL
+WHERE t.id IN (SELECT o.id FROM tasks o WHERE o.id = ANY (:task_ids)
+               ORDER BY o.id FOR NO KEY UPDATE)
+  AND ({still("pending")} OR {still("waiting")} AND t.reason = 'dependencies')
+""",
+)
+_CARRY = Prepared(
+    f"""
+UPDATE tasks t SET status = 'pending', reason = NULL
+WHERE t.id IN (SELECT o.id FROM tasks o WHERE o.id = ANY (:task_ids) AND {still("waiting", "o")}
+               AND o.reason = 'dependencies' AND o.message IS NULL AND o.woken_at IS NULL
+               ORDER BY o.id FOR NO KEY UPDATE)
+"""
+)
+
+
+def carry(tx: Tx, task_ids: Sequence[UUID]) -> None:
+    """Note that tasks which were held back come by a message now: nobody has to wake them."""
+    _CARRY(tx, {"task_ids": list(task_ids)})
+
+
+def hold_back(tx: Tx, task_ids: Sequence[UUID]) -> None:
+    """Let tasks wait for their dependencies without a message: waking them builds their segment.
+
+    Call `wake_joins` after the commit: the last dependency may have finished at the same moment.
+    """
+    _HOLD_BACK(tx, {"task_ids": list(task_ids)})

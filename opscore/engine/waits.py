@@ -1,0 +1,417 @@
+"""Waiting: tasks are parked with a reason, and woken when what they wait for is there."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, select
+
+from opscore.db import Prepared, Tx
+from opscore.engine.claims import MustWait
+from opscore.engine.clauses import (
+    ENDED,
+    FOR_AGENT,
+    FOR_CAPABILITY,
+    FREE,
+    IN_LINE,
+    ITEMS_OVER,
+    KEEP,
+    KEPT_UNTIL,
+    LOOK_AGAIN_SECONDS,
+    RUN_OPEN,
+    WAKE_AT,
+    WOKEN,
+    backoff,
+    dependencies_over,
+    find_line,
+    still,
+)
+from opscore.models import Task
+from opscore.states import TASK_ENDED, Reason
+
+# --- Parking and waking --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Woken:
+    """A task to visit again: by its saved message, or, if it has none, as `reason` says."""
+
+    task_id: UUID
+    run_id: UUID
+    generation: int
+    """The run's, now."""
+    request_id: str | None
+    message: dict[str, Any] | None
+    reason: str | None
+    is_item: bool
+    timeout_seconds: float
+
+
+def as_woken(rows: Iterable[Row[Any]]) -> list[Woken]:
+    return [Woken(**{name: getattr(row, name) for name in Woken.__slots__}) for row in rows]
+
+
+_PARK = Prepared(
+    f"""
+WITH before AS (
+    SELECT reason FROM tasks WHERE id = :task_id
+), parked AS (
+    UPDATE tasks t
+    SET status = 'waiting', reason = :reason, message = :message, visit_generation = :generation,
+        waits = CASE WHEN :busy THEN t.waits + 1 ELSE 0 END,
+        waiting_since = CASE WHEN :busy THEN coalesce(t.waiting_since, now()) END,
+        wake_at = CASE WHEN :busy THEN now() + make_interval(secs =>
+            {backoff("t.busy_backoff", "t.busy_max_backoff", "t.waits")}) END,
+        woken_at = NULL, kept_until = NULL, not_before = NULL
+    WHERE t.id = :task_id AND t.status IN ('pending', 'waiting')
+      AND t.visit_generation <= :generation
+    RETURNING t.id, t.run_id, t.wake_at, t.waiting_since, t.max_wait_seconds
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, 'task.waiting', jsonb_build_object(
+        'reason', cast(:reason AS text), 'wakeAt', {WAKE_AT}, 'agentId', cast(:agent_id AS text))
+    FROM parked, before WHERE before.reason IS DISTINCT FROM :reason
+)
+SELECT id, waiting_since + make_interval(secs => max_wait_seconds) < now() AS overdue FROM parked
+""",
+    json=("message",),
+)
+
+
+def park_task(
+    tx: Tx,
+    task_id: UUID,
+    wait: MustWait,
+    *,
+    message: dict[str, Any],
+    generation: int,
+) -> bool | None:
+    """Put an unclaimed task to wait, with its message saved.
+
+    Who parks runs the matching wake after the commit, or it may wait for what came at the same
+    moment. Returns whether it has now waited longer than it may; None when it moved meanwhile:
+    visit it again.
+    """
+    row = _PARK(
+        tx,
+        {
+            "task_id": task_id,
+            "reason": str(wait.reason),
+            "busy": wait.reason in (Reason.AGENT_BUSY, Reason.AGENT_UNAVAILABLE),
+            "agent_id": wait.agent_id,
+            "message": message,
+            "generation": generation,
+        },
+    ).first()
+    return None if row is None else bool(row.overdue)
+
+
+_KEEP_MESSAGE = Prepared(
+    """
+UPDATE tasks t SET message = :message, visit_generation = :generation
+WHERE t.id = :task_id AND t.status IN ('waiting', 'running') AND t.visit_generation < :generation
+RETURNING t.id
+""",
+    json=("message",),
+)
+
+
+def keep_message(tx: Tx, task_id: UUID, message: dict[str, Any], generation: int) -> bool | None:
+    """Save a newer canvas's visit with a task that runs or waits, to be published when it is over.
+
+    False when the task has a visit as new; None when it ended meanwhile: visit it again.
+    """
+    parameters = {"task_id": task_id, "message": message, "generation": generation}
+    if _KEEP_MESSAGE(tx, parameters).first() is not None:
+        return True
+    status = tx.execute(select(Task.status).where(Task.id == task_id)).scalar()
+    return None if status in TASK_ENDED else False
+
+
+_RELEASE_ITEMS = Prepared(
+    f"""
+WITH parent AS (
+    SELECT id, max_parallel FROM tasks
+    WHERE id = :parent_id AND status = 'waiting' AND max_parallel IS NOT NULL FOR UPDATE
+), room AS (
+    SELECT parent.max_parallel - count(c.id) AS places
+    FROM parent LEFT JOIN tasks c ON c.parent_id = :parent_id AND c.status NOT IN {ENDED}
+        AND (c.status <> 'waiting' OR c.reason <> 'max_parallel')
+    GROUP BY parent.max_parallel
+), next AS (
+    SELECT c.id FROM tasks c, parent WHERE c.parent_id = :parent_id
+      AND {still("waiting", "c")} AND c.status NOT IN {ENDED} AND c.reason = 'max_parallel'
+    ORDER BY c.index LIMIT (SELECT greatest(places, 0) FROM room)
+)
+UPDATE tasks t SET status = 'pending', reason = NULL, woken_at = now() FROM next, runs r
+WHERE t.id = next.id AND {still("waiting")} AND r.id = t.run_id
+RETURNING {WOKEN}
+""",
+)
+_WAKE_JOINS = f"""
+UPDATE tasks t SET woken_at = now(), wake_at = NULL
+FROM runs r
+WHERE t.id IN (SELECT o.id FROM tasks o WHERE {{which}}
+               ORDER BY o.id FOR NO KEY UPDATE)
+  AND r.id = t.run_id
+  AND {still("waiting")} AND t.reason = 'dependencies' AND t.woken_at IS NULL
+  AND {dependencies_over()}
+RETURNING {WOKEN}
+"""
+_WAKE_THESE = Prepared(
+    _WAKE_JOINS.format(which=f"o.id = ANY (:task_ids) AND {still('waiting', 'o')}")
+)
+_WAKE_SUCCESSORS = Prepared(
+    _WAKE_JOINS.format(
+        which=f"""o.id = ANY (ARRAY(SELECT unnest(successors) FROM tasks WHERE id = :task_id))
+               AND {still("waiting", "o")}"""
+    ),
+)
+_WAKE_PARENT = Prepared(
+    f"""
+UPDATE tasks t SET woken_at = now(), wake_at = NULL
+FROM runs r
+WHERE t.id = :task_id AND r.id = t.run_id
+  AND {still("waiting")} AND t.reason = 'children' AND t.woken_at IS NULL AND {ITEMS_OVER}
+RETURNING {WOKEN}
+""",
+)
+
+
+def wake_joins(tx: Tx, task_ids: Sequence[UUID]) -> list[Woken]:
+    """Wake those of the tasks that wait for dependencies which are all over."""
+    return as_woken(_WAKE_THESE(tx, {"task_ids": list(task_ids)}))
+
+
+def wake_successors(tx: Tx, task_id: UUID) -> list[Woken]:
+    """Wake the tasks after this one whose last dependency it was."""
+    return as_woken(_WAKE_SUCCESSORS(tx, {"task_id": task_id}))
+
+
+def wake_parent(tx: Tx, parent_id: UUID) -> list[Woken]:
+    """Wake a `forEach` whose items are over, or release the next items under its `maxParallel`."""
+    parents = as_woken(_WAKE_PARENT(tx, {"task_id": parent_id}))
+    return parents or as_woken(_RELEASE_ITEMS(tx, {"parent_id": parent_id}))
+
+
+_WAKE_LINE = Prepared(
+    f"""
+WITH free AS MATERIALIZED (
+    SELECT s.number FROM slots s JOIN agents a USING (agent_id)
+    WHERE s.agent_id = :agent_id AND s.number <= a.capacity AND {FREE}
+    ORDER BY s.number FOR UPDATE OF s SKIP LOCKED
+), {find_line("(SELECT count(*) FROM free)")}, pairs AS (
+    SELECT f.number, l.id, l.is_out
+    FROM (SELECT number, row_number() OVER (ORDER BY number) AS n FROM free) f
+    JOIN (SELECT id, is_out, row_number() OVER () AS n FROM line) l USING (n)
+), kept AS (
+    UPDATE slots s SET reserved_for = pairs.id, reserved_until = {KEPT_UNTIL}
+    FROM pairs WHERE s.agent_id = :agent_id AND s.number = pairs.number
+), woken AS (
+    UPDATE tasks t SET {KEEP}
+    FROM pairs, runs r
+    WHERE t.id = pairs.id AND r.id = t.run_id AND {still("waiting")}
+    RETURNING {WOKEN}, pairs.is_out
+)
+SELECT * FROM woken WHERE NOT is_out
+"""
+)
+
+
+def wake_line(tx: Tx, agent_id: str) -> list[Woken]:
+    """Keep the agent's free slots for the first in line, and wake those not yet on their way."""
+    return as_woken(_WAKE_LINE(tx, {"agent_id": agent_id}))
+
+
+_LINES = Prepared(
+    f"""
+SELECT a.agent_id FROM agents a WHERE EXISTS (SELECT FROM slots s WHERE s.agent_id = a.agent_id AND
+s.number <= a.capacity AND {FREE})
+  AND (EXISTS (SELECT FROM tasks w WHERE {FOR_AGENT.format(agent="a.agent_id")}
+               AND {IN_LINE})
+       OR EXISTS (SELECT FROM unnest(a.capabilities) AS offered (capability), tasks w
+                  WHERE {FOR_CAPABILITY} AND {IN_LINE}))
+"""
+)
+
+
+def agents_to_wake(tx: Tx) -> list[str]:
+    """Return the agents with a free slot that is kept for nobody while somebody waits for one."""
+    return _LINES(tx).scalars()
+
+
+_WAKE_DUE = Prepared(
+    f"""
+WITH due AS MATERIALIZED (
+    SELECT t.id, CASE t.reason
+        WHEN 'dependencies' THEN {dependencies_over()}
+        WHEN 'children' THEN {ITEMS_OVER}
+        WHEN 'agent_busy' THEN t.not_before <= now() OR EXISTS (
+            SELECT FROM agents a WHERE a.capacity IS NULL AND (a.agent_id = t.wanted_agent_id
+                OR t.wanted_agent_id IS NULL AND t.wanted_capability = ANY (a.capabilities)))
+        WHEN 'agent_unavailable' THEN true
+        ELSE t.reason = 'retry' END AS ready
+    FROM tasks t
+    WHERE t.status = 'waiting' AND t.wake_at <= now()
+    ORDER BY t.wake_at LIMIT :limit FOR UPDATE OF t SKIP LOCKED
+), moved AS (
+    UPDATE tasks t
+    SET woken_at = CASE WHEN due.ready THEN now() END,
+        wake_at = CASE WHEN NOT due.ready THEN now() + make_interval(secs => {LOOK_AGAIN_SECONDS})
+            END
+    FROM due, runs r
+    WHERE t.id = due.id AND {still("waiting")} AND r.id = t.run_id
+    RETURNING {WOKEN}, due.ready,
+        t.waiting_since + make_interval(secs => t.max_wait_seconds) < now() AS overdue
+)
+SELECT * FROM moved WHERE ready OR overdue
+"""
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """Parked tasks whose moment has come, and those that have waited longer than they may."""
+
+    woken: list[Woken]
+    overdue: list[UUID]
+
+
+def wake_due(tx: Tx, limit: int) -> Due:
+    """Wake parked tasks past their moment if what they wait for could now be had."""
+    rows = _WAKE_DUE(tx, {"limit": limit})
+    return Due(
+        as_woken(row for row in rows if not row.overdue),
+        [row.task_id for row in rows if row.overdue],
+    )
+
+
+_WAKE_FORGOTTEN = Prepared(
+    _WAKE_JOINS.format(
+        which=f"""o.status = 'waiting' AND o.reason = 'dependencies' AND o.wake_at IS NULL
+               AND o.woken_at IS NULL AND {dependencies_over("o")}"""
+    )
+)
+_PARENTS_OVER = Prepared(
+    f"""
+SELECT t.id FROM tasks t
+WHERE t.status = 'waiting' AND t.reason = 'children' AND t.woken_at IS NULL
+  AND ({ITEMS_OVER} OR t.max_parallel IS NOT NULL)
+"""
+)
+
+
+def wake_forgotten(tx: Tx) -> list[Woken]:
+    """Wake joins and `forEach` tasks whose last one died between its commit and its wake."""
+    woken = as_woken(_WAKE_FORGOTTEN(tx))
+    for parent_id in _PARENTS_OVER(tx).scalars():
+        woken += wake_parent(tx, parent_id)
+    return woken
+
+
+# --- Lost visits ---------------------------------------------------------------------------------
+
+LOST_BY_AGE_SECONDS = 600
+"""If its queue does not tell, a visit that did not come for this long is lost."""
+NOTHING = "-infinity"
+"""What has left a queue whose oldest entry is unknown."""
+_SENT_AT = """greatest(r.generation_at, t.created_at, t.woken_at,
+    (SELECT max(d.finished_at) FROM tasks d WHERE d.id = ANY (t.depends_on)))"""
+_IS_UNDER_WAY = "(t.status = 'pending' OR t.status = 'waiting' AND t.woken_at IS NOT NULL)"
+_OLDEST = Prepared(
+    f"""
+SELECT CASE WHEN cardinality(cast(:task_ids AS uuid[])) = 0 THEN now()
+            ELSE min({_SENT_AT}) END
+FROM tasks t JOIN runs r ON r.id = t.run_id
+WHERE t.id = ANY (:task_ids) AND {_IS_UNDER_WAY} AND {RUN_OPEN} AND {dependencies_over()}
+"""
+)
+
+
+def oldest_visit(tx: Tx, task_ids: Sequence[UUID]) -> datetime | None:
+    """Return when the first of these visits was sent, now if there are none; None: all late."""
+    (row,) = _OLDEST(tx, {"task_ids": list(task_ids)})
+    moment: datetime | None = row[0]
+    return moment
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Visits sent before these moments (or `NOTHING`) have left their queue."""
+
+    agents: datetime | str
+    control: datetime | str
+    first: tuple[UUID, ...] | None = None
+    """Whose visits are to be served before the others, whenever sent; None: not known."""
+
+
+_LEFT = """CASE t.kind WHEN 'end' THEN cast(:control AS timestamptz)
+    ELSE cast(:agents AS timestamptz) END"""
+_LONG_AGO = f"now() - make_interval(secs => {LOST_BY_AGE_SECONDS})"
+_NOT_FIRST = "t.id <> ALL (cast(:first AS uuid[]))"
+_LOST = f"""coalesce({_NOT_FIRST}, true)
+    AND sent.at < CASE WHEN {_LEFT} = '{NOTHING}' THEN {_LONG_AGO}
+        WHEN cast(:first AS uuid[]) IS NULL THEN least({_LEFT}, {_LONG_AGO})
+        ELSE {_LEFT} END"""
+_UNVISITED = Prepared(
+    f"""
+WITH ready AS MATERIALIZED (
+    SELECT id, run_id, kind, created_at, woken_at, depends_on FROM tasks t
+    WHERE t.status = 'pending' AND {dependencies_over()}
+)
+SELECT t.run_id, r.generation
+FROM ready t
+    -- OFFSET: one look for each task, where a plan made on empty tables might read them whole.
+    CROSS JOIN LATERAL (SELECT status, cancel_requested_at, error, generation, generation_at
+                        FROM runs WHERE id = t.run_id OFFSET 0) AS r
+    CROSS JOIN LATERAL (SELECT {_SENT_AT} AS at OFFSET 0) AS sent
+WHERE {RUN_OPEN} AND {_LOST}
+  AND sent.at < now() - make_interval(secs => :after * power(2, least(r.generation, 2) - 1))
+GROUP BY t.run_id, r.generation
+LIMIT :limit
+"""
+)
+
+
+def unvisited_runs(tx: Tx, left: Left, after_seconds: float, limit: int) -> list[tuple[UUID, int]]:
+    """Return (id, generation) of runs with a task that could start and whose visit was lost.
+
+    Lost is not late: the visit has left its queue, `after_seconds` ago at least, and did not come.
+    After the first generation it is twice the time.
+    """
+    rows = _UNVISITED(tx, _lost_parameters(left, after_seconds, limit))
+    return [(row.run_id, row.generation) for row in rows]
+
+
+def _lost_parameters(left: Left, after_seconds: float, limit: int) -> dict[str, Any]:
+    return {
+        "agents": left.agents,
+        "control": left.control,
+        "first": None if left.first is None else list(left.first),
+        "after": after_seconds,
+        "limit": limit,
+    }
+
+
+_WAKE_LOST = Prepared(
+    f"""
+UPDATE tasks t SET woken_at = now() FROM runs r
+WHERE t.id IN (
+    SELECT t.id FROM tasks t CROSS JOIN LATERAL (SELECT t.woken_at AS at) AS sent
+    WHERE t.status = 'waiting' AND t.woken_at IS NOT NULL
+      AND t.woken_at < now() - make_interval(secs => :after)
+      -- Who is woken for a slot is served first: who is not among those has left the queue.
+      AND CASE WHEN t.reason = 'agent_busy'
+               THEN coalesce({_NOT_FIRST}, sent.at < {_LONG_AGO}) ELSE {_LOST} END
+    ORDER BY t.id LIMIT :limit FOR NO KEY UPDATE OF t SKIP LOCKED)
+  AND {still("waiting")} AND r.id = t.run_id
+RETURNING {WOKEN}
+"""
+)
+
+
+def wake_lost(tx: Tx, left: Left, after_seconds: float, limit: int) -> list[Woken]:
+    """Wake again the parked tasks whose wake was lost on its way, as `unvisited_runs` tells it."""
+    return as_woken(_WAKE_LOST(tx, _lost_parameters(left, after_seconds, limit)))
