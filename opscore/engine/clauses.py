@@ -18,9 +18,14 @@ RUN_OPEN = (  # see `still`
 )
 
 
-def dependencies_over(row: str = "t") -> str:
+def dependencies_over(row: str = "t", *, one_by_one: bool = False) -> str:
+    """Return the condition that all dependencies of a row are over; in SQL.
+
+    With `one_by_one` it is never planned as a join, which might read all tasks.
+    """
+    fence = " OFFSET 0" if one_by_one else ""
     return f"""NOT EXISTS (
-    SELECT FROM tasks d WHERE d.id = ANY ({row}.depends_on) AND d.status NOT IN {ENDED})"""
+    SELECT FROM tasks d WHERE d.id = ANY ({row}.depends_on) AND d.status NOT IN {ENDED}{fence})"""
 
 
 def still(status: str, row: str = "t") -> str:

@@ -359,7 +359,7 @@ _UNVISITED = Prepared(
     f"""
 WITH ready AS MATERIALIZED (
     SELECT id, run_id, kind, created_at, woken_at, depends_on FROM tasks t
-    WHERE t.status = 'pending' AND {dependencies_over()}
+    WHERE t.status = 'pending' AND {dependencies_over(one_by_one=True)}
 )
 SELECT t.run_id, r.generation
 FROM ready t
