@@ -20,17 +20,16 @@ from typing import Any
 from uuid import uuid4
 
 import psutil  # type: ignore[import-untyped]
-from kombu.transport.redis import Channel
 from redis import Redis
 from redis.exceptions import RedisError
 
 from bench.chaos_site import Load, Popen, Shape, Site, task
 from celeryconfig import make_app
-from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, FIRST, IO_QUEUE
+from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE, SERVED_FIRST
 from opscore.processes import wait_until
 
 QUEUES = (AGENTS_QUEUE, IO_QUEUE, CONTROL_QUEUE)
-LISTS = (*QUEUES, f"{AGENTS_QUEUE}{Channel.sep}{FIRST}")
+LISTS = (*QUEUES, SERVED_FIRST)
 CATCH_SECONDS = 30.0
 """How long to look for a process in the middle of an agent's call; the load is never idle."""
 IN_FLIGHT_SECONDS = 0.05

@@ -23,7 +23,10 @@ IO_QUEUE = "opscore.io"
 CONTROL_QUEUE = "opscore.control"
 """What must never lie behind agent work."""
 FIRST = 1
-"""The priority of visits that are served before all others of their queue, which have 0."""
+"""The priority of visits that are served before all others of their queue, which have 0. As it
+comes kombu serves a higher number later; `workers.consumer.Channel` turns that round."""
+SERVED_FIRST = f"{AGENTS_QUEUE}\x06\x16{FIRST}"
+"""The Redis list of those visits, as kombu names it."""
 SET_ASIDE = "opscore.set_aside"
 """The Redis list of the newest queue entries that were no message, as JSON: `queue`, `reason`,
 `at`, `bytes` (its whole length) and `entry`."""

@@ -18,12 +18,11 @@ from uuid import UUID
 
 from celery import Celery, Signature
 from kombu.exceptions import KombuError, OperationalError
-from kombu.transport.redis import Channel
 from redis import Redis
 from redis.exceptions import RedisError
 
 from opscore import canvas, engine, graph, logs
-from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, FIRST, Settings
+from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, FIRST, SERVED_FIRST, Settings
 from opscore.db import Database, Tx
 from opscore.engine import Finished, Left, Plan, Woken
 from opscore.errors import Unavailable
@@ -117,7 +116,8 @@ class Dispatcher:
                 segments[task.run_id].add(task.task_id)
             else:
                 dead[task.run_id] = task.generation
-        sent = self.send(messages) and self.send(first, priority=FIRST)
+        sent = self.send(first, priority=FIRST)
+        sent &= self.send(messages)
         for run_id, start in segments.items():
             sent &= self._publish_segment(run_id, start)
         for run_id, generation in dead.items():
@@ -268,7 +268,7 @@ class Dispatcher:
             with self._redis() as redis, redis.pipeline(transaction=False) as pipe:
                 for queue in queues:
                     pipe.lrange(queue, -HEAD, -1)
-                pipe.lrange(f"{AGENTS_QUEUE}{Channel.sep}{FIRST}", 0, MOST_FIRST)
+                pipe.lrange(SERVED_FIRST, 0, MOST_FIRST)
                 *heads, first = pipe.execute()
         except RedisError as error:
             self._break(error)

@@ -427,6 +427,8 @@ _WAITS: Mapping[Reason, Callable[[Row, Mapping[str, int]], str]] = {
     ),
     Reason.RETRY: lambda task, _: (
         f"{task['tries']} of {task['max_attempts']} attempts failed{_again(task)}"
+        if task["tries"]
+        else f"its worker was stopped or lost{_again(task)}"
     ),
     Reason.DEPENDENCIES: lambda task, _: f"tasks it depends on are not over{_again(task)}",
     Reason.MAX_PARALLEL: lambda task, _: "as many items as maxParallel allows are out already",

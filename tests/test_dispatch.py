@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from kombu.transport.redis import Channel
 from redis import Redis
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from stack import stack_environment, wait_until
@@ -16,7 +15,7 @@ from test_engine import Desk, agent, task
 
 from celeryconfig import make_app
 from opscore import agents, dispatch, engine
-from opscore.config import AGENTS_QUEUE, FIRST, Settings
+from opscore.config import AGENTS_QUEUE, FIRST, SERVED_FIRST, Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
 from opscore.engine import Failure
@@ -24,8 +23,6 @@ from opscore.errors import Unavailable
 from opscore.servers import RedisServer
 from opscore.states import Reason
 from workers import consumer
-
-SERVED_FIRST = f"{AGENTS_QUEUE}{Channel.sep}{FIRST}"
 
 
 @pytest.fixture

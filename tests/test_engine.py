@@ -351,10 +351,59 @@ def test_a_slot_freed_meanwhile_is_kept_for_who_is_on_his_way_and_the_next_woken
     assert isinstance(desk.claim("c", has_slot=True), Claimed)
 
 
+def test_who_comes_takes_the_slot_that_is_kept_for_him_and_none_that_was(desk: Desk) -> None:
+    one, other = line_of(desk, "abc", capacity=2)
+    desk.complete(one)
+    lapse(desk)
+    desk.complete(other)
+    assert isinstance(desk.claim("c"), Claimed)
+    slots = desk.rows("SELECT * FROM slots WHERE agent_id = 'team' ORDER BY number")
+    assert [slot.holder for slot in slots] == [None, desk.id("c")]
+    assert all(
+        slot.reserved_until is None or slot.reserved_until < slot.now
+        for slot in desk.rows("SELECT reserved_until, now() FROM slots WHERE agent_id = 'team'")
+    )
+
+
+def hand_back(desk: Desk, claimed: Claimed) -> bool:
+    with desk.tx() as tx:
+        return engine.hand_back(tx, claimed.task_id, claimed.run_id, claimed.attempt)
+
+
+def test_what_a_stopped_worker_hands_back_is_tried_again_with_its_slot_kept_and_nothing_counted(
+    desk: Desk,
+) -> None:
+    (first,) = line_of(desk, "ab")
+    assert hand_back(desk, first) and not hand_back(desk, first)
+    task = desk.task("a")
+    assert (task.status, task.reason, task.lost, task.tries) == ("waiting", "retry", 0, 0)
+    assert isinstance(desk.complete(first), engine.Fenced), "the agent went on, to no effect"
+    assert serve(desk) == [] and isinstance(desk.claim("b"), MustWait)
+    desk.alter("UPDATE tasks SET wake_at = now() WHERE reason = 'retry'")
+    again = desk.claim("a")
+    assert isinstance(again, Claimed) and (again.attempt, again.has_slot) == (2, True)
+    rows = desk.rows("SELECT status, error FROM attempts ORDER BY number")
+    assert [row.status for row in rows] == ["cancelled", "running"]
+    assert rows[0].error["code"] == "worker_stopped"
+
+
+def test_what_is_handed_back_in_a_run_that_is_ending_ends(desk: Desk) -> None:
+    desk.submit(task("a", "single"), task("b"))
+    claimed = desk.claim("a")
+    with desk.tx() as tx:
+        engine.cancel_run(tx, claimed.run_id)
+    assert hand_back(desk, claimed) and desk.task("a").status == "cancelled"
+    with desk.tx() as tx:
+        assert engine.settle_run(tx, claimed.run_id)
+    (slot,) = desk.rows("SELECT * FROM slots WHERE agent_id = 'single'")
+    assert slot.holder is None and desk.run().status == "cancelled"
+
+
 def test_who_is_parked_again_stands_in_line_as_if_never_woken(desk: Desk) -> None:
     (first,) = line_of(desk, "abc")
     desk.complete(first)
     desk.park("b", MustWait(Reason.AGENT_BUSY, "team"))
+    assert desk.task("b").kept_until is None
     lapse(desk)
     assert serve(desk) == [{"of": "b"}]
 

@@ -25,7 +25,7 @@ from stack import Servers, Stack, running_stack, stack_environment, wait_until
 
 from celeryconfig import make_app
 from opscore import canvas, engine, workflows
-from opscore.config import Settings
+from opscore.config import AGENTS_QUEUE, SERVED_FIRST, Settings
 from opscore.db import Database
 from opscore.definition import parse
 from opscore.dispatch import IN_HAND_SECONDS, Dispatcher
@@ -725,7 +725,7 @@ class Desk:
     def queued(self) -> list[str]:
         with self.dispatcher._redis() as redis:
             entries: list[Any] = []
-            for queue in ("opscore.agents", "opscore.agents\x06\x161"):
+            for queue in (AGENTS_QUEUE, SERVED_FIRST):
                 entries += redis.lrange(queue, 0, -1)
         return [json.loads(entry)["headers"]["id"] for entry in reversed(entries)]
 

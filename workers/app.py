@@ -137,7 +137,8 @@ app.steps["worker"].update((Offer, Keeper))
 def give_grace(**_: Any) -> None:
     """End without the agents that do not end in time; their tasks are handed back (see `Leases`).
 
-    Celery would wait for them until somebody kills it, and their attempts would count as lost.
+    Celery would wait for them until somebody kills it, and their attempts would count as lost. Of
+    SIGTERM and the first Ctrl-C only: SIGQUIT ends the pool before Celery says so.
     """
     process.ending.set(process.settings.grace_seconds)
     threading.Thread(target=_end_after_grace, name="grace", daemon=True).start()
@@ -146,7 +147,9 @@ def give_grace(**_: Any) -> None:
 def _end_after_grace() -> None:
     time.sleep(max(0.0, process.ending.moment - time.monotonic()) + HAND_BACK_SECONDS)
     log.warning("worker.ended_before_its_agents")
-    os._exit(0)  # nothing of Celery's own waits for less than all of them
+    # Nothing of Celery's own waits for less than all of them. An outcome that still waits for a
+    # database that is away goes too: its lease runs out.
+    os._exit(0)
 
 
 @signals.worker_process_init.connect

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from queue import Empty
-from threading import Lock
+from threading import RLock
 from time import monotonic, time
 from typing import Any
 from uuid import UUID
@@ -108,7 +108,7 @@ class QoS(redis.QoS):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._untold: deque[tuple[Any, str]] = deque()
-        self._telling = Lock()
+        self._telling = RLock()  # a signal handler may acknowledge
 
     def append(self, message: Any, delivery_tag: str) -> None:
         hub = get_event_loop()
@@ -248,6 +248,7 @@ class Consumer(CeleryConsumer):
     channel_errors: tuple[type[Exception], ...]
     strategies: dict[str, Any]
     hub: Any
+    pool: Any
     _flush_events: Callable[[], None]
     _flushes_at = 0.0
 
@@ -281,8 +282,16 @@ class Consumer(CeleryConsumer):
             except Exception as error:
                 log.warning("message.unexpected", error=type(error).__name__)
                 self._refuse(message, NO_CALL)
+            else:
+                self._write_to_pool()
 
         return handle_visit
+
+    def _write_to_pool(self) -> None:
+        """Have a free child get its message now; the loop asks Redis for the next one first."""
+        write = getattr(self.hub, "consolidate_callback", None)  # only a pool of processes has one
+        if write is not None:
+            write(list(self.pool._pool._all_inqueues))
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         """Set aside a body that cannot be decompressed."""

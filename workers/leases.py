@@ -30,7 +30,8 @@ FLUSH_SECONDS = 1.0
 class Ending:
     """When a worker that was asked to stop hands back what it holds, told to all its processes.
 
-    Made before the first fork: the memory is shared.
+    Made before the first fork, so that the memory is shared: children that are not forked (macOS)
+    never learn of it, and their attempts are left to their leases.
     """
 
     def __init__(self) -> None:
@@ -95,12 +96,18 @@ class Leases:
     def _loop(self) -> None:
         pause = threading.Event()
         while True:
-            pause.wait(min(FLUSH_SECONDS, self._settings.renew_seconds))
+            pause.wait(self._pause())
             try:
                 self._round()
             except Exception:
                 # Without this thread every attempt of the process would be lost.
                 log.exception("lease.round_failed")
+
+    def _pause(self) -> float:
+        """Return the seconds until something is due: at the latest what a stop has hand back."""
+        seconds = min(FLUSH_SECONDS, self._settings.renew_seconds)
+        left = self._ending.moment - monotonic()
+        return min(seconds, left) if left > 0 else seconds
 
     def _round(self) -> None:
         """Renew what is due, then store what was said: a slow log must not cost a lease."""
@@ -111,14 +118,22 @@ class Leases:
         for task_id, attempt in held.items():
             self._flush(task_id, attempt)
         if self._ending.has_come:
-            self._hand_back(held)
+            self._hand_back()
 
-    def _hand_back(self, held: dict[UUID, _Held]) -> None:
+    def _hand_back(self) -> None:
         """Give up what is still running; should it end after all, its outcome is refused."""
+        with self._lock:
+            held = dict(self._held)
         for task_id, one in held.items():
-            with self._database.autocommit() as tx:
-                if engine.hand_back(tx, task_id, one.attempt):
-                    log.warning("attempt.handed_back", task_id=str(task_id), attempt=one.attempt)
+            one.context.cancel()
+            try:
+                with self._database.transaction() as tx:
+                    is_back = engine.hand_back(tx, task_id, UUID(one.context.run_id), one.attempt)
+            except SQLAlchemyError as error:
+                log.warning("attempt.left_to_its_lease", error=repr(error)[:300])
+                continue
+            if is_back:
+                log.warning("attempt.handed_back", task_id=str(task_id), attempt=one.attempt)
 
     def _renew(self, held: dict[UUID, _Held]) -> None:
         """Renew all leases at once; a lost or cancelled attempt's agent is told to stop."""

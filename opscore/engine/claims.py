@@ -269,7 +269,8 @@ WITH t AS MATERIALIZED (
            AND NOT EXISTS {_first_ahead(FOR_AGENT.format(agent="c.agent_id"))}
            AND NOT EXISTS (SELECT FROM unnest(c.capabilities) AS offered (capability)
                            WHERE EXISTS {_first_ahead(FOR_CAPABILITY)}))
-    ORDER BY (s.reserved_for = :task_id) DESC NULLS LAST, c.preferred DESC, s.number
+    ORDER BY (s.reserved_for = :task_id AND s.reserved_until > now()) DESC NULLS LAST,
+             c.preferred DESC, s.number
     LIMIT 1
     FOR UPDATE OF s SKIP LOCKED
 ), unlimited AS (

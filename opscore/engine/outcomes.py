@@ -52,8 +52,8 @@ class Finished:
     next: Claimed | None = None
     """The visit that was to follow, claimed in the same breath."""
     woken: tuple[Woken, ...] = ()
-    """Who is kept the slot that was freed; if nobody, look at its line once more: somebody may have
-    come to it meanwhile."""
+    """Who is to be visited for the slot that was freed. If nobody, look at its line once more:
+    somebody may have come to it meanwhile, or be on his way to a slot that is kept no longer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from opscore.engine.clauses import (
     KEEP,
     KEPT_UNTIL,
     LOOK_AGAIN_SECONDS,
+    RESERVE_SECONDS,
     RUN_OPEN,
     WAKE_AT,
     WOKEN,
@@ -401,8 +402,10 @@ UPDATE tasks t SET woken_at = now() FROM runs r
 WHERE t.id IN (
     SELECT t.id FROM tasks t CROSS JOIN LATERAL (SELECT t.woken_at AS at) AS sent
     WHERE t.status = 'waiting' AND t.woken_at IS NOT NULL
-      AND t.woken_at < now() - make_interval(secs => :after)
-      -- Who is woken for a slot is served first: who is not among those has left the queue.
+      -- Who is woken for a slot is served first: who is not among those has left the queue, and
+      -- others stand behind him.
+      AND t.woken_at < now() - make_interval(secs =>
+          CASE WHEN t.reason = 'agent_busy' THEN least(:after, {RESERVE_SECONDS}) ELSE :after END)
       AND CASE WHEN t.reason = 'agent_busy'
                THEN coalesce({_NOT_FIRST}, sent.at < {_LONG_AGO}) ELSE {_LOST} END
     ORDER BY t.id LIMIT :limit FOR NO KEY UPDATE OF t SKIP LOCKED)
