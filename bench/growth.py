@@ -56,10 +56,10 @@ NOISE_MS = 0.1
 """A statement that takes no longer than this above the limit has not grown, it was disturbed."""
 SMALLER = 50
 """The small database has one finished run where the large one has so many."""
-PASSES = 4
-EXECUTIONS = 50
+PASSES = 12
+EXECUTIONS = 20
 """In each pass."""
-BUDGET_SECONDS = 1.0
+BUDGET_SECONDS = 0.4
 """A statement so slow that its executions take longer than this is executed less often."""
 LEAST_EXECUTIONS = 5
 SHORT_RUNS = 20_000
