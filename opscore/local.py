@@ -52,6 +52,8 @@ from opscore.servers import (
     write_private,
 )
 
+WORKER_ENDS_SECONDS = 3.0
+"""A worker needs no longer than this after its grace to hand back what it holds, and end."""
 DOWN_SECONDS = 60.0
 """How long `down` waits; a stack that is asked once ends in less."""
 LOG_BYTES = 10_000_000
@@ -367,6 +369,7 @@ class Stack:
             *("worker", f"--name={name}", f"--concurrency={workers}", *arguments),
             prepare=partial(ready.unlink, missing_ok=True),
             ready=ready.exists,
+            grace_seconds=Settings.from_env(environment).grace_seconds + WORKER_ENDS_SECONDS,
         )
 
     def _again(self, name: str, program: Callable[[], Program], last_words: str) -> Program | None:

@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from opscore.local import DataFolder, StackError, post_workflows
+from opscore.local import DataFolder, Options, Stack, StackError, post_workflows
 from opscore.processes import wait_until
 from opscore.servers import free_port, is_free
 
@@ -126,6 +126,17 @@ def test_the_stack_names_every_fault_before_it_starts_anything(
     assert "OPSCORE_LEASE_SECONDS" in said.stderr
     assert "short" not in said.stderr.replace("OPSCORE_API_KEY", "")
     assert not (tmp_path / "data/valkey/valkey.conf").exists()
+
+
+def test_a_worker_is_given_its_whole_grace_before_it_is_killed(tmp_path: Path) -> None:
+    data = DataFolder(tmp_path / "data")
+    given = {**SETTINGS, "REDIS_URL": "redis://127.0.0.1:1/0", "OPSCORE_GRACE_SECONDS": "90"}
+    with data.locked():
+        stack = Stack(Options(data), given, data)
+        programs = {program.name: program for program in stack._programs(stack._environment({}))}
+        stack.log.close()
+    for name in ("worker-agents", "worker-control"):
+        assert programs[name].grace_seconds > 92
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
