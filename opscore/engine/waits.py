@@ -50,8 +50,10 @@ class Woken:
     timeout_seconds: float
 
 
-def as_woken(rows: Iterable[Row[Any]]) -> list[Woken]:
-    return [Woken(**{name: getattr(row, name) for name in Woken.__slots__}) for row in rows]
+def as_woken(rows: Iterable[Row[Any]], prefix: str = "") -> list[Woken]:
+    """Return what a statement returned as `WOKEN`, each column named with `prefix`."""
+    names = {name: prefix + name for name in Woken.__slots__}
+    return [Woken(**{name: getattr(row, col) for name, col in names.items()}) for row in rows]
 
 
 _PARK = Prepared(
@@ -358,9 +360,15 @@ _LOST = f"""coalesce({_NOT_FIRST}, true)
         ELSE {_LEFT} END"""
 _UNVISITED = Prepared(
     f"""
-WITH ready AS MATERIALIZED (
-    SELECT id, run_id, kind, created_at, woken_at, depends_on FROM tasks t
-    WHERE t.status = 'pending' AND {dependencies_over(one_by_one=True)}
+WITH pending AS MATERIALIZED (
+    SELECT id, run_id, kind, created_at, woken_at, depends_on FROM tasks WHERE status = 'pending'
+), ready AS MATERIALIZED (
+    SELECT * FROM pending t
+    -- Most stand behind another of them: to see that costs no look at the table. (IS NOT FALSE, or
+    -- it is planned as a join.)
+    WHERE NOT EXISTS (SELECT FROM unnest(t.depends_on) AS d (id)
+                      WHERE (d.id IN (SELECT id FROM pending)) IS NOT FALSE)
+      AND {dependencies_over(one_by_one=True)}
 )
 SELECT t.run_id, r.generation
 FROM ready t
