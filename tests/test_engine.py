@@ -22,6 +22,7 @@ from opscore.engine import (
     MustWait,
     Parked,
     Settled,
+    Taker,
     Visit,
     Void,
 )
@@ -81,9 +82,15 @@ class Desk:
         with self.database.autocommit() as tx:
             return engine.claim_task(tx, visit, worker=worker, lease_seconds=lease_seconds)
 
-    def complete(self, claimed: Claimed, output: Any = None, run_output: Any = None) -> Any:
+    def complete(
+        self,
+        claimed: Claimed,
+        output: Any = None,
+        run_output: Any = None,
+        take: engine.Taker | None = None,
+    ) -> Any:
         with self.database.autocommit() as tx:
-            return engine.complete_attempt(tx, claimed, output, run_output)
+            return engine.complete_attempt(tx, claimed, output, run_output, take=take)
 
     def fail(self, claimed: Claimed, *, retryable: bool = True, delay: float = 0) -> Any:
         failure = Failure("broken", "it broke", "Traceback ...", retryable)
@@ -464,6 +471,107 @@ def test_who_was_handed_the_slot_is_told_again_if_the_answer_was_lost(desk: Desk
     first = desk.claim("a")
     desk.park("b", desk.claim("b"))
     assert desk.complete(first).woken == desk.complete(first).woken != ()
+
+
+def taker(within: float = 600) -> Taker:
+    return Taker(uuid4(), within, worker="taker", lease_seconds=30)
+
+
+def two_in_line(desk: Desk, **more: Any) -> tuple[Claimed, dict[str, Any]]:
+    """Submit a run that holds the slot of `single`, and one that waits for it."""
+    desk.submit(task("a", "single"))
+    first = desk.claim("a")
+    desk.submit(task("a", "single", parameters={"x": "${input.x}"}, **more), input={"x": 1})
+    message = {"options": {"task_id": str(desk.id("a"))}, "args": [str(desk.id("a")), 1]}
+    with desk.database.autocommit() as tx:
+        wait = desk.claim("a")
+        engine.park_task(tx, desk.id("a"), wait, message=message, generation=1)
+    return first, message
+
+
+def test_who_is_first_in_line_can_be_started_by_the_statement_that_frees_the_slot(
+    desk: Desk,
+) -> None:
+    first, message = two_in_line(desk)
+    finished = desk.complete(first, take=taker())
+    assert finished.woken == () and finished.next_message == message
+    taken = finished.next
+    assert isinstance(taken, Claimed) and taken.has_slot and taken.is_sink
+    assert (taken.task_id, taken.attempt, taken.input) == (desk.id("a"), 1, {"x": 1})
+    assert desk.events() == ["run.queued", "task.waiting", "run.started", "task.started"]
+    (slot,) = desk.rows("SELECT * FROM slots WHERE agent_id = 'single'")
+    assert (slot.holder, slot.attempt, slot.reserved_for) == (taken.task_id, 1, None)
+    assert slot.lease_expires_at == desk.task("a").lease_expires_at
+    (attempt,) = desk.rows("SELECT * FROM attempts WHERE task_id = :id", id=taken.task_id)
+    assert (attempt.worker, attempt.agent_id) == ("taker", "single")
+    assert desk.task("a").message is None and desk.run().status == "running"
+    assert desk.complete(taken).generation == 1 and desk.run().status == "completed"
+
+
+def test_a_visit_that_is_on_its_way_meanwhile_is_a_duplicate_of_who_was_taken(desk: Desk) -> None:
+    first, _ = two_in_line(desk)
+    desk.alter("UPDATE tasks SET woken_at = now() WHERE id = :id", id=desk.id("a"))
+    assert isinstance(desk.complete(first, take=taker()).next, Claimed)
+    assert isinstance(desk.claim("a"), Elsewhere)
+    with desk.database.autocommit() as tx:
+        assert engine.keep_message(tx, desk.id("a"), {"m": 1}, 1) is False
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE tasks SET timeout_seconds = 601 WHERE id = :id",
+        "UPDATE tasks SET message = '{}' WHERE id = :id",
+    ],
+)
+def test_who_cannot_be_gone_on_with_is_woken_instead(desk: Desk, change: str) -> None:
+    first, _ = two_in_line(desk)
+    desk.alter(change, id=desk.id("a"))
+    finished = desk.complete(first, take=taker())
+    assert finished.next is None and [w.task_id for w in finished.woken] == [desk.id("a")]
+
+
+def test_nobody_is_taken_into_a_slot_beyond_the_capacity(desk: Desk) -> None:
+    first, _ = two_in_line(desk)
+    desk.alter("UPDATE slots SET number = 2 WHERE agent_id = 'single'")
+    finished = desk.complete(first, take=taker())
+    assert finished.next is None and finished.woken == ()
+    (slot,) = desk.rows("SELECT * FROM slots WHERE agent_id = 'single'")
+    assert (slot.holder, slot.reserved_for) == (None, None)
+
+
+def test_nobody_of_a_cancelled_run_is_taken(desk: Desk) -> None:
+    first, _ = two_in_line(desk)
+    desk.alter("UPDATE runs SET cancel_requested_at = now() WHERE id = :run")
+    assert desk.complete(first, take=taker()).next is None
+    assert desk.task("a").status == "waiting" and desk.run().status == "queued"
+
+
+def test_who_finishes_waits_for_no_lock_of_the_run_he_would_start(desk: Desk) -> None:
+    first, _ = two_in_line(desk)
+    with desk.tx() as tx:
+        tx.execute(text("SELECT FROM runs WHERE id = :run FOR UPDATE"), {"run": desk.plan.run_id})
+        finished = desk.complete(first, take=taker())
+    assert finished.next is None and [w.task_id for w in finished.woken] == [desk.id("a")]
+
+
+def test_an_outcome_that_came_too_late_takes_nobody(desk: Desk) -> None:
+    late, _ = two_in_line(desk)
+    desk.alter("UPDATE tasks SET attempt = 2 WHERE id = :id", id=late.task_id)
+    assert isinstance(desk.complete(late, take=taker()), Fenced)
+    assert desk.task("a").status == "waiting" and desk.run().status == "queued"
+
+
+def test_who_was_taken_is_handed_back_if_the_answer_was_lost(desk: Desk) -> None:
+    first, _ = two_in_line(desk)
+    take = taker()
+    assert desk.complete(first, take=take).next is not None
+    again = desk.complete(first, take=take)
+    assert isinstance(again, Finished) and again.next is None
+    assert (desk.task("a").status, desk.task("a").reason) == ("waiting", "retry")
+    assert desk.task("a").lost == desk.task("a").tries == 0
+    (slot,) = desk.rows("SELECT * FROM slots WHERE agent_id = 'single'")
+    assert (slot.holder, slot.reserved_for) == (None, desk.id("a"))
 
 
 def test_somebody_who_waits_for_a_capability_is_handed_the_slot(desk: Desk) -> None:

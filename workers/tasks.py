@@ -278,17 +278,29 @@ def _complete(trip: Trip, claimed: Claimed, output: Any) -> None:
             accident = _accident(error)
             run_error = Failure(accident.code, accident.message)
     then = None if claimed.is_sink else trip.look_ahead()
+    take = None if then is not None else _take_first_in_line(trip, claimed)
     finished = _insist(
         lambda tx: (
-            engine.complete_attempt(tx, claimed, output, run_output, run_error)
+            engine.complete_attempt(tx, claimed, output, run_output, run_error, take)
             if then is None
             else _complete_and_claim(tx, trip, claimed, output, then)
         )
     )
     log.info("task.completed")
     if isinstance(finished, Finished):
-        trip.claimed_next = finished.next
+        if take is not None and finished.next is not None and finished.next_message is not None:
+            trip.go_on_with(finished.next, finished.next_message, take.token)
+        else:
+            trip.claimed_next = finished.next
     _after(trip, claimed, finished)
+
+
+def _take_first_in_line(trip: Trip, claimed: Claimed) -> engine.Taker | None:
+    """Offer to go on with who waits for the slot that this task frees."""
+    within = trip.offer() if claimed.has_slot else None
+    if within is None or process.ending.moment:
+        return None
+    return engine.Taker(uuid4(), within, trip.worker, process.settings.lease_seconds)
 
 
 def _complete_and_claim(
@@ -353,7 +365,7 @@ def _after(
     complaint: str = "",
 ) -> None:
     """Wake whom the outcome concerns, and tell Celery how the canvas goes on."""
-    agent_id = claimed.agent_id if claimed.has_slot else None
+    agent_id = claimed.agent_id if claimed.has_slot and not trip.has_taken else None
     match recorded:
         case engine.Fenced():
             log.warning("attempt.fenced", attempt=claimed.attempt)

@@ -126,6 +126,11 @@ class Trip:
         return self._length > 1
 
     @property
+    def has_taken(self) -> bool:
+        """It goes on with who was first in line for the slot that was freed."""
+        return self._taken and self.claimed_next is not None
+
+    @property
     def is_told(self) -> bool:
         """Celery has nothing to carry on, and what is to be said of its task was said here."""
         request = self.request
@@ -188,6 +193,23 @@ class Trip:
         self._next = (Visit(UUID(task_id), generation, uuid4(), has_slot), message)
         self._taken = True
         return True
+
+    def offer(self) -> float | None:
+        """Return the longest timeout of a task it could go on with; None: something else is next.
+
+        Of a task that is not known yet: what `take` asks of a message.
+        """
+        request = self.request
+        if request.chain or request.callbacks or request.chord:
+            return None
+        gone = monotonic() - self._started
+        within = self._seconds - gone - DEADLINE_GRACE_SECONDS
+        return within if within > 0 and self._has_time_for(0) else None
+
+    def go_on_with(self, claimed: Claimed, message: dict[str, Any], token: UUID) -> None:
+        """Go on with who was first in line, whom the present task took along as it was offered."""
+        self._next = (Visit(claimed.task_id, message["args"][1], token, has_slot=True), message)
+        self._taken, self.claimed_next = True, claimed
 
     def goes_on_after(self, outcome: Outcome) -> bool:
         """Move to the next visit if there is one and this one's outcome lets it come."""

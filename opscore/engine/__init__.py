@@ -27,7 +27,6 @@ from opscore.engine.clauses import (
 )
 from opscore.engine.leases import (
     expired_attempts,
-    hand_back,
     lose_attempt,
     renew_leases,
 )
@@ -36,6 +35,7 @@ from opscore.engine.outcomes import (
     Finished,
     Gone,
     Parked,
+    Taker,
     abandon_attempt,
     complete_and_claim,
     complete_attempt,
@@ -43,6 +43,7 @@ from opscore.engine.outcomes import (
     fail_attempt,
     fail_overdue,
     fail_unclaimed,
+    hand_back,
     item_outputs,
     release_attempt,
     write_log,
@@ -93,6 +94,7 @@ __all__ = [
     "Parked",
     "Plan",
     "Settled",
+    "Taker",
     "Visit",
     "Void",
     "Woken",

@@ -123,15 +123,21 @@ def _first_ahead(whose: str) -> str:
       AND first.waiting_since < coalesce(ready.waiting_since, now()))"""
 
 
-_START = """status = 'running', reason = NULL, attempt = t.attempt + 1, claim_token = :token,
+def _start(generation: str) -> str:
+    """Return the change of a task that starts, by a visit of this generation; in SQL."""
+    return f"""status = 'running', reason = NULL, attempt = t.attempt + 1, claim_token = :token,
         started_at = coalesce(t.started_at, now()),
         deadline_at = now() + make_interval(secs => t.timeout_seconds + :grace),
         lease_expires_at = now() + make_interval(secs => least(:lease, t.timeout_seconds + :grace)),
         -- An old visit does the work, but a newer canvas's saved one must still go on after it.
-        message = CASE WHEN t.visit_generation > :generation THEN t.message END,
-        visit_generation = greatest(t.visit_generation, :generation),
+        message = CASE WHEN t.visit_generation > {generation} THEN t.message END,
+        visit_generation = greatest(t.visit_generation, {generation}),
         wake_at = NULL, woken_at = NULL, kept_until = NULL, not_before = NULL"""
+
+
+_BY_MESSAGE, BY_SAVED = ":generation", "t.visit_generation"
 _UNCOUNTED = "a.agent_id = t.wanted_agent_id AND a.capacity IS NULL"
+IS_IN_LINE = f"{still('waiting')} AND t.reason = 'agent_busy' AND {MAY_ASK.format(row='t')}"
 _WAITED_FOR_NOTHING = f"({still('pending')} OR {still('waiting')} AND t.reason = 'dependencies')"
 
 
@@ -143,6 +149,7 @@ def simple_claim(
     agent: str = "agents",
     fits: str = _UNCOUNTED,
     state: str = _WAITED_FOR_NOTHING,
+    generation: str = _BY_MESSAGE,
 ) -> str:
     """Return the part of a statement that claims `task` if that is simple, as `next`.
 
@@ -150,7 +157,7 @@ def simple_claim(
     most are, and it takes a third of the time. So is one that a slot is kept for.
     """
     return f"""next AS (
-    UPDATE tasks t SET {_START}, agent_id = a.agent_id
+    UPDATE tasks t SET {_start(generation)}, agent_id = a.agent_id
     FROM {source}, runs r, {agent} a
     WHERE t.id = {task} AND t.kind = 'agent' AND {state}
       AND r.id = t.run_id AND {RUN_OPEN} AND {fits} AND {guard}
@@ -223,7 +230,7 @@ _CLAIM_KEPT = Prepared(
 ),""",
         agent="kept",
         fits="true",
-        state=f"{still('waiting')} AND t.reason = 'agent_busy' AND {MAY_ASK.format(row='t')}",
+        state=IS_IN_LINE,
         after=""", held AS (
     UPDATE slots s
     SET holder = next.task_id, attempt = next.attempt, lease_expires_at = next.lease_expires_at,
@@ -288,7 +295,7 @@ WITH t AS MATERIALIZED (
     RETURNING r.id
 ), claimed AS (
     UPDATE tasks t
-    SET {_START}, agent_id = chosen.agent_id
+    SET {_start(_BY_MESSAGE)}, agent_id = chosen.agent_id
     FROM ready CROSS JOIN chosen LEFT JOIN starting ON true
     -- As it was seen above: whoever waited here for the row's lock may find it moved.
     WHERE t.id = :task_id AND t.status = ready.status AND t.attempt = ready.attempt

@@ -72,7 +72,7 @@ def find_line(many: str) -> str:
         {ORDER} LIMIT {FIRST_IN_LINE}) AS f
     WHERE a.agent_id = :agent_id
 ), line AS MATERIALIZED (
-    SELECT w.id, w.woken_at IS NOT NULL AS is_out FROM tasks w
+    SELECT w.id, w.woken_at IS NOT NULL AS is_out, w.message FROM tasks w
     WHERE w.id = ANY (ARRAY(SELECT id FROM first)) AND {still("waiting", "w")} AND {_STANDS}
     {ORDER}, w.id
     LIMIT {many} FOR UPDATE OF w SKIP LOCKED

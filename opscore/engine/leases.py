@@ -7,7 +7,7 @@ from sqlalchemy import select, text
 
 from opscore.db import Prepared, Tx
 from opscore.engine.claims import Failure
-from opscore.engine.clauses import KEPT_UNTIL, MINE, WAKE_AT, still
+from opscore.engine.clauses import still
 from opscore.engine.outcomes import Gone, as_error, end_task, leave
 from opscore.models import Task
 
@@ -43,38 +43,6 @@ def renew_leases(tx: Tx, held: Mapping[UUID, int], lease_seconds: float) -> dict
         return {}
     rows = _RENEW(tx, {"ids": list(held), "attempts": list(held.values()), "lease": lease_seconds})
     return {row.id: row.cancelled for row in rows}
-
-
-STOPPING_SECONDS = 2
-"""Who hands a task back has ended by then, and the agent with it."""
-
-_HAND_BACK = Prepared(
-    leave(
-        f"""status = 'waiting', reason = 'retry', woken_at = NULL, waits = 0, waiting_since = NULL,
-        wake_at = now() + make_interval(secs => {STOPPING_SECONDS})""",
-        f"{MINE} AND NOT t.ends_run",
-        """status = 'cancelled', error = jsonb_build_object(
-            'code', 'worker_stopped', 'message', 'The worker was stopped.')""",
-        f"""'task.waiting', jsonb_build_object(
-            'reason', 'retry', 'wakeAt', {WAKE_AT}, 'agentId', agent_id)""",
-        freed=f"""freed AS (
-    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL,
-        reserved_for = gone.id, reserved_until = {KEPT_UNTIL} FROM gone
-    WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt
-)""",
-    ),
-)
-
-
-def hand_back(tx: Tx, task_id: UUID, run_id: UUID, attempt: int) -> bool:
-    """Give a running attempt up because its worker ends: its task is tried again soon.
-
-    That counts neither as lost nor as failed, and its slot is kept for it. In a run that is ending
-    the task ends too. False if the attempt is not this worker's any more.
-    """
-    if _HAND_BACK(tx, {"task_id": task_id, "attempt": attempt}).first() is not None:
-        return True
-    return end_task(tx, task_id, run_id, None, attempt=attempt) is not None
 
 
 def expired_attempts(tx: Tx, limit: int, lease_seconds: float = 0) -> list[UUID]:

@@ -10,6 +10,8 @@ from uuid6 import uuid7
 
 from opscore.db import Prepared, Tx
 from opscore.engine.claims import (
+    BY_SAVED,
+    IS_IN_LINE,
     NEXT_STARTED,
     Claimed,
     Failure,
@@ -39,6 +41,18 @@ from opscore.states import Reason
 
 
 @dataclass(frozen=True, slots=True)
+class Taker:
+    """A worker that is free to go on with the first in line for the slot it frees."""
+
+    token: UUID
+    """As a visit's."""
+    within_seconds: float
+    """The longest timeout it has time for."""
+    worker: str
+    lease_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The outcome is recorded; says what must follow the commit."""
 
@@ -50,7 +64,10 @@ class Finished:
     message: dict[str, Any] | None = None
     """A newer canvas's visit that came meanwhile: publish it, so that its canvas goes on."""
     next: Claimed | None = None
-    """The visit that was to follow, claimed in the same breath."""
+    """Who comes next here, claimed in the same breath: by the visit that was to follow, or as the
+    first in line for the freed slot."""
+    next_message: dict[str, Any] | None = None
+    """The saved visit of who was first in line."""
     woken: tuple[Woken, ...] = ()
     """Who is to be visited for the slot that was freed. If nobody, look at its line once more:
     somebody may have come to it meanwhile, or be on his way to a slot that is kept no longer."""
@@ -110,20 +127,38 @@ SELECT {answer}
 
 
 _BRIEF = "cast(:error AS jsonb) - 'traceback'"
-_HANDED_OVER = f"""freed AS (
+_CAN_TAKE = f"""cast(:takes AS boolean) AND mine.stays AND t.timeout_seconds <= :within
+      AND t.message #>> '{{options,task_id}}' = cast(t.id AS text)  -- it can be gone on with
+      AND ({still("running", "r")} OR r.id IN (SELECT id FROM opening))"""
+_HANDED_OVER = f"""{
+    simple_claim(
+        "line.id",
+        "gone, mine, line",
+        _CAN_TAKE,
+        fits="a.agent_id = gone.agent_id",
+        state=IS_IN_LINE,
+        generation=BY_SAVED,
+    )
+}, starting AS (
+    UPDATE runs r SET status = 'running', started_at = now()
+    FROM next, opening WHERE r.id = opening.id AND r.id = next.run_id
+    RETURNING r.id
+), freed AS (
     UPDATE slots s
-    SET holder = NULL, attempt = NULL, lease_expires_at = NULL,
-        reserved_for = CASE WHEN s.number <= a.capacity THEN next.id END,
-        reserved_until = CASE WHEN s.number <= a.capacity AND next.id IS NOT NULL
-                              THEN {KEPT_UNTIL} END
-    FROM gone JOIN agents a USING (agent_id) LEFT JOIN line AS next ON true
-    WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt
-    RETURNING s.reserved_for, next.is_out
+    SET holder = next.task_id, attempt = next.attempt, lease_expires_at = next.lease_expires_at,
+        reserved_for = kept.id,
+        reserved_until = CASE WHEN kept.id IS NOT NULL THEN {KEPT_UNTIL} END
+    FROM gone JOIN mine ON true LEFT JOIN next ON true
+         LEFT JOIN line AS kept ON mine.stays AND next.task_id IS NULL
+    WHERE s.agent_id = gone.agent_id AND s.number = mine.number
+    RETURNING s.reserved_for, kept.is_out
 ), woken AS (
     UPDATE tasks t SET {KEEP}
     FROM freed, runs r WHERE t.id = freed.reserved_for AND r.id = t.run_id
     RETURNING {WOKEN}, freed.is_out
 )"""
+"""The slot goes to the first in line: `next` is started in it here, if that is simple and this
+worker takes him; else it is kept for him, and he is `woken`. Nobody waits for his run's lock."""
 _COMPLETE = {
     "change": "status = 'completed', output = :output, finished_at = now(), waiting_since = NULL",
     "guard": MINE,
@@ -134,9 +169,22 @@ _COMPLETE = {
     "freed": "",
 }
 _HAND_OVER = _COMPLETE | {
-    "before": f"{find_line('1')},",
-    "answer": """gone.message AS saved, gone.ends_run, r.generation AS run_generation, woken.*
-    FROM gone JOIN runs r ON r.id = gone.run_id LEFT JOIN woken ON NOT woken.is_out""",
+    "before": f"""{find_line("1")}, mine AS (
+    SELECT s.number, s.number <= a.capacity AS stays FROM slots s JOIN agents a USING (agent_id)
+    WHERE s.agent_id = :agent_id AND s.holder = :task_id AND s.attempt = :attempt
+), opening AS (
+    SELECT r.id FROM line JOIN tasks t USING (id) JOIN runs r ON r.id = t.run_id
+    WHERE cast(:takes AS boolean) AND {still("queued", "r")} AND {RUN_OPEN}
+    FOR NO KEY UPDATE OF r SKIP LOCKED
+),""",
+    "then_told": f"""UNION ALL SELECT id, NULL, 'run.started', '{{}}' FROM starting
+    {NEXT_STARTED}""",
+    "answer": f"""gone.message AS saved, gone.ends_run, r.generation AS run_generation,
+       next.*, line.message AS next_message, next_run.input, {read_by("next")},
+       {", ".join(f"woken.{name} AS woken_{name}" for name in Woken.__slots__)}
+    FROM gone JOIN runs r ON r.id = gone.run_id LEFT JOIN woken ON NOT woken.is_out
+         LEFT JOIN next ON true LEFT JOIN line ON line.id = next.task_id
+         LEFT JOIN runs AS next_run ON next_run.id = next.run_id""",
     "freed": _HANDED_OVER,
 }
 _SETTLED = f""", settled AS (
@@ -160,7 +208,7 @@ def _last(leaving: Mapping[str, str]) -> Prepared:
         "before": run + leaving.get("before", ""),
         "source": "FROM run",
         "after": _SETTLED.format(ends="true"),
-        "then_told": _RUN_ENDED,
+        "then_told": _RUN_ENDED + " " + leaving.get("then_told", ""),
     }
     return Prepared(
         leave(**{**leaving, **ending}),
@@ -203,17 +251,25 @@ def complete_attempt(
     output: Any,
     run_output: Any = None,
     run_error: Failure | None = None,
+    take: Taker | None = None,
 ) -> Finished | Fenced:
     """Record success: status, output, event; the slot is kept for who is first in its line.
 
-    The run's sink settles the run too: with `run_output`, or as failed with `run_error` if no
-    output could be made. Outputs are storable JSON.
+    With `take` he is started by the same statement, if that is simple: see `Finished.next`. The
+    run's sink settles the run too: with `run_output`, or as failed with `run_error` if no output
+    could be made. Outputs are storable JSON.
     """
     parameters = {
         "task_id": claimed.task_id,
         "attempt": claimed.attempt,
         "output": output,
         "agent_id": claimed.agent_id,
+        "takes": take is not None,
+        "token": take.token if take else None,
+        "within": take.within_seconds if take else None,
+        "worker": take.worker if take else None,
+        "lease": take.lease_seconds if take else None,
+        "grace": DEADLINE_GRACE_SECONDS,
     }
     if claimed.is_sink:
         error = None if run_error is None else as_error(run_error)
@@ -222,9 +278,20 @@ def complete_attempt(
     else:
         row = _FINISH[claimed.has_slot](tx, parameters).first()
     if row is None:
-        return _repeated(tx, claimed)
-    woken = as_woken([row]) if claimed.has_slot and row.task_id is not None else []
-    return Finished(row.run_generation, row.ends_run, message=row.saved, woken=tuple(woken))
+        return _repeated(tx, claimed, take)
+    if not claimed.has_slot:
+        return Finished(row.run_generation, row.ends_run, message=row.saved)
+    following = None
+    if row.task_id is not None:
+        following = simply_claimed(row, row.input, row.tasks, has_slot=True)
+    return Finished(
+        row.run_generation,
+        row.ends_run,
+        message=row.saved,
+        next=following,
+        next_message=row.next_message,
+        woken=tuple(as_woken([row], "woken_") if row.woken_task_id is not None else ()),
+    )
 
 
 def complete_and_claim(
@@ -286,8 +353,22 @@ WHERE s.agent_id = :agent_id AND s.reserved_until > now() AND {still("waiting")}
 )
 
 
-def _repeated(tx: Tx, claimed: Claimed) -> Finished | Fenced:
-    """Tell an outcome whose answer was lost on the way from one that came too late."""
+_TAKEN = Prepared(
+    f"""
+SELECT t.id, t.attempt FROM slots s JOIN tasks t ON t.id = s.holder
+WHERE s.agent_id = :agent_id AND t.claim_token = :token AND {still("running")}
+"""
+)
+
+
+def _repeated(tx: Tx, claimed: Claimed, take: Taker | None = None) -> Finished | Fenced:
+    """Tell an outcome whose answer was lost on the way from one that came too late.
+
+    Who was taken along is handed back: his saved visit was in the answer.
+    """
+    if take is not None and claimed.has_slot:
+        for taken in _TAKEN(tx, {"agent_id": claimed.agent_id, "token": take.token}):
+            _HAND_BACK(tx, {"task_id": taken.id, "attempt": taken.attempt})
     parameters = {"task_id": claimed.task_id, "attempt": claimed.attempt}
     row = _RECORDED(tx, parameters).first()
     if row is None:
@@ -537,6 +618,38 @@ def release_attempt(
     if _RELEASE(tx, parameters).first() is not None:
         return Parked()
     return abandon_attempt(tx, claimed)
+
+
+STOPPING_SECONDS = 2
+"""Who hands a task back has ended by then, and the agent with it."""
+
+_HAND_BACK = Prepared(
+    leave(
+        f"""status = 'waiting', reason = 'retry', woken_at = NULL, waits = 0, waiting_since = NULL,
+        wake_at = now() + make_interval(secs => {STOPPING_SECONDS})""",
+        f"{MINE} AND NOT t.ends_run",
+        """status = 'cancelled', error = jsonb_build_object(
+            'code', 'worker_stopped', 'message', 'The worker was stopped.')""",
+        f"""'task.waiting', jsonb_build_object(
+            'reason', 'retry', 'wakeAt', {WAKE_AT}, 'agentId', agent_id)""",
+        freed=f"""freed AS (
+    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL,
+        reserved_for = gone.id, reserved_until = {KEPT_UNTIL} FROM gone
+    WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt
+)""",
+    ),
+)
+
+
+def hand_back(tx: Tx, task_id: UUID, run_id: UUID, attempt: int) -> bool:
+    """Give a running attempt up because its worker ends: its task is tried again soon.
+
+    That counts neither as lost nor as failed, and its slot is kept for it. In a run that is ending
+    the task ends too. False if the attempt is not this worker's any more.
+    """
+    if _HAND_BACK(tx, {"task_id": task_id, "attempt": attempt}).first() is not None:
+        return True
+    return end_task(tx, task_id, run_id, None, attempt=attempt) is not None
 
 
 def abandon_attempt(tx: Tx, claimed: Claimed) -> Finished | Fenced:
