@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet install
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test bench chaos growth lint check clean
+.PHONY: help setup demo fleet up down test bench chaos growth lint check clean
 
 help: ## Show this
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -15,6 +15,9 @@ setup: .venv/.dev ## Make .venv and install everything, also for tests
 
 demo: .venv/.run ## Start the stack, run the example workflow, show its result, stop
 	@.venv/bin/python examples/demo.py $(ARGS)
+
+fleet: .venv/.run ## Show agents behind HTTP at work, a third of them dead, deaf or lying
+	@.venv/bin/python examples/fleet_demo.py $(ARGS)
 
 up: .venv/.run ## Start the stack and leave it running (ARGS="--agents my_agents")
 	@.venv/bin/opscore up --detach $(ARGS)

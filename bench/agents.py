@@ -16,3 +16,8 @@ def noop(parameters: dict[str, Any], context: Context) -> None:
 @agent("bench-nap", capacity=1)
 def nap(parameters: dict[str, Any], context: Context) -> None:
     time.sleep(NAP_SECONDS)
+
+
+@agent("bench-team", capacity=4)
+def nap_in_a_team(parameters: dict[str, Any], context: Context) -> None:
+    time.sleep(NAP_SECONDS)

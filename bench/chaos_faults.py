@@ -29,7 +29,7 @@ from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE, SERVED_FIRST
 from opscore.processes import wait_until
 
 QUEUES = (AGENTS_QUEUE, IO_QUEUE, CONTROL_QUEUE)
-LISTS = (*QUEUES, SERVED_FIRST)
+LISTS = (*QUEUES, *SERVED_FIRST)
 CATCH_SECONDS = 30.0
 """How long to look for a process in the middle of an agent's call; the load is never idle."""
 IN_FLIGHT_SECONDS = 0.05

@@ -38,7 +38,6 @@ from opscore.servers import PostgresServer, RedisServer, free_port
 from opscore.workflows import StoredWorkflow
 
 ROOT = Path(__file__).parent.parent
-CONCURRENCY = 2
 WARM_UP_RUNS = 4
 START_SECONDS = 60.0
 STOP_SECONDS = 15.0
@@ -227,7 +226,7 @@ class OpsCore(Session):
 
     def _start(self) -> None:
         ready = self.servers.folder / "ready"
-        options = ("--concurrency", str(CONCURRENCY))
+        options = ("--concurrency", str(self.workload.concurrency))
         self._launch(
             "worker",
             "opscore",
@@ -291,6 +290,29 @@ class OpsCore(Session):
     def completed_tasks(self) -> int:
         return self._count_completed() - self._completed_before
 
+    def freed_to_next(self, capacity: int) -> list[float]:
+        """Return the seconds between each end on a busy agent and the start that it made room for.
+
+        With n slots the (k + n)-th start follows the k-th end.
+        """
+        self.polls += 1
+        self._cursor.execute(
+            """
+            WITH done AS (
+                SELECT a.started_at, a.finished_at FROM attempts a JOIN tasks t ON t.id = a.task_id
+                WHERE t.wanted_agent_id = %s ORDER BY a.started_at DESC LIMIT %s
+            ), ends AS (
+                SELECT finished_at, row_number() OVER (ORDER BY finished_at) AS k FROM done
+            ), starts AS (
+                SELECT started_at, row_number() OVER (ORDER BY started_at) AS k FROM done
+            )
+            SELECT extract(epoch FROM started_at - finished_at)
+            FROM ends JOIN starts ON starts.k = ends.k + %s
+            """,
+            [self.workload.agent, self.workload.tasks, capacity],
+        )
+        return [float(row[0]) for row in self._cursor.fetchall()]
+
     def _count_completed(self) -> int:
         self.polls += 1
         self._cursor.execute(
@@ -336,7 +358,8 @@ class BareCelery(Session):
     def _start(self) -> None:
         ready = self.servers.folder / "ready"
         environment = {celery_app.REDIS_URL: self.url, celery_app.READY_FILE: str(ready)}
-        app, options = f"--app={celery_app.__name__}:app", f"--concurrency={CONCURRENCY}"
+        app = f"--app={celery_app.__name__}:app"
+        options = f"--concurrency={self.workload.concurrency}"
         self._launch("worker", "celery", app, "worker", options, **environment)
         self._wait_for_file("worker", ready)
 

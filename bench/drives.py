@@ -40,6 +40,10 @@ def _burst(session: Session) -> Driven:
     figures = {"submitted_per_s": len(runs) / submitting}
     if ideal := session.workload.ideal_seconds_per_task * session.workload.tasks:
         figures["makespan_over_ideal"] = seconds / ideal
+    if session.workload.capacity:
+        assert isinstance(session, OpsCore)
+        gaps = session.freed_to_next(session.workload.capacity)
+        figures["freed_to_next_p95_ms"] = percentile(gaps, 95) * 1000
     return Driven(seconds, figures)
 
 

@@ -393,7 +393,7 @@ def _cancel_run(watch: _Stopwatch, stored: StoredWorkflow) -> None:
 
 def _upkeep() -> dict[str, Callable[[Tx], Any]]:
     """Return what the keeper does in every round, when nothing is due."""
-    sent = Left("infinity", "infinity")
+    sent = Left("infinity", "infinity", "infinity")
     limit = 500
     return {
         "expired_attempts": lambda tx: engine.expired_attempts(tx, limit, LEASE_SECONDS),

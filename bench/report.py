@@ -17,6 +17,7 @@ LABELS = {
     "submitted_per_s": "submitted runs/s",
     "completed_s": "all completed after, s",
     "makespan_over_ideal": "makespan / ideal",
+    "freed_to_next_p95_ms": "slot freed to next start, p95 ms",
     "p50_ms": "p50 ms",
     "p95_ms": "p95 ms",
     "p99_ms": "p99 ms",

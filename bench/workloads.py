@@ -9,7 +9,8 @@ Drive = Literal["burst", "one by one", "http"]
 Document = dict[str, Any]
 
 NARROW = 50
-AGENT, NAP_AGENT = "bench", "bench-nap"
+AGENT, NAP_AGENT, TEAM = "bench", "bench-nap", "bench-team"
+TEAM_CAPACITY = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,10 @@ class Workload:
     drive: Drive = "burst"
     agent: str = AGENT
     ideal_seconds_per_task: float = 0
+    capacity: int = 0
+    """Of its agent, if that is what is measured."""
+    concurrency: int = 2
+    """Worker processes."""
     contenders: tuple[str, ...] = ("opscore", "celery")
 
     @property
@@ -81,6 +86,17 @@ WORKLOADS = (
         200,
         agent=NAP_AGENT,
         ideal_seconds_per_task=NAP_SECONDS,
+        capacity=1,
+        contenders=_ONLY,
+    ),
+    Workload(
+        "W7",
+        "2,000 tasks of 50 ms on an agent of capacity 4",
+        2000,
+        agent=TEAM,
+        ideal_seconds_per_task=NAP_SECONDS / TEAM_CAPACITY,
+        capacity=TEAM_CAPACITY,
+        concurrency=TEAM_CAPACITY,
         contenders=_ONLY,
     ),
     Workload("W6", "400 single tasks over HTTP, 8 clients", 400, drive="http", contenders=_ONLY),

@@ -1,7 +1,8 @@
 """The demonstration: start the stack, run the dependency audit over HTTP, show it, stop everything.
 
 Talks to the stack as any client would: it knows its URL and key from `opscore.env`, and nothing
-else. Whatever happens, Ctrl-C included, no process and no port outlives it.
+else. Whatever happens, Ctrl-C included, no process and no port outlives it. `fleet_demo.py` has
+its own play on the same stage.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import httpx2
 from rich.console import Console, Group, RenderableType
@@ -27,6 +28,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "demo-report"
+PREFIX = "/v1/opscore"
 WORKFLOW = "dependency-audit"
 WORKERS = 2
 
@@ -45,6 +47,7 @@ OURS = ("OPSCORE_", "FLOWER_", "CELERY_", "DATABASE_URL", "REDIS_URL", "PG")
 """Variables kept from the stack: the demonstration touches no server but its own."""
 
 COLOURS = {"completed": "green", "running": "cyan", "failed": "red", "cancelled": "red"}
+ENDED = ("completed", "failed", "cancelled")
 
 Json = dict[str, Any]
 
@@ -96,40 +99,35 @@ class Signals:
 
 
 class Stack:
-    """`opscore up` as a child process in a session of its own, its data in a temporary folder."""
+    """`opscore up` as a child process in a session of its own, its data in a temporary folder.
 
-    def __init__(self, signals: Signals) -> None:
-        self._signals = signals
+    `options` are more options of that command. `before_stop` is called whenever `stop` is.
+    """
+
+    def __init__(self, log: Path, **options: object) -> None:
+        self.log = log
+        self.signals = Signals()
+        self.before_stop: Callable[[], object] = lambda: None
+        self._options = {"workers": WORKERS, **options}
         self._process: subprocess.Popen[bytes] | None = None
         self._data: Path | None = None
-        self.log = REPORTS / "demo.log"
 
     def start(self) -> None:
-        REPORTS.mkdir(exist_ok=True)
+        self.log.parent.mkdir(exist_ok=True)
         given = {name: text for name, text in os.environ.items() if not name.startswith(OURS)}
-        with self._signals.held(), self.log.open("wb") as log:
+        with self.signals.held(), self.log.open("wb") as log:
             self._data = Path(tempfile.mkdtemp(prefix="opscore-demo-"))
-            self._process = self._launch(self._data, given, log)
-        self._signals.hurry = self._ask_to_stop
-
-    def _launch(
-        self, data: Path, environment: Mapping[str, str], log: IO[bytes]
-    ) -> subprocess.Popen[bytes]:
-        options = {
-            "--data": data,
-            "--agents": "examples.dependency_audit",
-            "--workflows": ROOT / "examples",
-            "--workers": WORKERS,
-        }
-        return subprocess.Popen(
-            [sys.executable, "-m", "opscore", "up", *(f"{k}={v}" for k, v in options.items())],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a terminal's Ctrl-C reaches us alone, and we pass it on once
-        )
+            options = {"data": self._data, **self._options}.items()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "opscore", "up", *(f"--{k}={v}" for k, v in options)],
+                cwd=ROOT,
+                env=given | {"TMPDIR": str(self._data)},  # what is killed leaves its files there
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C reaches us alone, and we pass it on once
+            )
+        self.signals.hurry = self._ask_to_stop
 
     def wait_for_env(self) -> dict[str, str]:
         """Return what the stack wrote of where it is, once it has."""
@@ -159,6 +157,7 @@ class Stack:
 
     def stop(self) -> bool:
         """Stop everything and remove the data; return False if it had to be killed."""
+        self.before_stop()
         in_order = True
         if self._process is not None:
             in_order = self._end(self._process)
@@ -205,40 +204,35 @@ class Api:
     def close(self) -> None:
         self._http.close()
 
-    def is_ready(self) -> bool:
-        """Tell whether every part answers and the workflow is there."""
-        paths = ("/ready", f"/v1/opscore/workflows/{WORKFLOW}")
+    def is_ready(self, workflows: Sequence[str] = ()) -> bool:
+        """Tell whether every part answers and the workflows are there."""
+        paths = ("/ready", *(f"{PREFIX}/workflows/{name}" for name in workflows))
         try:
             return all(self._http.get(path).status_code == 200 for path in paths)
         except httpx2.TransportError:
             return False
 
-    def submit(self, value: Json) -> str:
+    def submit(self, workflow: str, value: Json) -> str:
         """Start a run of the workflow and return its id."""
-        run: Json = self._ask(
-            "POST",
-            "/v1/opscore/runs",
-            json={"workflowId": WORKFLOW, "input": value},
-        )
+        run: Json = self.ask("POST", "/runs", json={"workflowId": workflow, "input": value})
         return str(run["runId"])
 
     def run(self, run_id: str) -> Json:
         """Return the run with its tasks: when it is over, or soon."""
-        run: Json = self._ask(
-            "GET", f"/v1/opscore/runs/{run_id}", params={"waitSeconds": POLL_SECONDS}
-        )
+        run: Json = self.ask("GET", f"/runs/{run_id}", params={"waitSeconds": POLL_SECONDS})
         return run
 
     def busy_agents(self) -> dict[str, int]:
         """Return how many attempts each agent that works has."""
-        agents: Sequence[Json] = self._ask("GET", "/v1/opscore/agents")["items"]
+        agents: Sequence[Json] = self.ask("GET", "/agents")["items"]
         return {one["agentId"]: one["running"] for one in agents if one.get("running")}
 
-    def _ask(self, method: str, path: str, **more: Any) -> Any:
+    def ask(self, method: str, path: str, **more: Any) -> Any:
+        """Call once the API answers; return what it says."""
         deadline = time.monotonic() + AWAY_SECONDS
         while True:
             try:
-                return _body(self._http.request(method, path, **more))
+                return _body(self._http.request(method, PREFIX + path, **more))
             except httpx2.TransportError as error:
                 self._stack.check()
                 if time.monotonic() > deadline:
@@ -260,18 +254,26 @@ def _body(response: httpx2.Response) -> Any:
 # What is seen
 
 
-class Screen:
-    """Shows a run as it goes: redrawn in place on a terminal, else a line for each change."""
+class Line(NamedTuple):
+    """What is said of one thing: at once when its status changes; of its counts now and then."""
 
-    def __init__(self, console: Console, env: Mapping[str, str], run_id: str) -> None:
+    name: str
+    status: str
+    counts: str = ""
+
+
+class Screen:
+    """Shows what goes on: redrawn in place on a terminal, else a line for each change."""
+
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._flower, self._run_id = env["FLOWER_URL"], run_id
         self._live: Live | None = None
+        self._statuses: dict[str, str] = {}
         self._said: dict[str, str] = {}
         self._said_at = 0.0
 
     def __enter__(self) -> "Screen":
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        if _is_screen(self._console):
             self._live = Live(console=self._console, refresh_per_second=8)
             self._live.start()
         return self
@@ -280,41 +282,59 @@ class Screen:
         if self._live is not None:
             self._live.stop()
 
-    def show(self, run: Json, busy: Mapping[str, int]) -> None:
+    def show(self, drawn: RenderableType, lines: Sequence[Line]) -> None:
         if self._live is not None:
-            self._live.update(self._drawn(run, busy))
+            self._live.update(drawn)
         else:
-            self._say(run)
+            self._say(lines)
 
-    def _drawn(self, run: Json, busy: Mapping[str, int]) -> RenderableType:
-        working = ", ".join(f"{agent} x{count}" for agent, count in busy.items())
-        head = Text.assemble(
-            "Run ", (self._run_id, "bold"), " is ", (run["status"], _colour(run["status"]))
-        )
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for title in ("Task", "Status", "Items", ""):
-            table.add_column(title, header_style="dim")
-        for task in _definition_tasks(run):
-            status = Text(_standing(task), _colour(task["status"]))
-            table.add_row(task["taskDefinitionId"], status, _counted(task), _bar(task))
-        foot = Text(f"Agents at work: {working or 'none'}\nFlower: {self._flower}", "dim")
-        return Group(head, table, foot)
-
-    def _say(self, run: Json) -> None:
-        """Say what changed; counts of items at most once a second."""
-        self._say_once("run", f"run {self._run_id}: {run['status']}")
+    def _say(self, lines: Sequence[Line]) -> None:
+        """Say what changed; counts at most once a second."""
         counts_too = time.monotonic() - self._said_at >= 1
-        for task in _definition_tasks(run):
-            name, status = task["taskDefinitionId"], _standing(task)
-            new = self._said.get(f"{name} status") != status
-            self._said[f"{name} status"] = status
-            if new or counts_too:
-                self._say_once(name, f"  {name}: {status} {_counted(task)}".rstrip())
+        for name, status, counts in lines:
+            if self._statuses.get(name) != status or counts_too:
+                self._say_once(name, f"{status} {counts}".rstrip())
+            self._statuses[name] = status
 
-    def _say_once(self, what: str, words: str) -> None:
-        if self._said.get(what) != words:
-            self._said[what], self._said_at = words, time.monotonic()
+    def _say_once(self, name: str, words: str) -> None:
+        if self._said.get(name) != words:
+            self._said[name], self._said_at = words, time.monotonic()
             self._console.print(words, highlight=False, soft_wrap=True)
+
+
+def _is_screen(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def table(*titles: str, numbers: Sequence[str] = ()) -> Table:
+    """Return a table without lines; `numbers` are the titles of more columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for title in titles:
+        table.add_column(title)
+    for title in numbers:
+        table.add_column(title, justify="right")
+    return table
+
+
+def _drawn(run: Json, busy: Mapping[str, int], flower: str) -> RenderableType:
+    working = ", ".join(f"{agent} x{count}" for agent, count in busy.items())
+    head = Text.assemble(
+        "Run ", (run["runId"], "bold"), " is ", (run["status"], colour(run["status"]))
+    )
+    tasks = table("Task", "Status", "Items", "")
+    for task in _definition_tasks(run):
+        status = Text(_standing(task), colour(task["status"]))
+        tasks.add_row(task["taskDefinitionId"], status, _counted(task), _bar(task))
+    foot = Text(f"Agents at work: {working or 'none'}\nFlower: {flower}", "dim")
+    return Group(head, tasks, foot)
+
+
+def _lines(run: Json) -> list[Line]:
+    lines = [Line("run", f"run {run['runId']}: {run['status']}")]
+    for task in _definition_tasks(run):
+        name = task["taskDefinitionId"]
+        lines.append(Line(name, f"  {name}: {_standing(task)}", _counted(task)))
+    return lines
 
 
 def _definition_tasks(run: Json) -> list[Json]:
@@ -327,12 +347,12 @@ def _standing(task: Json) -> str:
     return f"{task['status']} ({task['reason']})" if task.get("reason") else str(task["status"])
 
 
-def _colour(status: str) -> str:
+def colour(status: str) -> str:
     return COLOURS.get(status, "yellow")
 
 
 def _ended(items: Json) -> int:
-    return sum(items.get(status, 0) for status in ("completed", "failed", "cancelled"))
+    return sum(items.get(status, 0) for status in ENDED)
 
 
 def _counted(task: Json) -> str:
@@ -377,16 +397,11 @@ def _result(run: Json, seconds: float) -> RenderableType:
 
 
 def audit(console: Console, stack: Stack) -> None:
-    """Start the stack, run the audit, show it and where its reports are."""
-    with _status(console, "Starting PostgreSQL, Valkey, web, workers, beat and Flower"):
-        stack.start()
-        env = stack.wait_for_env()
-        with contextlib.closing(Api(env, stack)) as api:
-            stack.wait_until(api.is_ready, READY_SECONDS, "The API did not become ready")
+    """Run the audit, show it and where its reports are."""
+    env = start(console, stack, [WORKFLOW])
     with contextlib.closing(Api(env, stack)) as api:
-        console.print(f"The stack is up: {env['OPSCORE_API_URL']}/docs", soft_wrap=True)
         started = time.monotonic()
-        run_id = api.submit({"folder": str(REPORTS)})
+        run_id = api.submit(WORKFLOW, {"folder": str(REPORTS)})
         run = _follow(console, env, api, run_id)
         seconds = time.monotonic() - started
     if run["status"] != "completed":
@@ -396,9 +411,21 @@ def audit(console: Console, stack: Stack) -> None:
         console.print(f"Report: {_short(run['output'][kind])}", soft_wrap=True, highlight=False)
 
 
+def start(console: Console, stack: Stack, workflows: Sequence[str] = ()) -> dict[str, str]:
+    """Start the stack and return where it is, once it is ready and has the workflows."""
+    with _status(console, "Starting PostgreSQL, Valkey, web, workers, beat and Flower"):
+        stack.start()
+        env = stack.wait_for_env()
+        with contextlib.closing(Api(env, stack)) as api:
+            failure = "The API did not become ready"
+            stack.wait_until(lambda: api.is_ready(workflows), READY_SECONDS, failure)
+    console.print(f"The stack is up: {env['OPSCORE_API_URL']}/docs", soft_wrap=True)
+    return env
+
+
 @contextlib.contextmanager
 def _status(console: Console, words: str) -> Iterator[None]:
-    if console.is_terminal and not console.is_dumb_terminal:
+    if _is_screen(console):
         with console.status(f"{words} ..."):
             yield
     else:
@@ -409,11 +436,11 @@ def _status(console: Console, words: str) -> Iterator[None]:
 def _follow(console: Console, env: Mapping[str, str], api: Api, run_id: str) -> Json:
     """Show the run until it is over, and return how it is then."""
     deadline = time.monotonic() + RUN_SECONDS
-    with Screen(console, env, run_id) as screen:
+    with Screen(console) as screen:
         while True:
             run = api.run(run_id)
-            screen.show(run, api.busy_agents())
-            if run["status"] in ("completed", "failed", "cancelled"):
+            screen.show(_drawn(run, api.busy_agents(), env["FLOWER_URL"]), _lines(run))
+            if run["status"] in ENDED:
                 return run
             if time.monotonic() > deadline:
                 raise DemoFailed(f"The run is still {run['status']} after {RUN_SECONDS:g} s.")
@@ -435,14 +462,13 @@ def _short(path: str) -> str:
     return path
 
 
-def main() -> int:
-    """Run the demonstration and return its exit status."""
-    console, signals = Console(), Signals()
-    stack = Stack(signals)
+def perform(work: Callable[[Console, Stack], None], stack: Stack) -> int:
+    """Do the work, stop everything whatever happens, and return the exit status."""
+    console, signals = Console(), stack.signals
     signals.listen()
     try:
         try:
-            audit(console, stack)
+            work(console, stack)
             status = 0
         except DemoFailed as error:
             status = _fail(stack, str(error))
@@ -473,6 +499,12 @@ def _fail(stack: Stack, words: str) -> int:
         if lines := stack.last_lines():
             print(f"\nThe end of {_short(str(stack.log))}:", *lines, sep="\n", file=sys.stderr)
     return 1
+
+
+def main() -> int:
+    """Run the demonstration and return its exit status."""
+    options = {"agents": "examples.dependency_audit", "workflows": ROOT / "examples"}
+    return perform(audit, Stack(REPORTS / "demo.log", **options))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,26 @@
-"""Agents as the database knows them: registration and the slots that are their capacity.
+"""Agents as the database knows them: registration, what they report, and their slots.
 
 An agent's slots are rows, one per unit of capacity; the engine's claim takes them and its outcomes
-free them. Nothing an agent reports frees or keeps a slot.
+free them. Nothing an agent reports frees or keeps a slot: it only says whether the agent is to be
+asked.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
 
-from sqlalchemy import delete, func, insert, select
+from sqlalchemy import delete, func, insert, literal_column, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
-from opscore.db import Tx
-from opscore.models import Agent, Slot
+from opscore import engine
+from opscore.db import Prepared, Tx
+from opscore.errors import AgentNotFound, ConfigurationError, InvalidRequest, StaleNotice
+from opscore.models import Agent, AgentReport, Slot
+from opscore.states import AgentState
+
+REMOTE_CAPACITY = 1
+"""Of an agent behind HTTP, until somebody who knows it says otherwise."""
 
 
 class Declared(Protocol):
@@ -30,23 +39,236 @@ class Declared(Protocol):
 
 
 def register_functions(tx: Tx, agents: Iterable[Declared]) -> None:
-    """Write the function agents a worker offers; a known one gets the newest declaration."""
-    for agent in sorted(agents, key=lambda agent: agent.agent_id):
+    """Write the function agents a worker offers; a known one gets the newest declaration.
+
+    Raises:
+        ConfigurationError: an agent behind HTTP is registered under one of their ids.
+    """
+    declared = sorted(agents, key=lambda agent: agent.agent_id)
+    abroad = select(Agent.agent_id).where(
+        Agent.agent_id.in_([agent.agent_id for agent in declared]),
+        Agent.kind == "remote",
+        Agent.deregistered_at.is_(None),
+    )
+    if taken := list(tx.execute(abroad).scalars()):
+        raise ConfigurationError(
+            [
+                f"agent {agent_id!r} is registered as one behind HTTP: rename the function agent,"
+                " or deregister the other"
+                for agent_id in sorted(taken)
+            ]
+        )
+    for agent in declared:
         values = {
             "kind": "function",
             "name": agent.name,
             "version": agent.version,
             "capabilities": list(agent.capabilities),
             "capacity": agent.capacity,
+            "contact_endpoint": None,
+            "heartbeat_seconds": None,
         }
-        tx.execute(
-            upsert(Agent)
-            .values(agent_id=agent.agent_id, **values)
-            .on_conflict_do_update(
-                index_elements=[Agent.agent_id], set_=values | {"updated_at": func.now()}
-            )
-        )
+        _upsert(tx, agent.agent_id, values)
         set_capacity(tx, agent.agent_id, agent.capacity)
+
+
+def _upsert(tx: Tx, agent_id: str, values: Mapping[str, Any], **if_new: Any) -> bool:
+    """Write an agent, and tell whether it is new; of a known one what is not given stays."""
+    statement: Any = (
+        upsert(Agent)
+        .values(agent_id=agent_id, **values, **if_new)
+        .on_conflict_do_update(
+            index_elements=[Agent.agent_id],
+            set_={**values, "deregistered_at": None, "updated_at": func.now()},
+        )
+        .returning(literal_column("xmax = 0"))
+    )
+    return bool(tx.execute(statement).scalar())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """What an agent behind HTTP says of itself."""
+
+    agent_id: str
+    name: str
+    version: str
+    capabilities: Sequence[str]
+    contact_endpoint: str
+    details: Any = None
+
+
+def register_remote(tx: Tx, agent: Registration, signed_at: datetime) -> None:
+    """Write an agent behind HTTP, and `UNKNOWN` as its state if it is new.
+
+    A known one keeps its state, its capacity, and what operators set.
+
+    Raises:
+        InvalidRequest: a function agent has its id.
+        StaleNotice: a notice of this agent that was signed later was taken already.
+    """
+    _take_notice(tx, agent.agent_id, signed_at, is_new=True)
+    values = {
+        "notified_at": signed_at,
+        "kind": "remote",
+        "name": agent.name,
+        "version": agent.version,
+        "capabilities": list(agent.capabilities),
+        "contact_endpoint": agent.contact_endpoint,
+        "details": agent.details,
+        "seen_at": func.now(),
+    }
+    if _upsert(tx, agent.agent_id, values, capacity=REMOTE_CAPACITY):
+        set_capacity(tx, agent.agent_id, REMOTE_CAPACITY)
+        _write_report(tx, agent.agent_id, AgentState.UNKNOWN, None, None)
+
+
+def _take_notice(tx: Tx, agent_id: str, signed_at: datetime, *, is_new: bool) -> None:
+    """Refuse what was said of an agent before what is known: somebody sends it once more."""
+    known = tx.execute(
+        select(Agent.kind, Agent.notified_at, Agent.deregistered_at)
+        .where(Agent.agent_id == agent_id)
+        .with_for_update()
+    ).one_or_none()
+    if known is not None and known.kind != "remote":
+        sentence = "A function agent of the workers has this id; choose another one."
+        raise InvalidRequest({"/agent_details/agentId": [sentence]})
+    if known is None or known.notified_at is None:
+        return
+    # A second may be all that a signature tells apart; then the goodbye was the later word.
+    is_late = signed_at == known.notified_at and is_new and known.deregistered_at is not None
+    if signed_at < known.notified_at or is_late:
+        raise StaleNotice
+
+
+def deregister(tx: Tx, agent_id: str, signed_at: datetime) -> None:
+    """Give an agent nothing more. What it has is withdrawn after the commit: see `dispatch`.
+
+    Raises:
+        AgentNotFound
+        InvalidRequest: it is a function agent.
+        StaleNotice: a notice of this agent that was signed later was taken already.
+    """
+    _take_notice(tx, agent_id, signed_at, is_new=False)
+    statement = (
+        update(Agent)
+        .where(Agent.agent_id == agent_id, Agent.deregistered_at.is_(None))
+        .values(deregistered_at=func.now(), updated_at=func.now(), notified_at=signed_at)
+        .returning(Agent.agent_id)
+    )
+    if tx.execute(statement).first() is None:
+        raise AgentNotFound(agent_id=agent_id)
+
+
+def change(tx: Tx, agent_id: str, values: Mapping[str, Any]) -> None:
+    """Change what operators decide: `capacity`, `paused`, `draining`, `heartbeat_seconds`,
+    `require_token`.
+
+    Raises:
+        AgentNotFound
+        InvalidRequest: the capacity of a function agent, which its declaration says.
+    """
+    row = tx.execute(
+        select(Agent.kind)
+        .where(Agent.agent_id == agent_id, Agent.deregistered_at.is_(None))
+        .with_for_update()
+    ).one_or_none()
+    if row is None:
+        raise AgentNotFound(agent_id=agent_id)
+    if row.kind != "remote":
+        declared = [n for n in ("capacity", "heartbeat_seconds", "require_token") if n in values]
+        if declared:
+            raise InvalidRequest(
+                {
+                    f"/{_CAMEL[name]}": ["Of a function agent its declaration says this."]
+                    for name in declared
+                }
+            )
+    if values:
+        tx.execute(update(Agent).where(Agent.agent_id == agent_id).values(**values))
+    if values.get("capacity"):
+        set_capacity(tx, agent_id, values["capacity"])
+    if values.keys() & {"paused", "draining"}:
+        engine.hurry(tx, agent_id)
+
+
+_CAMEL = {
+    "capacity": "capacity",
+    "heartbeat_seconds": "heartbeatSeconds",
+    "require_token": "requireToken",
+}
+
+
+def report_state(
+    tx: Tx,
+    agent_id: str,
+    state: AgentState,
+    details: Any = None,
+    at: datetime | None = None,
+) -> None:
+    """Add a report to an agent's history; the newest, by the agent's own clock, is its state.
+
+    `at` is never later than now.
+
+    Raises:
+        AgentNotFound
+    """
+    _write_report(tx, agent_id, state, details, at)
+    given = {"agent_id": agent_id, "state": str(state), "at": at}
+    if _REPORT(tx, given | {"ours": _is_of_a_task(details)}).first() is None:
+        raise AgentNotFound(agent_id=agent_id)
+    if state in (AgentState.IDLE, AgentState.FINISHED):
+        _WAKE_SLOTS(tx, {"agent_id": agent_id})
+
+
+_WAKE_SLOTS = Prepared("UPDATE slots SET rests_until = NULL WHERE agent_id = :agent_id")
+"""Of an agent that says that it is free: it is there again."""
+
+
+def _is_of_a_task(details: Any) -> bool:
+    return isinstance(details, dict) and "opscore_task_id" in details
+
+
+_REPORT = Prepared(
+    """
+UPDATE agents a
+SET seen_at = now(), state = CASE WHEN is_newest THEN cast(:state AS text) ELSE a.state END,
+    state_at = CASE WHEN is_newest THEN moment ELSE a.state_at END,
+    state_lapses = CASE WHEN is_newest THEN :ours OR is_at_it ELSE a.state_lapses END,
+    busy_until = CASE WHEN is_newest AND :state IN ('idle', 'finished') THEN NULL
+                      ELSE a.busy_until END
+FROM (SELECT k.agent_id, moment, k.state_at IS NULL OR moment >= k.state_at AS is_newest,
+             EXISTS (SELECT FROM slots s WHERE s.agent_id = k.agent_id
+                     AND s.holder IS NOT NULL) AS is_at_it
+      FROM agents k, (SELECT least(coalesce(cast(:at AS timestamptz), now()), now()) AS moment) AS c
+      WHERE k.agent_id = :agent_id AND k.deregistered_at IS NULL FOR NO KEY UPDATE OF k) AS known
+WHERE a.agent_id = known.agent_id
+RETURNING a.agent_id
+"""
+)
+
+
+def _write_report(
+    tx: Tx, agent_id: str, state: AgentState, details: Any, at: datetime | None
+) -> None:
+    """Append to the history; nothing is written for an agent that is not there."""
+    known = select(Agent.agent_id).where(
+        Agent.agent_id == agent_id, Agent.deregistered_at.is_(None)
+    )
+    if tx.execute(known).first() is None:
+        raise AgentNotFound(agent_id=agent_id)
+    moment = func.least(func.coalesce(at, func.now()), func.now())
+    values = {"agent_id": agent_id, "state": str(state), "details": details, "at": moment}
+    tx.execute(insert(AgentReport).values(**values))
+
+
+def endpoint(tx: Tx, agent_id: str | None) -> str | None:
+    """Return where an agent behind HTTP takes work; None if it is no such agent."""
+    query = select(Agent.contact_endpoint).where(
+        Agent.agent_id == agent_id, Agent.deregistered_at.is_(None)
+    )
+    found: str | None = tx.execute(query).scalar()
+    return found
 
 
 def set_capacity(tx: Tx, agent_id: str, capacity: int | None) -> None:

@@ -3,12 +3,12 @@
 Decides nothing about what may run, nor in which order: that is `graph`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from uuid import UUID
 
 from celery import Celery, Signature, chain, group
 
-from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE
+from opscore.config import AGENTS_QUEUE
 from opscore.graph import Block, Canvas, Node, Parallel, Series, is_nested, parts_of
 
 RUN_TASK = "opscore.run_task"
@@ -61,7 +61,7 @@ def signatures(
             timeout_seconds=node.timeout_seconds,
             wakes=block in canvas.wakes,
             request_id=request_id,
-            queue=CONTROL_QUEUE if node.is_end else AGENTS_QUEUE,
+            queue=node.queue,
         )
         linked = [signature(part) for part in canvas.links.get(block, ())]
         if linked:
@@ -74,17 +74,24 @@ def signatures(
         return signature(block)
 
     alone = [message(part) for block in canvas.blocks for part in parts_of(block, Parallel)]
-    timeouts = {task: known[task].timeout_seconds for lane in canvas.lanes for task in lane}
     return alone + [
-        lane_signature(app, lane, timeouts, generation, wakes=True, request_id=request_id)
+        lane_signature(app, part, generation, wakes=True, request_id=request_id)
         for lane in canvas.lanes
+        for part in by_queue([known[task] for task in lane])
     ]
+
+
+def by_queue(nodes: Sequence[Node]) -> list[list[Node]]:
+    """Divide tasks that were to share a message: only those of one queue can."""
+    parts: dict[str, list[Node]] = {}
+    for node in nodes:
+        parts.setdefault(node.queue, []).append(node)
+    return list(parts.values())
 
 
 def lane_signature(
     app: Celery,
-    tasks: Sequence[UUID],
-    timeouts: Mapping[UUID, float],
+    lane: Sequence[Node],
     generation: int,
     *,
     wakes: bool = False,
@@ -94,14 +101,15 @@ def lane_signature(
     visits = [
         visit(
             app,
-            task,
+            node.id,
             generation,
-            timeout_seconds=timeouts[task],
+            timeout_seconds=node.timeout_seconds,
             wakes=wakes,
-            lane=len(tasks) > 1,
+            lane=len(lane) > 1,
             request_id=request_id,
+            queue=node.queue,
         )
-        for task in tasks
+        for node in lane
     ]
     return line(visits)
 

@@ -25,8 +25,8 @@ CONTROL_QUEUE = "opscore.control"
 FIRST = 1
 """The priority of visits that are served before all others of their queue, which have 0. As it
 comes kombu serves a higher number later; `workers.consumer.Channel` turns that round."""
-SERVED_FIRST = f"{AGENTS_QUEUE}\x06\x16{FIRST}"
-"""The Redis list of those visits, as kombu names it."""
+SERVED_FIRST = tuple(f"{queue}\x06\x16{FIRST}" for queue in (AGENTS_QUEUE, IO_QUEUE))
+"""The Redis lists of those visits, as kombu names them."""
 SET_ASIDE = "opscore.set_aside"
 """The Redis list of the newest queue entries that were no message, as JSON: `queue`, `reason`,
 `at`, `bytes` (its whole length) and `entry`."""
@@ -171,6 +171,25 @@ class Settings:
     )
     max_body_bytes: int = _setting(
         "OPSCORE_MAX_BODY_BYTES", _count(1024, 2**30), "Bytes of the largest request body.", 2**20
+    )
+    webhook_secret: str | None = _setting(
+        "OPSCORE_WEBHOOK_SECRET",
+        _secret(),
+        "Signs what agents behind HTTP register with, and the work they get; without it none can.",
+        None,
+    )
+    agent_hosts: tuple[str, ...] = _setting(
+        "OPSCORE_AGENT_HOSTS",
+        _Names(),
+        "Hosts of agents that may lie in private networks, as patterns: `*.internal,10.1.*`.",
+        (),
+    )
+    answer_seconds: float = _setting(
+        "OPSCORE_ANSWER_SECONDS",
+        _seconds(1, 3600),
+        "Seconds an agent behind HTTP may take to answer a task; one that needs longer accepts it "
+        "(202) and reports. Each that keeps silent holds a thread of a worker for as long.",
+        60.0,
     )
     web_threads: int = _setting(
         "OPSCORE_WEB_THREADS",

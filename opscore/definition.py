@@ -23,10 +23,13 @@ MAX_SECONDS = 2_592_000.0
 DEFAULT_TIMEOUT_SECONDS = 600.0
 MAX_ATTEMPTS = 100
 MAX_PARALLEL = 1_000
+MAX_FALLBACKS = 16
+MAX_CONCURRENT_RUNS = 1_000_000
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _TOP = {"id", "name", "description", "version", "inputSchema", "tasks", "output"}
+_TOP |= {"maxConcurrentRuns"}
 _TASK = {"taskId", "name", "type", "agentId", "agentCapability", "dependsOn", "nextTaskId"}
-_TASK |= {"forEach", "parameters", "retry", "busy", "timeoutSeconds", "onFailure"}
+_TASK |= {"forEach", "parameters", "retry", "busy", "timeoutSeconds", "onFailure", "fallback"}
 _BACKOFF = ("backoffSeconds", "maxBackoffSeconds")
 
 
@@ -74,6 +77,8 @@ class TaskSpec:
     busy: Busy = _BUSY
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
     on_failure: Literal["fail", "continue"] = "fail"
+    fallback: tuple[str, ...] = ()
+    """Agents that are asked, in this order, while none of those it names is available."""
     references: frozenset[str] = frozenset()
 
 
@@ -91,6 +96,8 @@ class Definition:
     output: Template | None
     output_references: frozenset[str]
     leaves: tuple[str, ...]
+    max_concurrent_runs: int | None
+    """Runs of it that are under way at once; the others wait their turn."""
     _schema: Schema | None = field(repr=False, compare=False)
     _by_id: Mapping[str, TaskSpec] = field(repr=False, compare=False)
 
@@ -145,6 +152,7 @@ def parse(document: Any, *, is_stored: bool = False) -> Definition:
         top.id("id"),
         *(top.get(key, str) for key in ("name", "description", "version")),
     )
+    max_concurrent_runs = top.whole("maxConcurrentRuns", MAX_CONCURRENT_RUNS)
     if faults:
         raise InvalidDefinition(faults)
     tasks = tuple(replace(specs[n], depends_on=graph.depends_on(n)) for n in graph.order)
@@ -160,6 +168,7 @@ def parse(document: Any, *, is_stored: bool = False) -> Definition:
         output=output,
         output_references=output.references if output else frozenset(),
         leaves=tuple(task.id for task in tasks if task.id not in depended_on),
+        max_concurrent_runs=max_concurrent_runs,
         _schema=schema,
         _by_id={task.id: task for task in tasks},
     )
@@ -266,8 +275,27 @@ def _task(row: _Fields) -> TaskSpec:
         busy=_busy(row.inner("busy", "maxWaitSeconds", *_BACKOFF)),
         timeout_seconds=row.seconds("timeoutSeconds", DEFAULT_TIMEOUT_SECONDS),
         on_failure=row.choice("onFailure", ("fail", "continue")),
+        fallback=_fallback(row),
         references=parameters.references | (for_each.items.references if for_each else set()),
     )
+
+
+def _fallback(row: _Fields) -> tuple[str, ...]:
+    """Read the agents that take over, each named once."""
+    ids: list[str] = []
+    for n, id in enumerate(row.get("fallback", list) or ()):
+        pointer = at(row.pointer, "fallback", n)
+        if not isinstance(id, str) or not _ID.fullmatch(id):
+            row.faults.add(pointer, "This must be the id of an agent.")
+        elif id in ids or id == row.values.get("agentId"):
+            row.faults.add(pointer, "This agent is named already; name it once.")
+        else:
+            ids.append(id)
+    if len(ids) > MAX_FALLBACKS:
+        row.fault("fallback", f"At most {MAX_FALLBACKS} agents.")
+    if ids and "agentId" not in row and "agentCapability" not in row:
+        row.fault("fallback", "Name the agent or capability that is wanted first.")
+    return tuple(ids)
 
 
 def _for_each(row: _Fields) -> ForEach:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import chain
 from typing import Any
 from uuid import UUID
 
@@ -22,7 +23,14 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from opscore import canvas, engine, graph, logs
-from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, FIRST, SERVED_FIRST, Settings
+from opscore.config import (
+    AGENTS_QUEUE,
+    CONTROL_QUEUE,
+    FIRST,
+    IO_QUEUE,
+    SERVED_FIRST,
+    Settings,
+)
 from opscore.db import Database, Tx
 from opscore.engine import Finished, Left, Plan, Woken
 from opscore.errors import Unavailable
@@ -41,6 +49,9 @@ HEAD = 200
 """Entries looked at to learn how old the oldest visit of a queue is; some are double or late."""
 MOST_FIRST = 5000
 """Entries looked at to learn who is served first; there are as many as workers are behind."""
+
+QUEUES = (AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE)
+LINES = (Reason.AGENT_BUSY, Reason.AGENT_UNAVAILABLE)
 
 BrokerErrors = (OperationalError, KombuError, RedisError, OSError)
 
@@ -66,8 +77,11 @@ class Dispatcher:
     def publish(self, plan: Plan, start: Iterable[UUID] | None = None) -> bool:
         """Send the canvas of what is left of a run; False if the broker did not take it.
 
-        With `start`, only what follows these tasks and no others: a segment.
+        With `start`, only what follows these tasks and no others: a segment. A run that waits for
+        its turn is sent when it comes, perhaps at once.
         """
+        if plan.limited is not None:
+            return self.release_runs(plan.limited)
         messages, woken = self._messages(plan, start)
         sent = self.send(messages, run_id=str(plan.run_id))
         return self.wake(woken) and sent
@@ -105,11 +119,16 @@ class Dispatcher:
                 if take(task):
                     continue
                 # Who waited for a slot, and has one now, does not stand in line once more.
-                (first if task.reason == Reason.AGENT_BUSY else messages).append(task.message)
+                (first if task.reason in LINES else messages).append(_sent_to(task))
             elif task.is_item:
                 messages.append(
-                    self._visit(
-                        task.task_id, task.generation, task.timeout_seconds, task.request_id
+                    canvas.visit(
+                        self.app,
+                        task.task_id,
+                        task.generation,
+                        timeout_seconds=task.timeout_seconds,
+                        request_id=task.request_id,
+                        queue=task.queue,
                     )
                 )
             elif task.reason == Reason.DEPENDENCIES:
@@ -123,6 +142,21 @@ class Dispatcher:
         for run_id, generation in dead.items():
             sent &= self.republish(run_id, generation)
         return sent
+
+    def wake_line(self, agent_id: str) -> bool:
+        """Wake who can have a free slot of an agent, because something changed about it."""
+        with self.database.autocommit() as tx:
+            woken = engine.wake_line(tx, agent_id)
+        return self.wake(woken)
+
+    def withdraw(self) -> None:
+        """Take from deregistered agents what they still have, each by itself."""
+        with self.database.autocommit() as tx:
+            astray = engine.astray_attempts(tx)
+        for task_id, run_id, attempt in astray:
+            with self.database.transaction() as tx:
+                engine.withdraw(tx, task_id, run_id, attempt)
+            log.info("attempt.withdrawn", task_id=str(task_id), attempt=attempt)
 
     def follow(
         self,
@@ -160,26 +194,16 @@ class Dispatcher:
             if finished.message is not None and not finished.failed_run:
                 self.send([finished.message], task_id=str(task_id))
             self.wake(woken, take)
+        if finished.frees is not None:
+            self.release_runs(finished.frees)
 
     def _items(self, plan: Plan) -> list[Signature]:
-        timeouts = dict(plan.items)
+        items = {node.id: node for node in plan.items}
         return [
-            canvas.lane_signature(
-                self.app, lane, timeouts, plan.generation, request_id=plan.request_id
-            )
-            for lane in graph.lanes(list(timeouts))
+            canvas.lane_signature(self.app, part, plan.generation, request_id=plan.request_id)
+            for lane in graph.lanes(list(items))
+            for part in canvas.by_queue([items[task] for task in lane])
         ]
-
-    def _visit(
-        self, task_id: UUID, generation: int, timeout_seconds: float, request_id: str | None
-    ) -> Signature:
-        return canvas.visit(
-            self.app,
-            task_id,
-            generation,
-            timeout_seconds=timeout_seconds,
-            request_id=request_id,
-        )
 
     def _publish_segment(self, run_id: UUID, start: set[UUID]) -> bool:
         with self.database.transaction() as tx:
@@ -188,6 +212,17 @@ class Dispatcher:
             return True
         alive = start & {node.id for node in plan.nodes}
         return self.publish(replace(plan, items=()), alive)
+
+    def release_runs(self, workflow_id: str) -> bool:
+        """Send the next runs of a workflow that has room for them; the keeper looks too."""
+        with self.database.transaction() as tx:
+            released = engine.release_runs(tx, workflow_id)
+        sent = True
+        for run_id in released:
+            with self.database.transaction() as tx:
+                plan = engine.plan_run(tx, run_id)
+            sent &= plan is None or self.publish(plan)
+        return sent
 
     def republish(self, run_id: UUID, generation: int) -> bool:
         """Publish what is left of a run under a new generation, unless somebody just did."""
@@ -235,9 +270,9 @@ class Dispatcher:
         What left since the first may be in a worker's hands, and come back.
         """
         heads, served_first = self._heads()
-        agents, control = (self._left(tx, heads.get(q)) for q in (AGENTS_QUEUE, CONTROL_QUEUE))
+        agents, control, io = (self._left(tx, heads.get(queue)) for queue in QUEUES)
         now = time.monotonic()
-        seen = Left(agents, control, served_first)
+        seen = Left(agents, control, io, served_first)
         self._seen.append((now, seen))
         while len(self._seen) > 1 and self._seen[1][0] <= now - IN_HAND_SECONDS:
             self._seen.popleft()
@@ -247,6 +282,7 @@ class Dispatcher:
         return Left(
             agents=_earlier(before.agents, seen.agents),
             control=_earlier(before.control, seen.control),
+            io=_earlier(before.io, seen.io),
             first=_both(before.first, seen.first),
         )
 
@@ -263,18 +299,19 @@ class Dispatcher:
 
         None: what lies there is unknown.
         """
-        queues = (AGENTS_QUEUE, CONTROL_QUEUE)
         try:
             with self._redis() as redis, redis.pipeline(transaction=False) as pipe:
-                for queue in queues:
+                for queue in QUEUES:
                     pipe.lrange(queue, -HEAD, -1)
-                pipe.lrange(SERVED_FIRST, 0, MOST_FIRST)
-                *heads, first = pipe.execute()
+                for queue in SERVED_FIRST:
+                    pipe.lrange(queue, 0, MOST_FIRST)
+                answers = pipe.execute()
         except RedisError as error:
             self._break(error)
             return {}, None
-        served_first = None if len(first) > MOST_FIRST else tuple(_visited(first) or ())
-        return dict(zip(queues, map(_visited, heads), strict=True)), served_first
+        heads = dict(zip(QUEUES, map(_visited, answers[: len(QUEUES)]), strict=True))
+        first = list(chain(*answers[len(QUEUES) :]))
+        return heads, None if len(first) > MOST_FIRST else tuple(_visited(first) or ())
 
     def is_reachable(self) -> bool:
         """Say whether the broker is worth a try: after a failure it must first answer a ping."""
@@ -346,6 +383,15 @@ class Dispatcher:
         except RedisError as error:
             raise Unavailable("Redis does not answer.") from error
         self._broken = False
+
+
+def _sent_to(task: Woken) -> dict[str, Any]:
+    """Return a woken task's message for the queue of the agent that a slot is kept of."""
+    message = task.message or {}
+    options = message.get("options", {})
+    if options.get("queue", task.queue) == task.queue:
+        return message
+    return {**message, "options": {**options, "queue": task.queue}}
 
 
 def _both(one: tuple[UUID, ...] | None, other: tuple[UUID, ...] | None) -> tuple[UUID, ...] | None:

@@ -7,7 +7,7 @@
     │   ├── InvalidInput
     │   └── InvalidRequest
     ├── NotFound                AgentNotFound, RunNotFound, TaskNotFound, WorkflowNotFound
-    ├── Conflict                RunFinished
+    ├── Conflict                RunFinished, ReportRefused, StaleNotice
     ├── Unavailable             a server we need is away
     └── AgentSignal             AgentBusy, RetryLater, GiveUp: what an agent may raise on purpose
 
@@ -110,6 +110,18 @@ class RunFinished(Conflict):
     """The run is over: its status is {status}."""
 
     code = "run_finished"
+
+
+class ReportRefused(Conflict):
+    """What the agent reports is not of the present attempt."""
+
+    code = "report_refused"
+
+
+class StaleNotice(Conflict):
+    """A notice of this agent that was signed later was taken already; sign a new one."""
+
+    code = "stale_notice"
 
 
 class Unavailable(OpsCoreError):

@@ -29,7 +29,8 @@ class Node:
     id: UUID
     depends_on: frozenset[UUID]
     timeout_seconds: float
-    is_end: bool = False
+    queue: str = ""
+    """Where its visit goes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,8 +58,10 @@ DOWN_SECONDS = 60.0
 """How long `down` waits; a stack that is asked once ends in less."""
 LOG_BYTES = 10_000_000
 """Size at which `opscore.log` becomes `opscore.log.1`."""
-CONTROL_THREADS = 8
-"""Of the worker that calls remote agents and does upkeep."""
+IO_THREADS = 16
+"""Of the worker that calls agents behind HTTP."""
+CONTROL_THREADS = 2
+"""Of the worker for what must never lie behind agent work."""
 HTTP_SECONDS = 5.0
 WORKFLOW_TYPES = {
     ".json": "application/json",
@@ -305,6 +307,8 @@ class Stack:
         self._kept.update(kept)
         environment = {
             "OPSCORE_LOG_FORMAT": "text",
+            # A stack to try things on: agents behind HTTP may run beside it.
+            "OPSCORE_AGENT_HOSTS": f"{LOOPBACK},localhost",
             "PYTHONUNBUFFERED": "1",
             **kept,
             **{name: value for name, value in self._given.items() if value},
@@ -327,10 +331,12 @@ class Stack:
 
     def _programs(self, environment: Mapping[str, str]) -> list[Program]:
         agents = [f"--queues={AGENTS_QUEUE}", "--pool=prefork"]
-        control = [f"--queues={IO_QUEUE},{CONTROL_QUEUE}", "--pool=threads"]
+        io = [f"--queues={IO_QUEUE}", "--pool=threads"]
+        control = [f"--queues={CONTROL_QUEUE}", "--pool=threads"]
         return [
             self._web(environment),
             self._worker("worker-agents", environment, *agents, workers=self.options.workers),
+            self._worker("worker-io", environment, *io, workers=IO_THREADS),
             self._worker("worker-control", environment, *control, workers=CONTROL_THREADS),
             _ours("beat", environment, "beat", f"--schedule={self.data / 'run/beat'}"),
             self._flower_program(environment),

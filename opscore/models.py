@@ -16,6 +16,7 @@ from sqlalchemy import (
     ARRAY,
     BigInteger,
     CheckConstraint,
+    Computed,
     DateTime,
     Float,
     ForeignKey,
@@ -31,9 +32,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from opscore.config import AGENTS_QUEUE
 from opscore.states import (
     RUN_ENDED,
     TASK_ENDED,
+    AgentState,
     AttemptStatus,
     Reason,
     RunStatus,
@@ -50,6 +53,10 @@ def _among(column: str, values: Any) -> str:
 def listed(statuses: Iterable[str]) -> str:
     """Return statuses for `IN`; a partial index and a query that write it alike find each other."""
     return "(" + ", ".join(f"'{status}'" for status in sorted(statuses)) + ")"
+
+
+IN_LINE = listed((Reason.AGENT_BUSY, Reason.AGENT_UNAVAILABLE))
+"""The reasons of those who stand in a line."""
 
 
 class Base(DeclarativeBase):
@@ -106,13 +113,62 @@ class Agent(Base):
     capabilities: Mapped[list[str]]
     capacity: Mapped[int | None]
     """How many attempts at once; null means no limit, and then there are no slots."""
+    contact_endpoint: Mapped[str | None]
+    """Where a remote agent takes work."""
+    details: Mapped[Json] = mapped_column(JSONB(none_as_null=True), nullable=True)
+    """What it said of itself when it registered: `metadata` on the wire."""
+    paused: Mapped[bool] = mapped_column(server_default=text("false"))
+    draining: Mapped[bool] = mapped_column(server_default=text("false"))
+    deregistered_at: Mapped[datetime | None]
+    closed: Mapped[bool] = mapped_column(
+        Computed("paused OR draining OR deregistered_at IS NOT NULL", persisted=True)
+    )
+    """Gets nothing new, whatever it reports."""
+    heartbeat_seconds: Mapped[float | None]
+    """It is silent, and gets nothing, if it reported nothing for so long."""
+    require_token: Mapped[bool] = mapped_column(server_default=text("true"))
+    """Only who shows an attempt's token may end it."""
+    state: Mapped[str] = mapped_column(server_default=AgentState.UNKNOWN)
+    """The newest in its history."""
+    state_at: Mapped[datetime | None]
+    """By the agent's clock; null until its first report, which outranks the registration's."""
+    state_lapses: Mapped[bool] = mapped_column(server_default=text("false"))
+    """It was reported of an attempt of ours, and says nothing once that is over."""
+    busy_until: Mapped[datetime | None]
+    """It refused work and is not asked again before this, unless it says that it is free."""
+    notified_at: Mapped[datetime | None]
+    """When the newest notice of the webhook about it was signed: an older one changes nothing."""
+    seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    """When it last said anything."""
     registered_at: Mapped[datetime] = mapped_column(server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
     __table_args__ = (
-        CheckConstraint(_among("kind", ["function"]), name="kind"),
+        CheckConstraint(_among("kind", ["function", "remote"]), name="kind"),
         CheckConstraint("capacity >= 1", name="capacity"),
+        CheckConstraint("heartbeat_seconds > 0", name="heartbeat"),
+        CheckConstraint(_among("state", AgentState), name="state"),
+        CheckConstraint(
+            "kind <> 'remote' OR contact_endpoint IS NOT NULL AND capacity IS NOT NULL",
+            name="remote",
+        ),
     )
+
+
+class AgentReport(Base):
+    """What an agent said of its state; append-only."""
+
+    __tablename__ = "agent_reports"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    agent_id: Mapped[str] = mapped_column(ForeignKey("agents.agent_id", ondelete="CASCADE"))
+    state: Mapped[str]
+    details: Mapped[Json] = mapped_column(JSONB(none_as_null=True), nullable=True)
+    at: Mapped[datetime]
+    """By the agent's clock, but never later than ours."""
+    received_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+    __table_args__ = (Index(None, "agent_id", "at", "id"),)
 
 
 class Slot(Base):
@@ -131,6 +187,16 @@ class Slot(Base):
     reserved_for: Mapped[uuid.UUID | None] = mapped_column(index=True)
     """The woken task it is kept for until `reserved_until`."""
     reserved_until: Mapped[datetime | None]
+    held_at: Mapped[datetime | None]
+    """When it was last taken."""
+    freed_at: Mapped[datetime | None]
+    """When it was last given back: of equal agents the one that rested longest is asked."""
+    failures: Mapped[int] = mapped_column(server_default=text("0"))
+    """In a row, of the kind that says that its agent is not there."""
+    rests_until: Mapped[datetime | None]
+    """After such a failure nobody gets it by a capability before this."""
+    average_seconds: Mapped[float | None]
+    """How long it was held of late: each time counts for a fifth, what was before for the rest."""
 
     HOLDS: ClassVar[Mapping[str, str]] = {
         "number": "number >= 1",
@@ -162,6 +228,9 @@ class Run(Base):
     priority: Mapped[int] = mapped_column(server_default=text("1"))
     """0 low, 1 normal, 2 high: who is first among those who wait."""
     labels: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
+    max_concurrent: Mapped[int | None]
+    """How many runs of its workflow may be under way at once; while it waits for that it is
+    `queued` with the reason `max_concurrent_runs`."""
     input: Mapped[Json] = mapped_column(JSONB)
     output: Mapped[Json] = mapped_column(JSONB(none_as_null=True), nullable=True)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
@@ -192,6 +261,14 @@ class Run(Base):
         # An expression, or a list of one workflow's runs is planned by way of this index.
         Index("ix_runs_status", text(f"({RUN_STATUS})"), "created_at", "id"),
         Index(None, "labels", postgresql_using="gin", postgresql_ops={"labels": "jsonb_path_ops"}),
+        Index(
+            "ix_runs_held",
+            "workflow_id",
+            text("priority DESC"),
+            "created_at",
+            "id",
+            postgresql_where=text("status = 'queued' AND reason = 'max_concurrent_runs'"),
+        ),
         Index(
             "ix_runs_open",
             "generation_at",
@@ -228,6 +305,12 @@ class Task(Base):
 
     wanted_agent_id: Mapped[str | None]
     wanted_capability: Mapped[str | None]
+    fallback: Mapped[list[str]] = mapped_column(server_default=text("'{}'"))
+    """Agents to ask, in this order, while none of those it wants is available."""
+    line_agent_id: Mapped[str | None]
+    """In whose line it stands; null: in that of all agents with the wanted capability."""
+    queue: Mapped[str] = mapped_column(server_default=AGENTS_QUEUE)
+    """Where its visits go, unless it is woken for a slot of an agent of another kind."""
     preferred_agent_id: Mapped[str | None]
     agent_id: Mapped[str | None]
     """The agent of the newest attempt."""
@@ -283,7 +366,8 @@ class Task(Base):
         "kind": _among("kind", ["agent", "for_each", "end"]),
         "status": _among("status", TaskStatus),
         "finished": f"({_among('status', TASK_ENDED)}) = (finished_at IS NOT NULL)",
-        "lease": "(status = 'running') = (lease_expires_at IS NOT NULL)",
+        "lease": "(status = 'running' OR status = 'waiting' AND reason = 'remote')"
+        " = (lease_expires_at IS NOT NULL)",
         "started": "status <> 'running' OR started_at IS NOT NULL",
         "reason": f"status <> 'waiting' OR ({_among('reason', Reason)}) IS TRUE",
         "failed": "status <> 'failed' OR error IS NOT NULL",
@@ -298,7 +382,11 @@ class Task(Base):
             unique=True,
             postgresql_where=text("parent_id IS NOT NULL"),
         ),
-        Index("ix_tasks_leases", "lease_expires_at", postgresql_where=text("status = 'running'")),
+        Index(
+            "ix_tasks_leases",
+            "lease_expires_at",
+            postgresql_where=text("lease_expires_at IS NOT NULL"),
+        ),
         Index(
             "ix_tasks_wakes",
             "wake_at",
@@ -308,7 +396,7 @@ class Task(Base):
         Index(
             "ix_tasks_held",
             "reason",
-            postgresql_where=text("status = 'waiting' AND reason <> 'agent_busy'"),
+            postgresql_where=text(f"status = 'waiting' AND reason NOT IN {IN_LINE}"),
         ),
         Index(
             "ix_tasks_woken",
@@ -323,10 +411,10 @@ class Task(Base):
         Index("ix_tasks_pending", "run_id", postgresql_where=text("status = 'pending'")),
         Index(
             "ix_tasks_line_agent",
-            "wanted_agent_id",
+            "line_agent_id",
             text("priority DESC"),
             "waiting_since",
-            postgresql_where=text("status = 'waiting' AND reason = 'agent_busy'"),
+            postgresql_where=text(f"status = 'waiting' AND reason IN {IN_LINE}"),
         ),
         Index(
             "ix_tasks_line_capability",
@@ -334,7 +422,7 @@ class Task(Base):
             text("priority DESC"),
             "waiting_since",
             postgresql_where=text(
-                "status = 'waiting' AND reason = 'agent_busy' AND wanted_agent_id IS NULL"
+                f"status = 'waiting' AND reason IN {IN_LINE} AND line_agent_id IS NULL"
             ),
         ),
     )
@@ -356,6 +444,10 @@ class Attempt(Base):
     """`{code, message, traceback?}`."""
     progress: Mapped[float | None]
     progress_message: Mapped[str | None]
+    token: Mapped[uuid.UUID | None]
+    """What its agent showed when it reported the result."""
+    report: Mapped[str | None]
+    """SHA-256 of that result: the same again gets the same answer."""
     started_at: Mapped[datetime] = mapped_column(server_default=func.now())
     finished_at: Mapped[datetime | None]
 

@@ -13,11 +13,12 @@ from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
+    Boolean,
     ColumnElement,
+    Float,
     Select,
     String,
     Text,
-    and_,
     any_,
     bindparam,
     case,
@@ -27,6 +28,7 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
+    text,
     true,
     tuple_,
 )
@@ -34,10 +36,13 @@ from sqlalchemy.dialects.postgresql import JSONB, aggregate_order_by, distinct_o
 from sqlalchemy.orm import aliased
 
 from opscore.db import Tx
+from opscore.engine.clauses import FOR_CAPABILITY, ORDER, is_open, still
 from opscore.errors import AgentNotFound, RunNotFound, TaskNotFound, WorkflowNotFound
 from opscore.models import (
+    IN_LINE,
     RUN_STATUS,
     Agent,
+    AgentReport,
     Attempt,
     AttemptLog,
     Event,
@@ -55,6 +60,10 @@ ATTEMPTS_SHOWN = 20
 """Newest attempts shown with each task of a list; the task's own page has them all."""
 LOG_LINES_SHOWN = 1000
 """Newest log lines shown with an attempt."""
+LINE_SHOWN = 20
+"""The first of its line that are shown with an agent."""
+PLACES_COUNTED = 10_000
+"""Whoever stands further back in a line is not told his place: to count costs a look at each."""
 
 Row = Mapping[str, Any]
 Statement = Select[*tuple[Any, ...]]
@@ -217,6 +226,9 @@ _TASK = (
     Task.status,
     Task.reason,
     case((Task.status == TaskStatus.WAITING, Task.wake_at)).label("wake_at"),
+    Task.fallback,
+    Task.line_agent_id,
+    Task.lease_expires_at,
     Task.output,
     Task.error,
     Task.attempt,
@@ -285,6 +297,16 @@ def get_task(tx: Tx, task_id: UUID) -> dict[str, Any]:
     return {**task, "logs": _logs(tx, task_id, newest)}
 
 
+def check_task(tx: Tx, task_id: UUID) -> None:
+    """Make sure that there is such a task.
+
+    Raises:
+        TaskNotFound
+    """
+    if tx.execute(select(true()).where(Task.id == task_id, Task.kind != "end")).first() is None:
+        raise TaskNotFound(task_id=task_id)
+
+
 def get_attempt(tx: Tx, task_id: UUID, number: int) -> dict[str, Any]:
     """Return one attempt with its `logs` and, in its error, the traceback.
 
@@ -332,15 +354,17 @@ _ATTEMPT = (
 def _with_parts(
     tx: Tx, rows: Sequence[Row], *, attempts_shown: int | None = ATTEMPTS_SHOWN
 ) -> list[dict[str, Any]]:
-    """Add `attempts`, `items` and `waiting_for` to rows of tasks, in two statements for all."""
+    """Add `attempts`, `items`, `waiting_for` and `queue` to rows of tasks, in three statements."""
     attempts = _attempts(tx, [row["task_id"] for row in rows], attempts_shown)
     items = _item_counts(tx, rows)
+    places = _places(tx, rows)
     return [
         {
             **row,
             "attempts": attempts.get(row["task_id"], []),
             "items": (counts := items.get(row["task_id"])),
             "waiting_for": describe_wait(row, counts),
+            "queue": places.get(row["task_id"]),
         }
         for row in rows
     ]
@@ -381,6 +405,58 @@ def _item_counts(tx: Tx, rows: Sequence[Row]) -> dict[UUID, dict[str, int]]:
     return counts
 
 
+_WAITS_IN_LINE = f"w.status = 'waiting' AND w.reason IN {IN_LINE}"
+"""As the indexes of the lines have it. A line is an agent's, or that of all with a capability."""
+_PLACES = text(
+    f"""
+WITH shown AS MATERIALIZED (
+    SELECT w.id, coalesce(w.line_agent_id, '') AS agent,
+           CASE WHEN w.line_agent_id IS NULL THEN w.wanted_capability ELSE '' END AS capability
+    FROM tasks w WHERE w.id = ANY (cast(:tasks AS uuid[]))
+      AND {still("waiting", "w")} AND w.reason IN {IN_LINE}
+), lines AS MATERIALIZED (
+    SELECT DISTINCT agent, capability FROM shown
+), ranked AS (
+    SELECT first.id, rank() OVER (
+        PARTITION BY l.agent, l.capability ORDER BY first.priority DESC, first.waiting_since
+    ) AS position
+    FROM lines l CROSS JOIN LATERAL (
+        (SELECT w.id, w.priority, w.waiting_since FROM tasks w
+         WHERE w.line_agent_id = l.agent AND {_WAITS_IN_LINE}
+         {ORDER} LIMIT {PLACES_COUNTED})
+        UNION ALL
+        (SELECT w.id, w.priority, w.waiting_since FROM tasks w
+         WHERE w.line_agent_id IS NULL AND w.wanted_capability = l.capability AND {_WAITS_IN_LINE}
+         {ORDER} LIMIT {PLACES_COUNTED})) AS first
+), places AS MATERIALIZED (
+    SELECT * FROM ranked WHERE id = ANY (cast(:tasks AS uuid[]))
+), paces AS MATERIALIZED (
+    SELECT l.agent, l.capability, count(*) AS slots, avg(s.average_seconds) AS seconds
+    FROM lines l JOIN agents a ON a.agent_id = l.agent OR l.capability = ANY (a.capabilities)
+    JOIN slots s ON s.agent_id = a.agent_id AND s.number <= a.capacity
+    WHERE {is_open()}
+    GROUP BY l.agent, l.capability
+)
+SELECT shown.id AS task_id, places.position, now() + make_interval(
+    secs => ceil(places.position / cast(paces.slots AS float)) * paces.seconds
+) AS estimated_start_at
+FROM shown LEFT JOIN places USING (id) LEFT JOIN paces USING (agent, capability)
+"""
+)
+
+
+def _places(tx: Tx, rows: Sequence[Row]) -> dict[UUID, Row]:
+    """Return the place in line, and when its turn may come, of those tasks that stand in one."""
+    reasons = (Reason.AGENT_BUSY, Reason.AGENT_UNAVAILABLE)
+    in_line = [
+        row["task_id"]
+        for row in rows
+        if row["status"] == TaskStatus.WAITING and row["reason"] in reasons
+    ]
+    found = tx.execute(_PLACES, {"tasks": in_line}) if in_line else ()
+    return {row.task_id: row._asdict() for row in found}
+
+
 def _logs(tx: Tx, task_id: UUID, number: int) -> Sequence[Row]:
     statement = (
         select(AttemptLog.line, AttemptLog.at, AttemptLog.message, AttemptLog.fields)
@@ -400,17 +476,31 @@ def describe_wait(task: Row, items: Mapping[str, int] | None = None) -> str | No
     return _WAITS[Reason(task["reason"])](task, items or {})
 
 
-def _wanted(task: Row) -> str:
-    if task["wanted_agent_id"] is not None:
-        return f"agent {task['wanted_agent_id']}"
-    return f"every agent with capability {task['agent_capability']}"
+def _busy(task: Row) -> str:
+    line, wanted = task["line_agent_id"], task["wanted_agent_id"]
+    if line is not None and line != wanted:
+        return f"agent {line}, which it falls back on, is busy"
+    if wanted is not None:
+        return f"agent {wanted} is busy"
+    return f"every agent with capability {task['agent_capability']} is busy"
+
+
+def _unavailable(task: Row) -> str:
+    wanted, others = task["wanted_agent_id"], ", ".join(task["fallback"])
+    if wanted is None:
+        said = f"no agent with capability {task['agent_capability']} is available"
+        return f"{said}, nor {others}" if others else said
+    if others:
+        return f"none of the agents {wanted}, {others} is available"
+    return f"agent {wanted} is unavailable"
 
 
 def _again(task: Row) -> str:
-    if task["wake_at"] is None:
-        return ""
-    at = task["wake_at"].astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    return f"; it is tried again at {at}"
+    return "" if task["wake_at"] is None else f"; it is tried again at {_moment(task['wake_at'])}"
+
+
+def _moment(at: datetime) -> str:
+    return at.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _named(names: Sequence[str]) -> str:
@@ -419,11 +509,11 @@ def _named(names: Sequence[str]) -> str:
 
 
 _WAITS: Mapping[Reason, Callable[[Row, Mapping[str, int]], str]] = {
-    Reason.AGENT_BUSY: lambda task, _: f"{_wanted(task)} is busy{_again(task)}",
-    Reason.AGENT_UNAVAILABLE: lambda task, _: (
-        f"agent {task['wanted_agent_id']} is unavailable{_again(task)}"
-        if task["wanted_agent_id"] is not None
-        else f"no agent with capability {task['agent_capability']} is available{_again(task)}"
+    Reason.AGENT_BUSY: lambda task, _: f"{_busy(task)}{_again(task)}",
+    Reason.AGENT_UNAVAILABLE: lambda task, _: f"{_unavailable(task)}{_again(task)}",
+    Reason.REMOTE: lambda task, _: (
+        f"agent {task['agent_id']} has it and reports when it is done; until"
+        f" {_moment(task['lease_expires_at'])}"
     ),
     Reason.RETRY: lambda task, _: (
         f"{task['tries']} of {task['max_attempts']} attempts failed{_again(task)}"
@@ -544,6 +634,8 @@ def _no_workflow(workflow_id: str, version: int | None = None) -> WorkflowNotFou
 
 # --- Agents -------------------------------------------------------------------------------------
 
+_IS_OPEN = is_open("agents")
+_SILENT_SECONDS = "extract(epoch FROM now() - agents.seen_at)"
 _AGENT = (
     Agent.agent_id,
     Agent.name.label("agent_name"),
@@ -551,14 +643,27 @@ _AGENT = (
     Agent.version,
     Agent.capabilities,
     Agent.capacity,
+    Agent.state,
+    Agent.state_at,
+    Agent.paused,
+    Agent.draining,
+    Agent.contact_endpoint,
+    Agent.details.label("metadata"),
+    Agent.heartbeat_seconds,
+    Agent.require_token,
+    Agent.seen_at,
+    case((Agent.busy_until > func.now(), Agent.busy_until)).label("busy_until"),
+    literal_column(_IS_OPEN, Boolean).label("available"),
+    literal_column(_SILENT_SECONDS, Float).label("silent_seconds"),
     Agent.registered_at,
     Agent.updated_at,
 )
+_IS_THERE = Agent.deregistered_at.is_(None)
 
 
 def list_agents(tx: Tx, *, capability: str | None = None, after: Key | None, limit: int) -> Page:
     """Return a page of agents, each as `get_agent` has it."""
-    statement = select(*_AGENT)
+    statement = select(*_AGENT).where(_IS_THERE)
     if capability is not None:
         statement = statement.where(literal(capability) == any_(Agent.capabilities))
     if after is not None:
@@ -569,37 +674,119 @@ def list_agents(tx: Tx, *, capability: str | None = None, after: Key | None, lim
 
 
 def get_agent(tx: Tx, agent_id: str) -> dict[str, Any]:
-    """Return the agent with what it does now: `state`, `running`, `holders`, `waiting`.
+    """Return the agent with what it does now: `state`, `running`, `holders`, `waiting`, `line`.
 
     `holders` are the attempts that hold its slots (an agent without `capacity` has none),
-    `waiting` is how many tasks wait because it is busy.
+    `waiting` is how many tasks stand in its line, `line` the first of them.
 
     Raises:
-        AgentNotFound
+        AgentNotFound: also if it was deregistered.
     """
-    row = _row(tx, select(*_AGENT).where(Agent.agent_id == agent_id))
+    row = _row(tx, select(*_AGENT).where(Agent.agent_id == agent_id, _IS_THERE))
     if row is None:
         raise AgentNotFound(agent_id=agent_id)
     return _with_work(tx, [row])[0]
 
 
+def check_agent(tx: Tx, agent_id: str) -> None:
+    """Make sure that there is such an agent.
+
+    Raises:
+        AgentNotFound: also if it was deregistered.
+    """
+    if tx.execute(select(true()).where(Agent.agent_id == agent_id, _IS_THERE)).first() is None:
+        raise AgentNotFound(agent_id=agent_id)
+
+
+def get_state(tx: Tx, agent_id: str) -> dict[str, Any]:
+    """Return the agent's `state`, the `details` reported with it, and since when it is so.
+
+    Raises:
+        AgentNotFound: also if it was deregistered.
+    """
+    # The registration's own report may bear a later time than the agent's clock gives the first.
+    details = (
+        select(AgentReport.details)
+        .where(AgentReport.agent_id == Agent.agent_id, AgentReport.at <= Agent.state_at)
+        .order_by(AgentReport.at.desc(), AgentReport.id.desc())
+        .limit(1)
+        .correlate(Agent)
+        .scalar_subquery()
+    )
+    since = func.coalesce(Agent.state_at, Agent.registered_at)
+    row = _row(
+        tx,
+        select(
+            Agent.agent_id,
+            Agent.kind,
+            Agent.state,
+            details.label("details"),
+            since.label("timestamp"),
+        ).where(Agent.agent_id == agent_id, _IS_THERE),
+    )
+    if row is None:
+        raise AgentNotFound(agent_id=agent_id)
+    return {**row, "state": _state(row, _running(tx, [agent_id]))}
+
+
+def list_reports(tx: Tx, agent_id: str, *, after: Key | None, limit: int) -> Page:
+    """Return a page of what the agent reported, newest first by its own clock.
+
+    Raises:
+        AgentNotFound: also if it was deregistered.
+    """
+    check_agent(tx, agent_id)
+    statement = select(
+        AgentReport.id,
+        AgentReport.agent_id,
+        AgentReport.state,
+        AgentReport.details,
+        AgentReport.at.label("timestamp"),
+        AgentReport.received_at,
+    ).where(AgentReport.agent_id == agent_id)
+    if after is not None:
+        statement = statement.where(tuple_(AgentReport.at, AgentReport.id) < after)
+    statement = statement.order_by(AgentReport.at.desc(), AgentReport.id.desc())
+    return _page(tx, statement, limit, "timestamp", "id")
+
+
 def _with_work(tx: Tx, agents: Sequence[Row]) -> list[dict[str, Any]]:
-    """Add to each agent what it does, in three statements for all."""
+    """Add to each agent what it does and who waits for it, in four statements for all."""
     ids = [agent["agent_id"] for agent in agents]
     holders = _holders(tx, ids)
     running = _running(tx, ids)
-    by_agent, by_capability = _lines(tx)
+    waiting = _waiting(tx, agents)
+    lines = _lines(tx, ids)
     return [
         {
             **agent,
-            "state": "active" if running.get(agent["agent_id"]) else "idle",
+            "state": _state(agent, running),
+            "unavailable_because": _why_unavailable(agent),
             "running": running.get(agent["agent_id"], 0),
             "holders": holders.get(agent["agent_id"], []),
-            "waiting": by_agent.get(agent["agent_id"], 0)
-            + sum(by_capability.get(name, 0) for name in agent["capabilities"]),
+            "waiting": waiting[agent["agent_id"]],
+            "line": lines.get(agent["agent_id"], []),
         }
         for agent in agents
     ]
+
+
+def _state(agent: Row, running: Mapping[str, int]) -> str:
+    if agent["kind"] == "remote":
+        return str(agent["state"])
+    return "active" if running.get(agent["agent_id"]) else "idle"
+
+
+def _why_unavailable(agent: Row) -> str | None:
+    if agent["available"]:
+        return None
+    for name in ("paused", "draining"):
+        if agent[name]:
+            return name
+    limit, silent = agent["heartbeat_seconds"], agent["silent_seconds"]
+    if limit is not None and silent >= limit:
+        return f"silent for {silent:.0f} s"
+    return "reported error"
 
 
 def _holders(tx: Tx, agents: Sequence[str]) -> dict[str, list[Row]]:
@@ -624,31 +811,74 @@ def _holders(tx: Tx, agents: Sequence[str]) -> dict[str, list[Row]]:
 
 
 def _running(tx: Tx, agents: Sequence[str]) -> dict[str, int]:
+    """Count the attempts of each: those in workers, and those that agents behind HTTP took."""
     statement = (
         select(Task.agent_id, func.count())
-        .where(Task.status == literal_column("'running'"), Task.agent_id.in_(agents))
+        .where(Task.lease_expires_at.is_not(None), Task.agent_id.in_(agents))
         .group_by(Task.agent_id)
     )
     return {agent: number for agent, number in tx.execute(statement) if agent is not None}
 
 
-def _lines(tx: Tx) -> tuple[dict[str, int], dict[str, int]]:
-    """Count who waits for a busy agent: by agent, and by capability where no agent is named."""
-    in_line = and_(
-        Task.status == literal_column("'waiting'"), Task.reason == literal_column("'agent_busy'")
-    )
-    capability = case((Task.wanted_agent_id.is_(None), Task.wanted_capability))
-    statement = (
-        select(Task.wanted_agent_id, capability, func.count())
-        .where(in_line)
-        .group_by(Task.wanted_agent_id, capability)
-    )
-    by_agent: dict[str, int] = {}
-    by_capability: dict[str, int] = {}
-    for agent, name, number in tx.execute(statement):
-        line, key = (by_agent, agent) if agent is not None else (by_capability, name)
-        line[key] = number
-    return by_agent, by_capability
+_WAITING = text(
+    f"""
+SELECT w.line_agent_id AS agent, NULL AS capability, count(*) AS number FROM tasks w
+WHERE w.line_agent_id = ANY (cast(:agents AS text[])) AND {_WAITS_IN_LINE}
+GROUP BY w.line_agent_id
+UNION ALL
+SELECT NULL, w.wanted_capability, count(*) FROM tasks w
+WHERE w.line_agent_id IS NULL AND w.wanted_capability = ANY (cast(:capabilities AS text[]))
+  AND {_WAITS_IN_LINE}
+GROUP BY w.wanted_capability
+"""
+)
+
+
+def _waiting(tx: Tx, agents: Sequence[Row]) -> dict[str, int]:
+    """Count who stands in the line of each of the agents, and of each of its capabilities."""
+    ids = [agent["agent_id"] for agent in agents]
+    offered = {name for agent in agents for name in agent["capabilities"]}
+    rows = tx.execute(_WAITING, {"agents": ids, "capabilities": sorted(offered)})
+    number = {(row.agent, row.capability): row.number for row in rows}
+    return {
+        agent["agent_id"]: number.get((agent["agent_id"], None), 0)
+        + sum(number.get((None, name), 0) for name in agent["capabilities"])
+        for agent in agents
+    }
+
+
+_WAITER = "w.id, w.run_id, w.definition_id, w.waiting_since, w.priority"
+_LINES = text(
+    f"""
+SELECT a.agent_id, l.position, l.id AS task_id, l.run_id, l.definition_id AS task_definition_id,
+       l.waiting_since, l.priority, now() + make_interval(
+           secs => ceil(l.position / cast(pace.slots AS float)) * pace.seconds
+       ) AS estimated_start_at
+FROM agents a CROSS JOIN LATERAL (
+    SELECT w.*, row_number() OVER ({ORDER}, w.id) AS position FROM (
+        (SELECT {_WAITER} FROM tasks w WHERE w.line_agent_id = a.agent_id AND {_WAITS_IN_LINE}
+         {ORDER} LIMIT {LINE_SHOWN})
+        UNION ALL
+        SELECT first.* FROM unnest(a.capabilities) AS offered (capability), LATERAL (
+            SELECT {_WAITER} FROM tasks w WHERE {FOR_CAPABILITY} AND {_WAITS_IN_LINE}
+            {ORDER} LIMIT {LINE_SHOWN}) AS first
+    ) AS w ORDER BY position LIMIT {LINE_SHOWN}
+) AS l CROSS JOIN LATERAL (
+    SELECT nullif(count(*), 0) AS slots, avg(s.average_seconds) AS seconds FROM slots s
+    WHERE s.agent_id = a.agent_id AND s.number <= a.capacity AND {is_open()}
+) AS pace
+WHERE a.agent_id = ANY (cast(:agents AS text[]))
+ORDER BY a.agent_id, l.position
+"""
+)
+
+
+def _lines(tx: Tx, agents: Sequence[str]) -> dict[str, list[Row]]:
+    """Return the first who wait for each agent, and when their turn there may come."""
+    found: dict[str, list[Row]] = {}
+    for row in tx.execute(_LINES, {"agents": list(agents)}):
+        found.setdefault(row.agent_id, []).append(row._asdict())
+    return found
 
 
 # --- Workers ------------------------------------------------------------------------------------

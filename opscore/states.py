@@ -35,12 +35,24 @@ class AttemptStatus(StrEnum):
     CANCELLED = "cancelled"
 
 
+class AgentState(StrEnum):
+    """What an agent says of itself; a report, never a lock."""
+
+    UNKNOWN = "UNKNOWN"
+    INITIALIZING = "initializing"
+    IDLE = "idle"
+    ACTIVE = "active"
+    ERROR = "error"
+    FINISHED = "finished"
+
+
 class Reason(StrEnum):
     """Why a task waits."""
 
     AGENT_BUSY = "agent_busy"
     AGENT_UNAVAILABLE = "agent_unavailable"
     RETRY = "retry"
+    REMOTE = "remote"
     DEPENDENCIES = "dependencies"
     MAX_PARALLEL = "max_parallel"
     CHILDREN = "children"
@@ -60,9 +72,7 @@ TASK_ARROWS: Mapping[TaskStatus, frozenset[TaskStatus]] = {
     TaskStatus.PENDING: frozenset(
         {TaskStatus.RUNNING, TaskStatus.WAITING, TaskStatus.FAILED, TaskStatus.CANCELLED}
     ),
-    TaskStatus.WAITING: frozenset(
-        {TaskStatus.RUNNING, TaskStatus.PENDING, TaskStatus.FAILED, TaskStatus.CANCELLED}
-    ),
+    TaskStatus.WAITING: frozenset({TaskStatus.RUNNING, TaskStatus.PENDING, *_ENDS}),
     TaskStatus.RUNNING: frozenset({TaskStatus.WAITING, *_ENDS}),
     TaskStatus.COMPLETED: frozenset(),
     TaskStatus.FAILED: frozenset(),

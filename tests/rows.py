@@ -115,16 +115,39 @@ def add_event(tx: Tx, run_id: UUID, type: str, task_id: UUID | None = None, **da
     tx.execute(insert(Event).values(run_id=run_id, task_id=task_id, type=type, data=data))
 
 
-def add_agent(tx: Tx, agent_id: str, *capabilities: str, capacity: int | None = None) -> None:
-    tx.execute(
-        insert(Agent).values(
-            agent_id=agent_id,
-            kind="function",
-            name=agent_id.title(),
-            version="1",
-            capabilities=list(capabilities),
-            capacity=capacity,
-        )
-    )
+def add_agent(
+    tx: Tx, agent_id: str, *capabilities: str, capacity: int | None = None, **values: Any
+) -> None:
+    row = {
+        "agent_id": agent_id,
+        "kind": "function",
+        "name": agent_id.title(),
+        "version": "1",
+        "capabilities": list(capabilities),
+        "capacity": capacity,
+        **values,
+    }
+    tx.execute(insert(Agent).values(row))
     for number in range(1, (capacity or 0) + 1):
         tx.execute(insert(Slot).values(agent_id=agent_id, number=number))
+
+
+def add_waiting(
+    tx: Tx,
+    run_id: UUID,
+    count: int = 1,
+    *,
+    agent_id: str | None = None,
+    capability: str | None = None,
+    since: datetime = NOW,
+    **more: Any,
+) -> list[UUID]:
+    """Add tasks that wait for an agent, or any with a capability, each a second after the last."""
+    line = {"wanted_agent_id": agent_id, "line_agent_id": agent_id, "wanted_capability": capability}
+    values = {"reason": "agent_busy", **line, **more}
+    rows = [
+        task_row(run_id, f"w{n}", "waiting", waiting_since=since + timedelta(seconds=n), **values)
+        for n in range(count)
+    ]
+    tx.execute(insert(Task), rows)
+    return [row["id"] for row in rows]

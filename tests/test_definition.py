@@ -559,3 +559,30 @@ def test_reading_raises_nothing_but_invalid_definition(text, kind):
         read_document(text, kind)
     except InvalidDefinition as error:
         assert list(error.errors) == [""]
+
+
+# --- Fallbacks, and runs at once
+
+
+def test_fallbacks_are_agents_named_once_behind_one_that_is_wanted() -> None:
+    task = {"taskId": "a", "agentId": "x", "fallback": ["y", "z"]}
+    assert parse({"id": "w", "tasks": [task]}).task("a").fallback == ("y", "z")
+    faults = {
+        "/tasks/0/fallback/0": {"fallback": [7]},
+        "/tasks/0/fallback/1": {"fallback": ["y", "x"]},
+        "/tasks/0/fallback": {"fallback": "y"},
+    }
+    for pointer, change in faults.items():
+        with pytest.raises(InvalidDefinition) as refused:
+            parse({"id": "w", "tasks": [task | change]})
+        assert list(refused.value.errors) == [pointer]
+    with pytest.raises(InvalidDefinition) as refused:
+        parse({"id": "w", "tasks": [{"taskId": "a", "fallback": ["y"]}]})
+    assert list(refused.value.errors) == ["/tasks/0/fallback"]
+
+
+@pytest.mark.parametrize("most", [0, -1, 1.5, "2", True, None])
+def test_runs_at_once_are_a_whole_number(most: object) -> None:
+    with pytest.raises(InvalidDefinition) as refused:
+        parse({"id": "w", "maxConcurrentRuns": most, "tasks": [{"taskId": "a", "agentId": "x"}]})
+    assert list(refused.value.errors) == ["/maxConcurrentRuns"]

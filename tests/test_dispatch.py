@@ -14,7 +14,7 @@ from stack import stack_environment, wait_until
 from test_engine import Desk, agent, task
 
 from celeryconfig import make_app
-from opscore import agents, dispatch, engine
+from opscore import agents, canvas, dispatch, engine
 from opscore.config import AGENTS_QUEUE, FIRST, SERVED_FIRST, Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
@@ -52,7 +52,7 @@ def visits(broker: RedisServer, *queues: str) -> list[dict[str, Any]]:
     """Return what lies in the queues, the next to be served last."""
     with Redis.from_url(broker.url) as redis:
         entries: list[Any] = []
-        for queue in queues or (AGENTS_QUEUE, SERVED_FIRST):
+        for queue in queues or (AGENTS_QUEUE, SERVED_FIRST[0]):
             entries += redis.lrange(queue, 0, -1)
         return [json.loads(message) for message in entries]
 
@@ -180,7 +180,7 @@ def test_a_wake_that_was_lost_is_repeated_and_one_that_is_late_is_not(
     desk: Desk, dispatcher: Dispatcher, broker: RedisServer
 ) -> None:
     desk.submit(task("a"))
-    signature = dispatcher._visit(desk.id("a"), 1, 60, None)
+    signature = canvas.visit(dispatcher.app, desk.id("a"), 1, timeout_seconds=60)
     with desk.tx() as tx:
         engine.fail_attempt(
             tx, desk.claim("a"), Failure("x", "x"), delay_seconds=0, message=dict(signature)
@@ -203,7 +203,9 @@ def test_visits_of_the_highest_priority_are_served_before_others_in_their_order(
     desk: Desk, dispatcher: Dispatcher, broker: RedisServer
 ) -> None:
     desk.submit(*(task(name, dependsOn=[]) for name in "abcd"))
-    messages = [dict(dispatcher._visit(desk.id(name), 1, 60, None)) for name in "abcd"]
+    messages = [
+        dict(canvas.visit(dispatcher.app, desk.id(name), 1, timeout_seconds=60)) for name in "abcd"
+    ]
     dispatcher.send(messages[3:])
     assert dispatcher.send(messages[:3], priority=FIRST)
     app = dispatcher.app
@@ -221,7 +223,7 @@ def busy_pair(desk: Desk, dispatcher: Dispatcher) -> Any:
     """Return the claim of a task for whose slot another waits."""
     desk.submit(*(task(name, "single", dependsOn=[]) for name in "ab"))
     held = desk.claim("a")
-    message = dict(dispatcher._visit(desk.id("b"), 1, 60, None))
+    message = dict(canvas.visit(dispatcher.app, desk.id("b"), 1, timeout_seconds=60))
     wait = desk.claim("b")
     with desk.database.autocommit() as tx:
         engine.park_task(tx, desk.id("b"), wait, message=message, generation=1)
@@ -250,7 +252,7 @@ def test_a_lost_wake_for_a_slot_is_repeated_however_long_the_queue_is(
     plan = desk.plan
     desk.submit(task("long-ago"))
     age(desk, 3600)
-    dispatcher.send([dispatcher._visit(desk.id("long-ago"), 1, 60, None)])
+    dispatcher.send([canvas.visit(dispatcher.app, desk.id("long-ago"), 1, timeout_seconds=60)])
     desk.plan = plan
     (woken,) = desk.complete(held).woken
     desk.alter(
@@ -261,7 +263,7 @@ def test_a_lost_wake_for_a_slot_is_repeated_however_long_the_queue_is(
     dispatcher.rescue()
     assert len(visits(broker)) == 2, "it waits at the front, for a worker that has time"
     with Redis.from_url(broker.url) as redis:
-        redis.rpop(SERVED_FIRST)
+        redis.rpop(SERVED_FIRST[0])
     dispatcher.rescue()
     dispatcher.rescue()
     assert [visit["headers"]["id"] for visit in visits(broker)][1:] == [str(woken.task_id)]
@@ -279,7 +281,7 @@ def test_who_is_served_first_hides_no_lost_visit_of_the_others(
     dispatcher.rescue()
     dispatcher.rescue()
     assert desk.rows("SELECT generation FROM runs WHERE id = :run", run=lost.run_id)[0][0] == 2
-    assert len(visits(broker, SERVED_FIRST)) == 1
+    assert len(visits(broker, SERVED_FIRST[0])) == 1
 
 
 def crowd(desk: Desk, dispatcher: Dispatcher, count: int) -> None:
@@ -288,7 +290,7 @@ def crowd(desk: Desk, dispatcher: Dispatcher, count: int) -> None:
         agents.register_functions(tx, [agent("wide", count)])
     desk.submit(*(task(f"t{n}", "wide", dependsOn=[]) for n in range(count)))
     for number in range(count):
-        message = dict(dispatcher._visit(desk.id(f"t{number}"), 1, 60, None))
+        message = dict(canvas.visit(dispatcher.app, desk.id(f"t{number}"), 1, timeout_seconds=60))
         with desk.database.autocommit() as tx:
             wait = engine.MustWait(Reason.AGENT_BUSY, "wide")
             engine.park_task(tx, desk.id(f"t{number}"), wait, message=message, generation=1)
@@ -313,7 +315,7 @@ def test_however_many_wait_to_be_served_first_nobody_is_taken_for_lost(
         assert len(visits(broker)) == before
     desk.alter("UPDATE tasks SET woken_at = woken_at - interval '11 min'")
     with Redis.from_url(broker.url) as redis:
-        redis.ltrim(SERVED_FIRST, 0, 199)
+        redis.ltrim(SERVED_FIRST[0], 0, 199)
     dispatcher.rescue()
     assert len(visits(broker)) > before, "who is too many to be told apart is judged by age"
 

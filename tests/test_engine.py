@@ -739,6 +739,7 @@ def test_busy_gives_the_task_back_without_using_up_an_attempt(desk: Desk) -> Non
             engine.release_attempt(
                 tx, claimed, Reason.AGENT_BUSY, delay_seconds=0, message={"m": 1}
             )
+        desk.alter("UPDATE tasks SET not_before = now() WHERE run_id = :run")
     row = desk.task("a")
     assert (row.status, row.reason, row.tries, row.waits) == ("waiting", "agent_busy", 0, 3)
     assert isinstance(desk.complete(desk.claim("a")), Finished)
@@ -1018,3 +1019,63 @@ def test_the_tables_refuse_rows_that_contradict_themselves(desk: Desk, broken: s
     desk.submit(task("a"))
     with pytest.raises(IntegrityError):
         desk.alter(broken)
+
+
+# --- Runs of one workflow at once
+
+
+def limited(desk: Desk, most: int = 2) -> engine.Plan:
+    return desk.submit(task("a"), id="few", maxConcurrentRuns=most)
+
+
+def release(desk: Desk) -> list[UUID]:
+    with desk.tx() as tx:
+        return engine.release_runs(tx, "few")
+
+
+def test_runs_beyond_the_limit_of_their_workflow_wait_and_begin_in_order(desk: Desk) -> None:
+    plans = [limited(desk) for _ in range(5)]
+    assert desk.run().reason == "max_concurrent_runs" and plans[0].limited == "few"
+    assert isinstance(desk.claim("a"), Void), "nothing of it starts"
+    assert release(desk) == [plan.run_id for plan in plans[:2]] and release(desk) == []
+    with desk.database.autocommit() as tx:
+        assert engine.limited_workflows(tx) == ["few"]
+        left = engine.Left("infinity", "infinity", "infinity", first=())
+        lost = engine.unvisited_runs(tx, left, 0, 9)
+    assert {run_id for run_id, _ in lost} == {plan.run_id for plan in plans[:2]}
+    desk.plan = plans[1]
+    finished = desk.complete(desk.claim("a"))
+    assert finished.frees == "few"
+    assert release(desk) == [plans[2].run_id]
+    assert "run.released" in desk.events()
+
+
+def test_a_high_priority_begins_first_and_a_cancelled_run_never(desk: Desk) -> None:
+    first, second, third = (limited(desk, 1) for _ in range(3))
+    desk.alter("UPDATE runs SET priority = 2 WHERE id = :run")
+    desk.plan = first
+    with desk.tx() as tx:
+        engine.cancel_run(tx, first.run_id)
+        assert engine.settle_run(tx, first.run_id)
+    assert (desk.run().status, desk.run().reason) == ("cancelled", None)
+    assert release(desk) == [third.run_id]
+    assert release(desk) == [] and second.limited == "few"
+
+
+def test_a_run_that_failed_or_was_cancelled_makes_room_too(desk: Desk) -> None:
+    first, second = limited(desk, 1), limited(desk, 1)
+    assert release(desk) == [first.run_id]
+    desk.plan = first
+    desk.fail(desk.claim("a"), retryable=False)
+    with desk.tx() as tx:
+        engine.settle_run(tx, first.run_id)
+    assert release(desk) == [second.run_id]
+
+
+def test_the_newest_version_says_how_many_runs_may_be_under_way(desk: Desk) -> None:
+    plans = [limited(desk, 1), limited(desk, 10)]
+    assert release(desk) == [plan.run_id for plan in plans]
+    waiting = limited(desk, 2)
+    assert release(desk) == []
+    desk.submit(task("b"), id="few")
+    assert release(desk) == [waiting.run_id], "the newest has no limit"

@@ -1,21 +1,35 @@
-"""The example's agents, on a small folder of distributions made for each test."""
+"""The examples: the audit's agents, on a small folder of distributions made for each test, and the
+fleet's play.
+"""
 
 import hashlib
+import io
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
 from base64 import urlsafe_b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from rich.console import Console
 
+from examples.demo import DemoFailed
 from examples.dependency_audit import (
     audit_distribution,
     list_distributions,
     size,
     write_report,
 )
+from examples.fleet import LIE, TRUTH, Fleet
+from examples.fleet_demo import judge
 from opscore import Context, GiveUp
 from opscore.agentkit import load_agents
 from opscore.definition import parse, read_document
@@ -316,3 +330,104 @@ def test_the_workflow_is_a_good_definition_of_agents_that_exist() -> None:
     assert all(task.agent_id in agents or task.capability in able for task in definition.tasks)
     definition.check_input({})
     definition.check_input({"folder": "here", "paths": ["/site-packages"]})
+
+
+# The fleet's play
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder for all temporary files of a play; it must be as empty afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="opscore-test-"))
+    folder.chmod(0o755)  # PostgreSQL, which does not run as root, must reach its data in there
+    yield folder
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def playing(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    play = subprocess.Popen(
+        [sys.executable, ROOT / "examples" / "fleet_demo.py"],
+        env=os.environ | {"TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with play:
+        try:
+            yield play
+        finally:  # it is over, unless the test failed
+            play.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                play.wait(60)
+            play.kill()
+
+
+def left_behind(folder: Path) -> list[Any]:
+    """Return the files of a play that is over, and those of its processes that still run."""
+    running = []
+    for process in psutil.process_iter():
+        try:
+            said = [process.environ().get("TMPDIR", ""), *process.cmdline()]
+        except psutil.Error:  # it has ended, or is somebody else's
+            continue
+        if any(str(folder) in text for text in said):
+            running.append((process.pid, said))
+    return [*folder.iterdir(), *running]
+
+
+@pytest.mark.timeout(120)
+def test_the_fleets_play_has_a_good_verdict_and_leaves_nothing_behind(folder: Path) -> None:
+    with playing(folder) as play:
+        assert left_behind(folder), "what runs is seen"
+        said, _ = play.communicate()
+    assert play.returncode == 0, said
+    for words in ("Runs not over", "Slots still held", "Effects doubled", "Lies accepted"):
+        assert f"\n{words}: 0 of " in said
+    assert "another's task" in said
+    assert left_behind(folder) == []
+
+
+@pytest.mark.timeout(120)
+def test_the_fleets_play_leaves_nothing_behind_when_it_is_interrupted(folder: Path) -> None:
+    with playing(folder) as play:
+        assert play.stdout is not None
+        assert any("running" in line for line in play.stdout), "the play was over"
+        play.send_signal(signal.SIGINT)
+        said, _ = play.communicate()
+    assert (play.returncode, said.splitlines()[-1]) == (130, "Everything is stopped."), said
+    assert left_behind(folder) == []
+
+
+TASK = {"taskId": "t1", "attempts": [{}], "status": "completed", "output": "as it is"}
+RUN = {"workflowId": "letters", "status": "completed", "tasks": [TASK]}
+HOLDER = {"taskId": "t1"}
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ("Runs not over", {"runs": [RUN | {"status": "running"}]}),
+        ("Runs that did not end as they must", {"runs": [RUN | {"workflowId": "calls"}]}),
+        ("Slots still held", {"holders": [HOLDER]}),
+        ("Effects doubled", {"effects": [("a", "t1", 1), ("b", "t1", 2)]}),
+        ("Effects missing", {"effects": []}),
+        ("Orders badly signed", {"refused": ["/agents/a"]}),
+        ("Lies accepted", {"lies": [("a", "another's task", 200), ("a", TRUTH, 200)]}),
+        ("Outputs with a lie", {"runs": [RUN | {"tasks": [TASK | {"output": [LIE]}]}]}),
+        ("", {}),
+    ],
+)
+def test_the_verdict_on_the_fleet_names_what_is_not_as_it_must_be(
+    words: str, fault: dict[str, Any]
+) -> None:
+    console = Console(record=True, file=io.StringIO(), width=100)
+    with Fleet("http://127.0.0.1:1", "key", "secret") as fleet:
+        fleet.effect_log += fault.get("effects", [("a", "t1", 1)])
+        fleet.lies += fault.get("lies", [("a", "another's task", 409), ("a", TRUTH, 200)])
+        fleet.refused += fault.get("refused", [])
+        agents = [{"capacity": 1, "holders": fault.get("holders", [])}]
+        with pytest.raises(DemoFailed) if fault else nullcontext():
+            judge(console, fleet, fault.get("runs", [RUN]), agents)
+    bad = [line.split(":")[0] for line in console.export_text().splitlines() if ": 1 of" in line]
+    assert words in bad if fault else not bad

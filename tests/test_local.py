@@ -135,7 +135,7 @@ def test_a_worker_is_given_its_whole_grace_before_it_is_killed(tmp_path: Path) -
         stack = Stack(Options(data), given, data)
         programs = {program.name: program for program in stack._programs(stack._environment({}))}
         stack.log.close()
-    for name in ("worker-agents", "worker-control"):
+    for name in ("worker-agents", "worker-io", "worker-control"):
         assert programs[name].grace_seconds > 92
 
 
@@ -305,7 +305,15 @@ def test_a_detached_stack_is_ready_and_says_where(stack: Running) -> None:
     assert status.returncode == 0, status.stdout
     names = [line.split()[0] for line in status.stdout.splitlines()[2:]]
     servers = ["postgres", "valkey"]
-    assert names == [*servers, "web", "worker-agents", "worker-control", "beat", "flower"]
+    assert names == [
+        *servers,
+        "web",
+        "worker-agents",
+        "worker-io",
+        "worker-control",
+        "beat",
+        "flower",
+    ]
     assert set(stack.env) == {
         "OPSCORE_API_URL",
         "OPSCORE_API_KEY",

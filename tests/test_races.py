@@ -313,3 +313,16 @@ def test_a_claim_and_its_own_repetition_never_make_two_attempts(
         answers = at_once(threads, *[lambda t=token: desk.claim("a", token=t)] * 4)
         assert desk.task("a").attempt == 1
         assert any(isinstance(answer, Claimed) for answer in answers)
+
+
+def test_runs_released_at_once_are_never_more_than_their_workflow_may_have(
+    desk: Desk, threads: ThreadPoolExecutor
+) -> None:
+    for _ in range(30):
+        desk.submit(task("a"), id="few", maxConcurrentRuns=7)
+
+    def release() -> int:
+        with desk.tx() as tx:
+            return len(engine.release_runs(tx, "few"))
+
+    assert sum(at_once(threads, *[release] * 12)) == 7

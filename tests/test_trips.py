@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -720,12 +721,14 @@ class Desk:
     def woken(self, timeout: float) -> Woken:
         (message,) = self.visits([timeout])
         task_id = UUID(message["args"][0])
-        return Woken(task_id, uuid4(), 1, None, message, Reason.AGENT_BUSY, False, timeout)
+        return Woken(
+            task_id, uuid4(), 1, None, message, Reason.AGENT_BUSY, False, timeout, AGENTS_QUEUE
+        )
 
     def queued(self) -> list[str]:
         with self.dispatcher._redis() as redis:
             entries: list[Any] = []
-            for queue in (AGENTS_QUEUE, SERVED_FIRST):
+            for queue in (AGENTS_QUEUE, SERVED_FIRST[0]):
                 entries += redis.lrange(queue, 0, -1)
         return [json.loads(entry)["headers"]["id"] for entry in reversed(entries)]
 
@@ -814,6 +817,21 @@ def test_what_was_claimed_is_visited_though_its_lane_was_given_back_and_a_slot_f
     trip.give_back()
     assert not trip.take(desk.woken(60))
     assert trip.goes_on_after(None) and (trip.visit, trip.claimed) == (then, claimed)
+
+
+def test_a_lane_leaves_its_wakes_to_a_mate_and_never_to_who_was_first_in_line(desk: Desk) -> None:
+    trip = desk.trip(60, 60, lane=True)
+    assert not trip.is_followed_by_mate
+    mate: Any = object()
+    trip.look_ahead()
+    trip.claimed_next = mate
+    assert trip.is_followed_by_mate
+    last, woken = desk.trip(60, lane=True), desk.woken(60)
+    stranger: Any = SimpleNamespace(task_id=woken.task_id)
+    assert last.offer() is not None and woken.message is not None
+    last.go_on_with(stranger, woken.message, uuid4())
+    assert last.has_taken and not last.is_followed_by_mate
+    assert last.goes_on_after(None) and last.visit.task_id == woken.task_id
 
 
 def test_what_was_claimed_is_visited_though_the_visit_before_broke_after_its_end(

@@ -30,8 +30,8 @@ def count(client: Client, table: type[Any]) -> int:
 def test_agents_are_listed_and_got(client: Client) -> None:
     (shown,) = client.get("/agents").json["items"]
     assert shown == client.get("/agents/writer").json
-    registered = {key: shown.pop(key) for key in ("registeredAt", "updatedAt")}
-    assert all(moment.endswith("Z") for moment in registered.values())
+    times = {key: shown.pop(key) for key in ("registeredAt", "updatedAt", "seenAt")}
+    assert all(moment.endswith("Z") for moment in times.values())
     assert shown == {
         "agentId": "writer",
         "agentName": "Writer",
@@ -40,9 +40,20 @@ def test_agents_are_listed_and_got(client: Client) -> None:
         "capabilities": ["write"],
         "capacity": 2,
         "state": "idle",
+        "stateAt": None,
+        "available": True,
+        "unavailableBecause": None,
+        "paused": False,
+        "draining": False,
+        "contactEndpoint": None,
+        "metadata": None,
+        "heartbeatSeconds": None,
+        "requireToken": True,
+        "busyUntil": None,
         "running": 0,
         "holders": [],
         "waiting": 0,
+        "line": [],
     }
     assert client.get("/agents?capability=read").json["items"] == []
     problem(client.get("/agents/nobody"), 404, "agent_not_found")

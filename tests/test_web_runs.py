@@ -54,6 +54,7 @@ TASK = {
     "reason",
     "wakeAt",
     "waitingFor",
+    "queue",
     "output",
     "error",
     "createdAt",

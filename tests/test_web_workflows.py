@@ -133,7 +133,9 @@ def test_every_key_the_description_names_is_accepted_and_none_other(client: Clie
     }
     work = {"agentId": "x", "parameters": {"i": "${item}"}, "timeoutSeconds": 5, "dependsOn": []}
     labels = {"id": "every", "name": "N", "description": "D", "version": "v1"}
-    document = {**labels, "inputSchema": {}, "output": 1, "tasks": [{**common, **policies, **work}]}
+    work["fallback"] = ["y"]
+    top = {**labels, "inputSchema": {}, "output": 1, "maxConcurrentRuns": 3}
+    document = {**top, "tasks": [{**common, **policies, **work}]}
     assert client.post("/workflows/validate", document).status_code == 200
     assert set(schemas["WorkflowDefinition"]["properties"]) == set(document)
     others = {"agentCapability", "nextTaskId"}

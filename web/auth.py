@@ -1,7 +1,7 @@
 """Who may ask: whoever sends the key as `Authorization: Bearer <key>`.
 
-Everything wants it but the health checks and the documentation. What is wrong is said, never what
-the key is or how much of it was right.
+Everything wants it but the health checks, the documentation, and the agents' webhook, which wants a
+signature instead. What is wrong is said, never what the key is or how much of it was right.
 """
 
 import hmac
@@ -19,6 +19,7 @@ OPEN_ENDPOINTS = frozenset(
         "docs.page",
         "docs.slash",
         "docs.file",
+        "webhook.notify",
     }
 )
 """Flask endpoints that want no key."""

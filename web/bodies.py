@@ -34,11 +34,17 @@ def read_definition() -> Any:
     return _read(read, (JSON, *YAML))
 
 
-def _read(read: Callable[[bytes], Any], accepted: tuple[str, ...]) -> Any:
-    _check_media_type(accepted)
+def raw_body() -> bytes:
+    """Return the body of the request at hand as it was sent."""
     body = request.get_data(cache=True)
     if request.content_length is None and len(body) >= (request.max_content_length or 0):
         raise RequestEntityTooLarge  # werkzeug cuts a chunked body off at the limit, silently
+    return body
+
+
+def _read(read: Callable[[bytes], Any], accepted: tuple[str, ...]) -> Any:
+    _check_media_type(accepted)
+    body = raw_body()
     if not body.strip():
         raise Refused(400, f"The request has no body; send one as Content-Type: {accepted[0]}.")
     try:

@@ -5,7 +5,7 @@ all it may answer, a definition may come as YAML, and the pages come from this p
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +21,7 @@ from flask_smorest.spec.plugins import FlaskPlugin  # type: ignore[import-untype
 from marshmallow import Schema
 from werkzeug import Response
 
+from opscore.remote import AGENT_PREFIX
 from web.bodies import JSON, YAML, Parser, read_definition
 from web.errors import PROBLEM
 from web.ids import RunId, TaskId
@@ -31,6 +32,19 @@ View = TypeVar("View", bound=Callable[..., Any])
 PREFIX = "/v1/opscore"
 STATIC = Path(__file__).parent / "static" / "swagger"
 KEY_SCHEME = "key"
+SIGNATURE_SCHEMES: Mapping[str, tuple[str, str]] = {
+    "signature": (
+        f"{AGENT_PREFIX}-Signature",
+        "Lower-case hex HMAC-SHA256, keyed with the server's OPSCORE_WEBHOOK_SECRET, of the"
+        ' timestamp as sent, "." and the body\'s bytes.',
+    ),
+    "timestamp": (
+        f"{AGENT_PREFIX}-Timestamp",
+        "When it was signed: seconds since 1970, or ISO 8601 with its offset; at most 300 s from"
+        " now.",
+    ),
+}
+"""What proves, instead of the key, who sent a request: name -> its header and what that holds."""
 MEANINGS: Mapping[int, str] = {
     400: "The body cannot be read: it is not UTF-8, or not JSON (or YAML).",
     401: "The key is missing or wrong.",
@@ -110,20 +124,25 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
         body: type[Schema] | None = None,
         definition: bool = False,
         example: Any = None,
-        problems: Sequence[int] = (),
+        problems: Collection[int] | Mapping[int, str] = (),
         key: bool = True,
+        signed: bool = False,
     ) -> Callable[[View], View]:
         """Declare a view: what it takes, what it answers, and so what it may refuse.
 
         The view gets the checked query or body first, if it has one, then what its path names; with
-        `definition` it gets the document of a workflow, read but not checked.
+        `definition` it gets the document of a workflow, read but not checked. `problems` are what
+        does not follow from the rest, perhaps with their meanings here. `signed`: it wants a
+        signature instead of the key.
         """
+        wants_proof = key or signed
+        meanings = {**MEANINGS, **(problems if isinstance(problems, Mapping) else {})}
 
         def decorate(view: View) -> View:
             declared = self._answering(view, answers)
-            for status in _problems(rule, query, body or definition, problems, key):
+            for status in _problems(rule, query, body or definition, problems, wants_proof):
                 declared = self.alt_response(
-                    status, schema=Problem, content_type=PROBLEM, description=MEANINGS[status]
+                    status, schema=Problem, content_type=PROBLEM, description=meanings[status]
                 )(declared)
             if query is not None:
                 declared = self.arguments(query, location="query")(declared)
@@ -131,7 +150,7 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
                 declared = self.arguments(body, example=example)(declared)
             if definition:
                 declared = self._reading_definition(declared, example)
-            more: dict[str, Any] = {} if key else {"security": []}
+            more = _security(key, signed)
             declared = self.doc(operationId=f"{self.name}_{view.__name__}", **more)(declared)
             self.route(rule, methods=[method])(declared)
             return view
@@ -164,10 +183,18 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
         return super()._prepare_arguments_doc(doc, doc_info, **kwargs)
 
 
-def _problems(rule: str, query: Any, body: Any, more: Sequence[int], key: bool) -> list[int]:
+def _security(key: bool, signed: bool) -> dict[str, Any]:
+    if signed:
+        return {"security": [{name: [] for name in SIGNATURE_SCHEMES}]}
+    return {} if key else {"security": []}
+
+
+def _problems(
+    rule: str, query: Any, body: Any, more: Collection[int], wants_proof: bool
+) -> list[int]:
     """Return every error status that follows from how an operation is declared."""
     found = set(more)
-    if key:
+    if wants_proof:
         found |= {401, 500, 503}
     if "<" in rule:
         found.add(404)
@@ -195,6 +222,9 @@ def make_api(app: Flask) -> Api:
     api.spec.components.security_scheme(
         KEY_SCHEME, {"type": "http", "scheme": "bearer", "description": "The OPSCORE_API_KEY."}
     )
+    for name, (header, about) in SIGNATURE_SCHEMES.items():
+        scheme = {"type": "apiKey", "in": "header", "name": header, "description": about}
+        api.spec.components.security_scheme(name, scheme)
     for converter in (RunId, TaskId):
         api.register_converter(converter, lambda _: {"type": "string", "format": "uuid"})
     app.register_blueprint(_docs(api))

@@ -1,8 +1,8 @@
 """What goes in and out, one block per resource. No database access in here.
 
-JSON is camelCase, Python snake_case. In arguments unknown members are errors; in answers every
-member is always there, null if it has no value. Times go out as RFC 3339 in UTC with `Z`, and come
-in with an offset or not at all.
+JSON is camelCase, Python snake_case. In arguments unknown members are errors, except at the
+webhook; in answers every member is always there, null if it has no value. Times go out as RFC 3339
+in UTC with `Z`, and come in with an offset or not at all.
 """
 
 import re
@@ -10,9 +10,19 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, validate, validates_schema
+from marshmallow import (
+    EXCLUDE,
+    RAISE,
+    Schema,
+    ValidationError,
+    fields,
+    post_load,
+    validate,
+    validates_schema,
+)
 
-from opscore.states import AttemptStatus, RunStatus, TaskStatus
+from opscore.remote import read_report
+from opscore.states import AgentState, AttemptStatus, RunStatus, TaskStatus
 
 PRIORITIES: Mapping[str, int] = {"low": 0, "normal": 1, "high": 2}
 LARGEST_INTEGER = 2**31 - 1
@@ -23,6 +33,13 @@ LARGEST_SEQ = 2**63 - 1
 LONGEST_WAIT_SECONDS = 60
 MOST_LABELS = 32
 LONGEST_LABEL = 256
+LONGEST_NAME = 256
+LONGEST_URL = 2048
+MOST_CAPABILITIES = 256
+LARGEST_CAPACITY = 10_000
+"""Each unit of it is a row."""
+LONGEST_HEARTBEAT_SECONDS = 2_592_000
+_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _LABEL_NAME = re.compile(r"[A-Za-z0-9_./-]{1,64}")
 
 
@@ -44,7 +61,7 @@ class Arguments(_Camel):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        known = ", ".join(sorted(camel(name) for name in self.load_fields))
+        known = ", ".join(sorted(str(field.data_key) for field in self.load_fields.values()))
         self.error_messages["unknown"] = f"Unknown; known here: {known}."
         self.error_messages["type"] = "Must be a JSON object."
 
@@ -68,8 +85,10 @@ def _text(text: str = "", *, null: bool = False, **more: Any) -> fields.String:
     return fields.String(allow_none=null, metadata=_about(text, **more))
 
 
-def _whole(text: str, *, null: bool = False, low: int = 0, **more: Any) -> fields.Integer:
-    bounds = validate.Range(low, LARGEST_INTEGER, error="Must be from {min} to {max}.")
+def _whole(
+    text: str, *, null: bool = False, low: int = 0, high: int = LARGEST_INTEGER, **more: Any
+) -> fields.Integer:
+    bounds = validate.Range(low, high, error="Must be from {min} to {max}.")
     return fields.Integer(
         strict=True, allow_none=null, validate=bounds, metadata=_about(text), **more
     )
@@ -79,8 +98,48 @@ def _json(text: str, **more: Any) -> fields.Raw:
     return fields.Raw(allow_none=True, metadata=_about(text), **more)
 
 
-def _uuid(text: str, *, null: bool = False) -> fields.UUID:
-    return fields.UUID(allow_none=null, metadata=_about(text))
+def _uuid(text: str, *, null: bool = False, **more: Any) -> fields.UUID:
+    return fields.UUID(allow_none=null, metadata=_about(text), **more)
+
+
+def _check_id(value: str) -> None:
+    if not _ID.fullmatch(value):
+        raise ValidationError(f"Must match {_ID.pattern}.")
+
+
+def _id(text: str, **more: Any) -> fields.String:
+    return fields.String(validate=_check_id, metadata=_about(text), **more)
+
+
+def _words(text: str, longest: int, **more: Any) -> fields.String:
+    bounds = validate.Length(1, longest, error="Must have from {min} to {max} characters.")
+    return fields.String(validate=bounds, metadata=_about(text), **more)
+
+
+class Flag(fields.Field[bool]):
+    """JSON's true or false, and no word for it."""
+
+    def __init__(self, text: str, **more: Any) -> None:
+        super().__init__(metadata=_about(text, type="boolean"), **more)
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValidationError("Must be true or false.")
+        return value
+
+
+class Seconds(fields.Float):
+    """A number of seconds in a body: no text, and more than none."""
+
+    def __init__(self, text: str, longest: float, **more: Any) -> None:
+        sentence = "Must be more than {min}, and at most {max}."
+        bounds = validate.Range(0, longest, min_inclusive=False, error=sentence)
+        super().__init__(validate=bounds, metadata=_about(text), **more)
+
+    def _validated(self, value: Any) -> float:
+        if isinstance(value, str):
+            raise self.make_error("invalid", input=value)
+        return super()._validated(value)
 
 
 class Moment(fields.AwareDateTime):
@@ -94,6 +153,13 @@ class Moment(fields.AwareDateTime):
 
     def __init__(self, text: str, *, null: bool = False, **more: Any) -> None:
         super().__init__(allow_none=null, metadata=_about(text), **more)
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> datetime:
+        moment: datetime = super()._deserialize(value, attr, data, **kwargs)
+        try:
+            return moment.astimezone(UTC)
+        except OverflowError:  # PostgreSQL would store it, and nobody could read it again
+            raise self.make_error("invalid", input=value) from None
 
     def _serialize(self, value: Any, attr: Any, obj: Any, **kwargs: Any) -> str | None:
         return None if value is None else rfc3339(value)
@@ -221,6 +287,10 @@ class TaskDefinition(Arguments):
     type = _one_of(["agent"], "What kind of task it is.")
     agent_id = _text("The agent that does it.")
     agent_capability = _text("Or: what an agent must be able to do.")
+    fallback = fields.List(
+        fields.String(),
+        metadata=_about("Agents asked, in this order, while none of those it wants is available."),
+    )
     parameters = fields.Dict(metadata=_about("What the agent gets; `${...}` are CEL expressions."))
     depends_on = fields.List(fields.String(), metadata=_about("Tasks that must be over before."))
     next_task_id = _text("The older spelling of a single edge.", null=True)
@@ -239,6 +309,9 @@ class WorkflowDefinition(Arguments):
     description = _text("A label.")
     version = _text("A label; opscore counts its own versions.")
     input_schema = fields.Dict(metadata=_about("JSON Schema that a run's input must match."))
+    max_concurrent_runs = fields.Integer(
+        metadata=_about("How many of its runs may be under way at once; no limit if left out.")
+    )
     tasks = fields.List(fields.Nested(TaskDefinition), required=True)
     output = _json("The run's output, usually with `${...}`.")
 
@@ -395,6 +468,17 @@ class ItemCounts(Answer):
     cancelled = fields.Integer()
 
 
+class QueuePlace(Answer):
+    """Where a task stands in the line for its agent."""
+
+    position = fields.Integer(
+        allow_none=True, metadata=_about("1 is next; null if 10,000 others are before it.")
+    )
+    estimated_start_at = Moment(
+        "If agents go on as fast as of late; null while that is unknown.", null=True
+    )
+
+
 class Task(Answer):
     """One node of a workflow within one run, or one item of its `forEach`."""
 
@@ -413,6 +497,9 @@ class Task(Answer):
         "The same in plain words.",
         null=True,
         example="agent writer is busy; tried again at 2026-01-31T12:00:00Z",
+    )
+    queue = fields.Nested(
+        QueuePlace, allow_none=True, metadata=_about("While it waits for an agent; else null.")
     )
     output = _json("What the agent returned; of a `forEach`, the list of its items' outputs.")
     error = fields.Nested(Fault, allow_none=True)
@@ -485,6 +572,75 @@ class LogLine(Answer):
     fields_ = fields.Dict(attribute="fields", data_key="fields")
 
 
+class Proof(Arguments):
+    """Who says something of a task, and what shows that it is his to say."""
+
+    agent_id = fields.String(
+        allow_none=True,
+        load_default=None,
+        metadata=_about("Who says so; may be left out with a token."),
+    )
+    opscore_attempt_token = _uuid(
+        "What came with the task. An agent with `requireToken: false` may leave it out.",
+        null=True,
+        load_default=None,
+        data_key="opscore_attempt_token",
+    )
+    attempt_token = _uuid("Another spelling of it.", null=True, load_default=None)
+
+    @validates_schema
+    def check_token(self, data: Mapping[str, Any], **kwargs: Any) -> None:
+        if len({data["opscore_attempt_token"], data["attempt_token"]} - {None}) > 1:
+            sentence = "This is not the opscore_attempt_token; send one of them."
+            raise ValidationError(sentence, "attemptToken")
+
+    @post_load
+    def read(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Return `agent_id` and `token`."""
+        token = data["opscore_attempt_token"] or data["attempt_token"]
+        return {"agent_id": data["agent_id"], "token": token}
+
+
+class TaskResult(Proof):
+    """How an attempt at a task ended."""
+
+    status = fields.String(
+        allow_none=True,
+        validate=validate.OneOf(
+            ["completed", "failed", "success", "error"], error="Must be one of {choices}."
+        ),
+        metadata=_about(
+            "success is read as completed, error as failed. Without a status there must be either"
+            " a result or an error."
+        ),
+    )
+    result = _json("The task's output.")
+    error = _json("What went wrong: text, or `{code, message}`.")
+
+    @post_load
+    def read(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Return `agent_id`, `token` and `outcome`."""
+        try:
+            return {**super().read(data), "outcome": read_report(data)}
+        except ValueError as error:
+            raise ValidationError(str(error)) from None
+
+
+class Accepted(Answer):
+    """The result counts."""
+
+    task_id = _uuid("The task.")
+    status = _one_of(["accepted"])
+
+
+class Heartbeat(Answer):
+    """How long an agent may be silent now."""
+
+    task_id = _uuid("The task.")
+    lease_expires_at = Moment("The attempt ends if no heartbeat or result comes before this.")
+    cancelled = fields.Boolean(metadata=_about("The run ends: nobody wants the result any more."))
+
+
 class TaskDetail(Task):
     """A task with all its attempts and what the newest one logged."""
 
@@ -515,21 +671,62 @@ class Holder(Answer):
     lease_expires_at = Moment("The slot is free then at the latest, unless renewed.")
 
 
+class Waiter(Answer):
+    """A task in an agent's line."""
+
+    position = fields.Integer(metadata=_about("1 is next."))
+    task_id = _uuid("The task.")
+    run_id = _uuid("Its run.")
+    task_definition_id = _text(example="fetch")
+    waiting_since = Moment("When it came to the line.", null=True)
+    priority = Priority("Of its run; higher ones are before it.")
+    estimated_start_at = Moment(
+        "If all before it are done here, as fast as of late; null while that is unknown.",
+        null=True,
+    )
+
+
 class Agent(Answer):
     """A named provider of capabilities."""
 
     agent_id = _text(example="writer")
     agent_name = _text()
-    kind = _one_of(["function"])
+    kind = _one_of(["function", "remote"], "function: in the workers; remote: behind HTTP.")
     version = _text()
     capabilities = fields.List(fields.String())
     capacity = fields.Integer(
         allow_none=True, metadata=_about("How many attempts at once; null means no limit.")
     )
-    state = _one_of(["idle", "active"], "active while it runs an attempt.")
-    running = fields.Integer(metadata=_about("Attempts it runs now."))
+    state = _one_of(
+        AgentState, "What a remote agent said last. Of a function agent: active while it runs."
+    )
+    state_at = Moment("When it said so, by its own clock.", null=True)
+    available = fields.Boolean(
+        metadata=_about("Whether it gets work, as soon as it has a free slot and is not busy.")
+    )
+    unavailable_because = _text(
+        "Why not: paused, draining, reported error, silent for so many seconds.",
+        null=True,
+        example="silent for 45 s",
+    )
+    paused = fields.Boolean(metadata=_about("An operator wants it to get nothing for now."))
+    draining = fields.Boolean(metadata=_about("It ends what it has, and gets nothing new."))
+    contact_endpoint = _text("Where a remote agent takes work.", null=True)
+    metadata = fields.Raw(
+        allow_none=True, metadata=_about("What it said of itself when it registered.")
+    )
+    heartbeat_seconds = fields.Float(
+        allow_none=True, metadata=_about("It is silent if it says nothing for so long; or null.")
+    )
+    require_token = fields.Boolean(
+        metadata=_about("Only who shows an attempt's token may report its result.")
+    )
+    seen_at = Moment("When it last said anything.")
+    busy_until = Moment("It refused work, and is not asked before this.", null=True)
+    running = fields.Integer(metadata=_about("Attempts it has now."))
     holders = fields.List(fields.Nested(Holder), metadata=_about("Who holds its slots."))
-    waiting = fields.Integer(metadata=_about("Tasks that wait because it is busy."))
+    waiting = fields.Integer(metadata=_about("Tasks in its line."))
+    line = fields.List(fields.Nested(Waiter), metadata=_about("The first 20 of them."))
     registered_at = Moment("When it was first registered.")
     updated_at = Moment("When it was last registered.")
 
@@ -537,6 +734,167 @@ class Agent(Answer):
 AGENT_FILTERS: Mapping[str, fields.Field[Any]] = {
     "capability": _text("Agents with this capability only."),
 }
+
+
+class AgentChange(Arguments):
+    """What operators decide about an agent; what is left out stays."""
+
+    capacity = _whole("How many attempts at once; of remote agents.", low=1, high=LARGEST_CAPACITY)
+    paused = Flag("Give it nothing for now.")
+    draining = Flag("Let it end what it has, and give it nothing new.")
+    heartbeat_seconds = Seconds(
+        "It counts as silent if it says nothing for so long; null: never. Of remote agents.",
+        LONGEST_HEARTBEAT_SECONDS,
+        allow_none=True,
+    )
+    require_token = Flag("false: its id is proof enough of a result. Of remote agents.")
+
+
+class AgentDetails(Arguments):
+    """What an agent behind HTTP says of itself; to deregister, its `agentId` is enough."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    agent_id = _id(f"Its own name for itself; matches `{_ID.pattern}`.", required=True)
+    agent_name = _words("For people.", LONGEST_NAME, required=True, attribute="name")
+    version = _words("A label.", LONGEST_NAME, required=True)
+    capabilities = fields.List(
+        _id("What it can do."),
+        load_default=list,
+        validate=validate.Length(max=MOST_CAPABILITIES, error="At most {max} capabilities."),
+        metadata=_about("What it can do; tasks may ask for it."),
+    )
+    contact_endpoint = _words("The URL that takes work, by POST.", LONGEST_URL, required=True)
+    metadata = fields.Dict(
+        allow_none=True,
+        load_default=None,
+        attribute="details",
+        metadata=_about("Anything else; kept and shown."),
+    )
+
+    @post_load
+    def read(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Name each capability once."""
+        return data | {"capabilities": list(dict.fromkeys(data.get("capabilities", [])))}
+
+
+class Notice(Arguments):
+    """An agent behind HTTP comes or goes."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    event_type = fields.String(
+        required=True,
+        data_key="event_type",
+        metadata=_about("Whether it comes or goes.", enum=["REGISTER", "DEREGISTER"]),
+    )
+    agent_details = fields.Nested(AgentDetails, required=True, data_key="agent_details")
+
+    def load(self, data: Any, **kwargs: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("event_type") != "REGISTER":
+            others = set(AgentDetails().load_fields) - {"agent_id"}
+            kwargs["partial"] = {f"agent_details.{name}" for name in others}
+        return super().load(data, **kwargs)
+
+
+class Success(Answer):
+    """It is done."""
+
+    status = _one_of(["success"])
+    message = _text(example="Agent a-1 registered")
+
+
+_STATE_WORDS: Mapping[str, AgentState] = {
+    **{str(state).lower(): state for state in AgentState},
+    "busy": AgentState.ACTIVE,
+}
+
+
+class StateWord(fields.Field[AgentState]):
+    """A state in any case; `BUSY` means active."""
+
+    def __init__(self, text: str, **more: Any) -> None:
+        super().__init__(metadata=_about(text, type="string", examples=list(AgentState)), **more)
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> AgentState:
+        known = _STATE_WORDS.get(value.lower()) if isinstance(value, str) else None
+        if known is None:
+            raise ValidationError(f"Must be one of {', '.join(AgentState)}, BUSY.")
+        return known
+
+
+class ResultInDetails(TaskResult):
+    """How an attempt ended, in the details of a state report."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    opscore_task_id = _uuid("The task.", required=True, data_key="opscore_task_id")
+
+    @post_load
+    def read(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Return `task_id`, `token` and `outcome`."""
+        said = super().read(data)
+        return {name: said[name] for name in ("token", "outcome")} | {
+            "task_id": data["opscore_task_id"]
+        }
+
+
+class StateReport(Arguments):
+    """What an agent says of itself."""
+
+    agent_id = fields.String(
+        allow_none=True, load_default=None, metadata=_about("As in the path, if it is sent.")
+    )
+    timestamp = Moment(
+        "When it was so, by the agent's clock; now if left out, or later than now.",
+        null=True,
+        load_default=None,
+    )
+    state = StateWord("In any case; BUSY means active.", required=True)
+    details = _json(
+        "Anything. With `opscore_task_id`, `opscore_attempt_token` and `result` or `error` it"
+        " ends that task's attempt, too; a result of null only if the state is idle or finished.",
+        load_default=None,
+    )
+
+    @post_load
+    def read(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Add `result`: how an attempt at a task ended, if `details` say so."""
+        details = data["details"]
+        if not _tells_a_result(data["state"], details):
+            return data | {"result": None}
+        status = "completed" if details.get("error") is None else "failed"
+        try:
+            return data | {"result": ResultInDetails().load({**details, "status": status})}
+        except ValidationError as error:
+            raise ValidationError({"details": error.messages}) from None
+
+
+def _tells_a_result(state: AgentState, details: Any) -> bool:
+    """Tell whether details end a task: an agent at work may send its members with nothing in."""
+    if not isinstance(details, dict) or "opscore_task_id" not in details:
+        return False
+    if details.get("error") is not None or details.get("result") is not None:
+        return True
+    return "result" in details and state in (AgentState.IDLE, AgentState.FINISHED)
+
+
+class StateOfAgent(Answer):
+    """What an agent said of itself last, or what is known of it."""
+
+    agent_id = _text(example="writer")
+    state = _one_of(AgentState)
+    details = _json("As reported with it.")
+    timestamp = Moment("Since when; by the agent's clock, if it said so.")
+
+
+class StateReported(StateOfAgent):
+    """One report of an agent; it never changes."""
+
+    received_at = Moment("When it came, by our clock.")
 
 
 _ONE_DEFINITION = "Give exactly one of workflowDefinitionId and workflowDefinition."

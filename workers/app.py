@@ -23,6 +23,7 @@ from opscore.config import Settings
 from opscore.db import Database, Tx
 from opscore.definition import Definition
 from opscore.dispatch import Dispatcher
+from opscore.remote import Caller, UrlPolicy
 from workers.keeper import Keeper
 from workers.leases import Ending, Leases
 from workers.trips import Events, Patience
@@ -59,6 +60,12 @@ class Process:
         return Dispatcher(self.celery, self.database, self.settings)
 
     @cached_property
+    def caller(self) -> Caller:
+        """Calls agents behind HTTP."""
+        policy = UrlPolicy(self.settings.agent_hosts)
+        return Caller(policy, self.settings.webhook_secret or "")
+
+    @cached_property
     def leases(self) -> Leases:
         return Leases(self.database, self.settings, self.ending)
 
@@ -88,7 +95,7 @@ class Process:
 
     def after_fork(self) -> None:
         """Start anew in a child: sockets and threads of the parent are not ours."""
-        for name in ("database", "dispatcher", "leases", "events", "patience"):
+        for name in ("database", "dispatcher", "caller", "leases", "events", "patience"):
             self.__dict__.pop(name, None)
 
 

@@ -65,6 +65,7 @@ class Round:
         self.expire()
         self.settle()
         if self.dispatcher.is_reachable():
+            self.release()
             self.wake()
             if is_rescue:
                 self.rescue()
@@ -86,10 +87,12 @@ class Round:
             if gone is not None:
                 log.warning("attempt.lost", task_id=str(task_id))
                 self._follow(task_id, gone)
+        self.dispatcher.withdraw()
 
     def wake(self) -> None:
         """Wake parked tasks whose moment has come, and the lines of agents with a free slot."""
         with self.database.autocommit() as tx:
+            engine.hurry_astray(tx, LIMIT)
             due = engine.wake_due(tx, LIMIT)
             woken = [*due.woken]
             for agent_id in engine.agents_to_wake(tx):
@@ -111,6 +114,13 @@ class Round:
         with self.database.autocommit() as tx:
             for run_id in engine.runs_to_settle(tx, LIMIT):
                 engine.settle_run(tx, run_id)
+
+    def release(self) -> None:
+        """Let runs begin that wait until fewer of their workflow are under way."""
+        with self.database.autocommit() as tx:
+            workflows = engine.limited_workflows(tx)
+        for workflow_id in workflows:
+            self.dispatcher.release_runs(workflow_id)
 
     def rescue(self) -> None:
         """Find tasks that could move but whose visit was lost."""

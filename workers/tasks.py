@@ -13,7 +13,7 @@ written already.
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -25,14 +25,13 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celeryconfig import app
-from opscore import agentkit, engine, logs
+from opscore import agentkit, agents, engine, logs, remote, work
 from opscore.agentkit import Busy, Completed, Context, Failed
 from opscore.canvas import REQUEST_HEADER, RUN_TASK
+from opscore.config import FIRST
 from opscore.db import Tx
-from opscore.definition import TaskSpec
 from opscore.engine import Claimed, Failure, Finished, MustWait, Parked, Visit
-from opscore.expressions import ExpressionError, Template
-from opscore.json_values import check_json, fresh, kind
+from opscore.expressions import ExpressionError
 from opscore.states import Reason
 from workers.app import process
 from workers.trips import Outcome, TaskFailed, Trip
@@ -48,7 +47,9 @@ DATABASE_PATIENCE_SECONDS = 5.0
 @app.task(bind=True, name=RUN_TASK, throws=(TaskFailed,))
 def run_task(self: "Task[Any, Any]", task_id: str, generation: int) -> None:
     """See whether the task can be moved, and move it; then go on with what the message carries."""
-    visit = Visit(UUID(task_id), generation, uuid4())
+    # What is served before all others was mostly sent for a slot that is kept.
+    has_slot = (self.request.delivery_info or {}).get("priority") == FIRST
+    visit = Visit(UUID(task_id), generation, uuid4(), has_slot)
     trip = Trip(self, visit, process.dispatcher, process.events, process.patience)
     while trip.goes_on_after(outcome := _outcome(trip)):
         pass
@@ -141,7 +142,7 @@ class Items:
     values: list[Any]
 
 
-Result = Completed | Failed | Busy | Items | None
+Result = Completed | Failed | Busy | remote.Accepted | Items | None
 """What the work of a visit came to; None: this worker does not have the agent."""
 
 
@@ -163,6 +164,8 @@ def _record(trip: Trip, claimed: Claimed, result: Result) -> None:
             _record_failure(trip, claimed, result)
         case Items(values):
             _expand(trip, claimed, values)
+        case remote.Accepted():
+            _await_report(trip, claimed)
         case Busy(retry_after):
             _release(trip, claimed, Reason.AGENT_BUSY, retry_after)
         case None:
@@ -170,7 +173,8 @@ def _record(trip: Trip, claimed: Claimed, result: Result) -> None:
 
 
 def _accident(error: Exception) -> Failed:
-    return Failed("internal_error", f"opscore itself failed: {type(error).__name__}.")
+    failure = work.accident(error)
+    return Failed(failure.code, failure.message)
 
 
 def _result(trip: Trip, claimed: Claimed) -> Result:
@@ -183,9 +187,9 @@ def _result(trip: Trip, claimed: Claimed) -> Result:
         definition = process.definition(claimed.workflow_id, claimed.version, _insist)
         spec = definition.task(claimed.definition_id)
         if claimed.kind == "for_each" and spec.for_each is not None:
-            return _items(spec.for_each.items, claimed)
-        # An agent may change what it is given, and the trip's next task reads the same input.
-        return _call(trip, claimed, fresh(_parameters(claimed, spec)))
+            values = work.items(claimed, spec.for_each.items)
+            return Items(values) if values else Completed([])
+        return _call(trip, claimed, work.parameters(claimed, spec))
     except ExpressionError as error:
         return Failed("expression_error", str(error), retryable=False)
     except Exception as error:
@@ -193,10 +197,14 @@ def _result(trip: Trip, claimed: Claimed) -> Result:
         return _accident(error)
 
 
-def _call(trip: Trip, claimed: Claimed, parameters: Mapping[str, Any]) -> agentkit.Outcome | None:
+def _call(trip: Trip, claimed: Claimed, parameters: dict[str, Any]) -> Result:
     """Call the agent under the lease, outside any transaction; None if it is not loaded here."""
     agent = process.agents.get(claimed.agent_id or "")
-    if agent is None:
+    if agent is None and process.settings.webhook_secret is None:
+        log.warning("agent.not_loaded", agent_id=claimed.agent_id)
+        return None
+    endpoint = _insist(lambda tx: agents.endpoint(tx, claimed.agent_id)) if agent is None else None
+    if agent is None and endpoint is None:
         log.warning("agent.not_loaded", agent_id=claimed.agent_id)
         return None
     context = Context(
@@ -207,37 +215,36 @@ def _call(trip: Trip, claimed: Claimed, parameters: Mapping[str, Any]) -> agentk
     )
     log.info("task.started", agent_id=claimed.agent_id)
     with process.leases.hold(claimed.task_id, context), trip.patience():
-        return agentkit.call(agent, parameters, context, claimed.timeout_seconds)
+        if agent is not None:
+            return agentkit.call(agent, parameters, context, claimed.timeout_seconds)
+        return process.caller.call(_order(trip, claimed, endpoint or "", parameters))
 
 
-def _scope(claimed: Claimed) -> dict[str, Any]:
-    run = {"id": str(claimed.run_id), "workflowId": claimed.workflow_id}
-    scope = {"input": claimed.input, "tasks": claimed.tasks or {}, "run": run}
-    if claimed.item_index is not None:
-        scope |= {"item": claimed.item, "index": claimed.item_index}
-    return scope
+def _order(trip: Trip, claimed: Claimed, url: str, parameters: dict[str, Any]) -> remote.Order:
+    return remote.Order(
+        url=url,
+        payload=parameters,
+        task_name=claimed.definition_id,
+        run_id=str(claimed.run_id),
+        task_id=str(claimed.task_id),
+        token=str(trip.visit.token),
+        attempt=claimed.attempt,
+        deadline=claimed.deadline_at,
+        timeout_seconds=min(claimed.timeout_seconds, process.settings.answer_seconds),
+        workflow_id=claimed.workflow_id,
+        version=claimed.version,
+        index=claimed.item_index,
+        request_id=trip.headers.get(REQUEST_HEADER),
+    )
 
 
-def _parameters(claimed: Claimed, spec: TaskSpec) -> dict[str, Any]:
-    """Render the parameters; the first task of a triggered run gets the input merged over them."""
-    parameters: dict[str, Any] = spec.parameters.render(_scope(claimed))
-    if claimed.merges_input and isinstance(claimed.input, dict):
-        parameters = parameters | claimed.input
-    return parameters
-
-
-def _items(template: Template, claimed: Claimed) -> Result:
-    values = template.render(_scope(claimed))
-    if not isinstance(values, list):
-        raise ExpressionError(f"forEach.items must give a list, not {kind(values)}.")
-    _check(values, "The items")
-    return Items(values) if values else Completed([])
-
-
-def _check(value: Any, what: str) -> None:
-    """Make sure that an expression's value can be stored."""
-    for pointer, sentences in check_json(value).items():
-        raise ExpressionError(f"{what} cannot be stored: {pointer} {sentences[0]}".strip())
+def _await_report(trip: Trip, claimed: Claimed) -> None:
+    """Leave the task to the agent that accepted it, unless it has reported meanwhile."""
+    message = trip.message()
+    recorded = _insist(lambda tx: engine.await_report(tx, claimed, message), whole=True)
+    if isinstance(recorded, Parked):
+        raise Retry(message=str(Reason.REMOTE))
+    _after(trip, claimed, recorded)
 
 
 def _expand(trip: Trip, claimed: Claimed, values: list[Any]) -> None:
@@ -269,14 +276,8 @@ def _complete(trip: Trip, claimed: Claimed, output: Any) -> None:
     """Record success, and the run's output with it if this is its last task."""
     run_output, run_error = None, None
     if claimed.is_sink:
-        try:
-            run_output = _run_output(claimed, output)
-        except ExpressionError as error:
-            run_error = Failure("expression_error", str(error))
-        except Exception as error:
-            log.exception("attempt.broke")
-            accident = _accident(error)
-            run_error = Failure(accident.code, accident.message)
+        read = partial(process.definition, claimed.workflow_id, claimed.version, _insist)
+        run_output, run_error = work.run_result(claimed, read, output)
     then = None if claimed.is_sink else trip.look_ahead()
     take = None if then is not None else _take_first_in_line(trip, claimed)
     finished = _insist(
@@ -316,22 +317,6 @@ def _complete_and_claim(
     )
 
 
-def _run_output(claimed: Claimed, output: Any) -> Any:
-    """Make the run's output: of its expression, else of the outputs of the last tasks."""
-    definition = process.definition(claimed.workflow_id, claimed.version, _insist)
-    tasks = dict(claimed.tasks or {})
-    if claimed.kind != "end":
-        done = {"output": output, "status": "completed", "error": None}
-        tasks[claimed.definition_id] = done
-    if definition.output is None:
-        if len(definition.leaves) == 1:
-            return output
-        return {leaf: tasks[leaf]["output"] for leaf in definition.leaves}
-    run_output = definition.output.render(_scope(claimed) | {"tasks": tasks})
-    _check(run_output, "The run's output")
-    return run_output
-
-
 def _record_failure(trip: Trip, claimed: Claimed, failed: Failed) -> None:
     """Record a failure: the task is tried again later, or fails for good."""
     failure = Failure(failed.code, failed.message, failed.traceback, failed.retryable)
@@ -369,7 +354,11 @@ def _after(
     match recorded:
         case engine.Fenced():
             log.warning("attempt.fenced", attempt=claimed.attempt)
-            raise Ignore
+            if claimed.agent_id in process.agents:
+                raise Ignore
+            # An agent behind HTTP may have reported before it answered; then the canvas goes on.
+            trip.claimed, trip.visit = None, replace(trip.visit, token=uuid4())
+            _visit(trip)
         case Parked():
             if agent_id is not None:
                 _wake_now(lambda tx: engine.wake_line(tx, agent_id))
@@ -392,10 +381,11 @@ def _follow(
     """
     wakes = trip.wakes or is_old
     parent_id = claimed.parent_id
-    if trip.is_lane and finished.next is not None:
+    if trip.is_followed_by_mate:
         trip.owe(replace(finished, message=None), claimed)
         wakes, parent_id = False, None
-    if wakes or parent_id or agent_id or finished.ends_run or finished.message is not None:
+    ends = finished.ends_run or finished.frees is not None
+    if wakes or parent_id or agent_id or ends or finished.message is not None:
         if wakes or parent_id:
             trip.owe_nothing()
         try:

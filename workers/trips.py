@@ -25,9 +25,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from opscore import logs
 from opscore.canvas import HARD_LIMIT_GRACE_SECONDS, LANE_HEADER, RUN_TASK, WAKES_HEADER
 from opscore.config import FIRST
-from opscore.dispatch import BrokerErrors, Dispatcher
+from opscore.dispatch import LINES, BrokerErrors, Dispatcher
 from opscore.engine import DEADLINE_GRACE_SECONDS, Claimed, Finished, Visit, Woken
-from opscore.states import Reason
 from workers.consumer import EVENTS_SECONDS
 
 log = logs.get(__name__)
@@ -121,6 +120,11 @@ class Trip:
         return bool(self.headers.get(LANE_HEADER))
 
     @property
+    def is_followed_by_mate(self) -> bool:
+        """The next task of its lane is claimed already, and wakes what both have in common."""
+        return self.is_lane and self.claimed_next is not None and not self._taken
+
+    @property
     def has_moved(self) -> bool:
         """It is past the task that Celery knows of."""
         return self._length > 1
@@ -189,7 +193,7 @@ class Trip:
             task_id, generation = message["args"]
         except (AttributeError, KeyError, TypeError, ValueError):
             return False  # the message was not made by us
-        has_slot = woken.reason == Reason.AGENT_BUSY
+        has_slot = woken.reason in LINES
         self._next = (Visit(UUID(task_id), generation, uuid4(), has_slot), message)
         self._taken = True
         return True
@@ -197,7 +201,7 @@ class Trip:
     def offer(self) -> float | None:
         """Return the longest timeout of a task it could go on with; None: something else is next.
 
-        Of a task that is not known yet: what `take` asks of a message.
+        Of a task that is not known yet; it will be for the agent of the present one.
         """
         request = self.request
         if request.chain or request.callbacks or request.chord:
@@ -208,7 +212,7 @@ class Trip:
 
     def go_on_with(self, claimed: Claimed, message: dict[str, Any], token: UUID) -> None:
         """Go on with who was first in line, whom the present task took along as it was offered."""
-        self._next = (Visit(claimed.task_id, message["args"][1], token, has_slot=True), message)
+        self._next = (Visit(claimed.task_id, message["args"][1], token), message)
         self._taken, self.claimed_next = True, claimed
 
     def goes_on_after(self, outcome: Outcome) -> bool:

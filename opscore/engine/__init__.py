@@ -3,9 +3,10 @@
 Each change is one guarded statement; a guard that refuses is an answer, not an accident. The event
 that tells of a change is written by the statement that makes it (I3). Callers own the transaction:
 to submit, to claim and to finish as usual are single statements made for autocommit, everything
-else wants `Database.transaction()`. Locks are taken run first, then task, then slot; several tasks
-in the order of their ids, which is that of the graph within a run. Who claims begins with a slot,
-and who frees one with a task in its line, but they wait for neither. Decisions use the database's
+else wants `Database.transaction()`. Locks are taken agent first, then run, then task, then slot;
+several tasks in the order of their ids, which is that of the graph within a run. Who claims begins
+with a slot, who frees one with a task in its line, and who has a task may change its agent; but
+they wait for none of these. Decisions use the database's
 clock (I8). Nothing here publishes a message or calls an agent (I4): functions say who must be
 visited next, and `dispatch` does it after the commit.
 """
@@ -45,16 +46,30 @@ from opscore.engine.outcomes import (
     fail_unclaimed,
     hand_back,
     item_outputs,
+    lock_run,
     release_attempt,
     write_log,
     write_progress,
+)
+from opscore.engine.remote import (
+    Beat,
+    OpenAttempt,
+    astray_attempts,
+    await_report,
+    is_reported,
+    keep_alive,
+    note_report,
+    open_attempt,
+    withdraw,
 )
 from opscore.engine.runs import (
     Plan,
     cancel_run,
     carry,
     hold_back,
+    limited_workflows,
     plan_run,
+    release_runs,
     republish_run,
     runs_to_settle,
     settle_run,
@@ -65,6 +80,8 @@ from opscore.engine.waits import (
     Left,
     Woken,
     agents_to_wake,
+    hurry,
+    hurry_astray,
     keep_message,
     oldest_visit,
     park_task,
@@ -82,6 +99,7 @@ __all__ = [
     "DEADLINE_GRACE_SECONDS",
     "NOTHING",
     "Answer",
+    "Beat",
     "Claimed",
     "Elsewhere",
     "Failure",
@@ -91,6 +109,7 @@ __all__ = [
     "Impossible",
     "Left",
     "MustWait",
+    "OpenAttempt",
     "Parked",
     "Plan",
     "Settled",
@@ -100,6 +119,8 @@ __all__ = [
     "Woken",
     "abandon_attempt",
     "agents_to_wake",
+    "astray_attempts",
+    "await_report",
     "cancel_run",
     "carry",
     "claim_task",
@@ -112,13 +133,22 @@ __all__ = [
     "fail_unclaimed",
     "hand_back",
     "hold_back",
+    "hurry",
+    "hurry_astray",
+    "is_reported",
     "item_outputs",
+    "keep_alive",
     "keep_message",
+    "limited_workflows",
+    "lock_run",
     "lose_attempt",
+    "note_report",
     "oldest_visit",
+    "open_attempt",
     "park_task",
     "plan_run",
     "release_attempt",
+    "release_runs",
     "renew_leases",
     "republish_run",
     "runs_to_settle",
@@ -132,6 +162,7 @@ __all__ = [
     "wake_lost",
     "wake_parent",
     "wake_successors",
+    "withdraw",
     "write_log",
     "write_progress",
 ]

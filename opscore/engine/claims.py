@@ -8,6 +8,7 @@ from uuid import UUID
 
 from sqlalchemy import Row
 
+from opscore import models
 from opscore.db import Prepared, Tx
 from opscore.engine.clauses import (
     DEADLINE_GRACE_SECONDS,
@@ -20,6 +21,9 @@ from opscore.engine.clauses import (
     ORDER,
     RUN_OPEN,
     dependencies_over,
+    is_open,
+    is_ready,
+    rests,
     still,
 )
 from opscore.states import TASK_ENDED, Reason
@@ -45,7 +49,7 @@ class Visit:
     token: UUID
     """Its own: who asks again after a lost answer is told by it that the claim is his."""
     has_slot: bool = False
-    """A slot is kept for its task."""
+    """It was sent because a slot is kept for its task; only a hint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +117,20 @@ class Void:
 Answer = Claimed | Settled | Elsewhere | MustWait | Impossible | Void
 
 
-def _first_ahead(whose: str) -> str:
-    """Return the first of a line besides `ready`, if it is older than that; in SQL, a subquery."""
-    return f"""(
+def _nobody_ahead(task: str, agent: str) -> str:
+    """Return the condition that nobody in an agent's lines is before a task; in SQL."""
+
+    def first(whose: str) -> str:
+        return f"""(
     SELECT FROM (SELECT w.priority, w.waiting_since FROM tasks w
-                 WHERE {whose} AND {IN_LINE} AND w.id <> ready.id
+                 WHERE {whose} AND {IN_LINE} AND w.id <> {task}.id
                  {ORDER} LIMIT 1) AS first
-    WHERE first.priority > ready.priority OR first.priority = ready.priority
-      AND first.waiting_since < coalesce(ready.waiting_since, now()))"""
+    WHERE first.priority > {task}.priority OR first.priority = {task}.priority
+      AND first.waiting_since < coalesce({task}.waiting_since, now()))"""
+
+    return f"""NOT EXISTS {first(FOR_AGENT.format(agent=f"{agent}.agent_id"))}
+      AND NOT EXISTS (SELECT FROM unnest({agent}.capabilities) AS offered (capability)
+                      WHERE EXISTS {first(FOR_CAPABILITY)})"""
 
 
 def _start(generation: str) -> str:
@@ -136,8 +146,8 @@ def _start(generation: str) -> str:
 
 
 _BY_MESSAGE, BY_SAVED = ":generation", "t.visit_generation"
-_UNCOUNTED = "a.agent_id = t.wanted_agent_id AND a.capacity IS NULL"
-IS_IN_LINE = f"{still('waiting')} AND t.reason = 'agent_busy' AND {MAY_ASK.format(row='t')}"
+_UNCOUNTED = "a.agent_id = t.wanted_agent_id AND a.capacity IS NULL AND NOT a.closed"
+IS_IN_LINE = f"{still('waiting')} AND t.reason IN {models.IN_LINE} AND {MAY_ASK.format(row='t')}"
 _WAITED_FOR_NOTHING = f"({still('pending')} OR {still('waiting')} AND t.reason = 'dependencies')"
 
 
@@ -163,7 +173,8 @@ def simple_claim(
       AND r.id = t.run_id AND {RUN_OPEN} AND {fits} AND {guard}
     RETURNING t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id,
               t.index AS item_index, t.item, t.is_sink, t.agent_id, t.attempt, t.timeout_seconds,
-              t.deadline_at, t.lease_expires_at, t.reads, r.workflow_id, r.version, r.generation,
+              t.deadline_at, t.lease_expires_at, now() AS started_at, t.reads, r.workflow_id,
+              r.version, r.generation,
               r.agent_id IS NOT NULL AND t.position = 0 AS merges_input
 ), begun AS (
     INSERT INTO attempts (task_id, number, agent_id, worker, status)
@@ -222,10 +233,10 @@ SELECT next.*, r.input, {read_by("next")} FROM next JOIN runs r ON r.id = next.r
 _CLAIM_SIMPLY = Prepared(_first_claim())
 _CLAIM_KEPT = Prepared(
     _first_claim(
-        before="""kept AS (
+        before=f"""kept AS (
     SELECT s.agent_id, s.number FROM slots s JOIN agents a USING (agent_id)
     WHERE s.reserved_for = :task_id AND s.reserved_until > now() AND s.holder IS NULL
-      AND s.number <= a.capacity
+      AND s.number <= a.capacity AND {is_open()} AND {is_ready()}
     LIMIT 1 FOR UPDATE OF s SKIP LOCKED
 ),""",
         agent="kept",
@@ -234,7 +245,7 @@ _CLAIM_KEPT = Prepared(
         after=""", held AS (
     UPDATE slots s
     SET holder = next.task_id, attempt = next.attempt, lease_expires_at = next.lease_expires_at,
-        reserved_for = NULL, reserved_until = NULL
+        held_at = now(), reserved_for = NULL, reserved_until = NULL
     FROM next, kept WHERE s.agent_id = kept.agent_id AND s.number = kept.number
 )""",
     )
@@ -256,33 +267,49 @@ WITH t AS MATERIALIZED (
             WHEN 'retry' THEN t.wake_at <= now() OR t.woken_at IS NOT NULL
             WHEN 'children' THEN true
             WHEN 'max_parallel' THEN false
+            WHEN 'remote' THEN false
             ELSE t.not_before IS NULL OR t.not_before <= now()
         END) AND (t.items IS NULL OR {ITEMS_OVER})
-), candidate AS (
-    SELECT a.agent_id, a.capacity, a.capabilities,
-           a.agent_id IS NOT DISTINCT FROM ready.preferred_agent_id AS preferred
+), wanted AS (
+    SELECT a.agent_id, a.capacity, a.capabilities, 0 AS place,
+           a.agent_id IS NOT DISTINCT FROM ready.preferred_agent_id AS preferred,
+           {is_open()} AS is_open, {is_ready()} AS is_ready
     FROM agents a, ready
     WHERE ready.kind = 'agent' AND CASE
         WHEN ready.wanted_agent_id IS NOT NULL THEN a.agent_id = ready.wanted_agent_id
         ELSE ready.wanted_capability = ANY (a.capabilities) END
+    UNION ALL
+    SELECT a.agent_id, a.capacity, a.capabilities, f.place, false, {is_open()}, {is_ready()}
+    FROM ready, unnest(ready.fallback) WITH ORDINALITY AS f (id, place), agents a
+    WHERE a.agent_id = f.id
+), candidate AS (
+    -- Fallbacks are asked while none that is wanted is available.
+    SELECT * FROM wanted
+    WHERE is_open AND (place = 0 OR NOT (SELECT bool_or(is_open AND place = 0) FROM wanted))
+), able AS MATERIALIZED (
+    -- Looked at once for each agent, however many slots it has.
+    SELECT c.*, work.held, work.last,
+           (ready.wanted_capability IS NULL OR c.place > 0 OR NOT {rests("c")})
+           AND {_nobody_ahead("ready", "c")} AS is_turn,
+           ready.tries > 0 AND c.agent_id IS NOT DISTINCT FROM ready.agent_id AS just_failed
+    FROM candidate c CROSS JOIN ready
+         CROSS JOIN LATERAL (SELECT count(h.holder) AS held, max(h.freed_at) AS last
+                             FROM slots h WHERE h.agent_id = c.agent_id) AS work
+    WHERE c.is_ready AND c.capacity IS NOT NULL
 ), slot AS (
-    -- A free slot, unless somebody older waits for it who has none kept for him.
+    -- A free slot, unless somebody older waits for it who has none kept for him; of several agents
+    -- that of who does least, then of who rested longest.
     SELECT s.agent_id, s.number
-    FROM candidate c JOIN slots s USING (agent_id) CROSS JOIN ready
-    WHERE s.number <= c.capacity
-      AND s.holder IS NULL
-      AND (s.reserved_for = :task_id AND s.reserved_until > now()
-           OR {FREE}
-           AND NOT EXISTS {_first_ahead(FOR_AGENT.format(agent="c.agent_id"))}
-           AND NOT EXISTS (SELECT FROM unnest(c.capabilities) AS offered (capability)
-                           WHERE EXISTS {_first_ahead(FOR_CAPABILITY)}))
+    FROM able c JOIN slots s USING (agent_id)
+    WHERE s.number <= c.capacity AND s.holder IS NULL
+      AND (s.reserved_for = :task_id AND s.reserved_until > now() OR {FREE} AND c.is_turn)
     ORDER BY (s.reserved_for = :task_id AND s.reserved_until > now()) DESC NULLS LAST,
-             c.preferred DESC, s.number
+             c.preferred DESC, c.place, c.just_failed, c.held, c.last NULLS FIRST, s.number
     LIMIT 1
     FOR UPDATE OF s SKIP LOCKED
 ), unlimited AS (
     SELECT agent_id, NULL::int AS number FROM candidate
-    WHERE capacity IS NULL ORDER BY preferred DESC, agent_id LIMIT 1
+    WHERE capacity IS NULL ORDER BY preferred DESC, place, agent_id LIMIT 1
 ), chosen AS (
     SELECT * FROM slot
     UNION ALL SELECT * FROM unlimited WHERE NOT EXISTS (SELECT FROM slot)
@@ -305,7 +332,7 @@ WITH t AS MATERIALIZED (
 ), held AS (
     UPDATE slots s
     SET holder = claimed.id, attempt = claimed.attempt, lease_expires_at = claimed.lease_expires_at,
-        reserved_for = NULL, reserved_until = NULL
+        held_at = now(), reserved_for = NULL, reserved_until = NULL
     FROM claimed
     WHERE s.agent_id = claimed.agent_id AND s.number = claimed.number
 ), begun AS (
@@ -329,7 +356,12 @@ SELECT t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index 
        claimed.number IS NOT NULL OR mine.held AND t.kind = 'agent' AS has_slot,
        EXISTS (SELECT FROM ready) AS ready,
        EXISTS (SELECT FROM chosen) AS chosen,
-       (SELECT agent_id FROM candidate ORDER BY preferred DESC LIMIT 1) AS candidate,
+       (SELECT agent_id FROM candidate
+        ORDER BY is_ready AND EXISTS (SELECT FROM slots s WHERE s.agent_id = candidate.agent_id
+                                      AND s.number <= candidate.capacity AND s.holder IS NULL) DESC,
+                 preferred DESC, place, agent_id
+        LIMIT 1) AS candidate,
+       EXISTS (SELECT FROM wanted) AS is_known,
        CASE WHEN claimed.id IS NOT NULL OR mine.held
             THEN (SELECT input FROM runs WHERE id = t.run_id) END AS input,
        CASE WHEN (claimed.id IS NOT NULL OR mine.held) AND t.reads <> '{{}}'
@@ -390,7 +422,7 @@ def _refused(row: Row[Any]) -> Answer:
         return Elsewhere()
     if row.candidate is not None:
         return MustWait(Reason.AGENT_BUSY, row.candidate)
-    if row.wanted_agent_id is not None:
+    if row.wanted_agent_id is not None and not row.is_known:
         sentence = f"No agent is registered as {row.wanted_agent_id!r}."
         return Impossible(Failure("agent_not_found", sentence))
     return MustWait(Reason.AGENT_UNAVAILABLE, None)

@@ -1,7 +1,9 @@
 """What the statements share: who is ready, who stands in a line, and for how long."""
 
+from opscore import models
+from opscore.config import AGENTS_QUEUE, IO_QUEUE
 from opscore.models import listed
-from opscore.states import TASK_ENDED
+from opscore.states import TASK_ENDED, AgentState
 
 DEADLINE_GRACE_SECONDS = 5
 """The worker ends an attempt at its timeout; only when it could not does the deadline come."""
@@ -9,12 +11,21 @@ RESERVE_SECONDS = 5
 """A freed slot is kept this long for the first in line; then again for whoever is first."""
 FIRST_IN_LINE = 32
 """Looked at for an agent's free slots: others may be waking the first of them at this moment."""
+LONGEST_REST_SECONDS = 60
+"""An agent that is not there gets no work by its capabilities after each failure, for twice as long
+each time, up to this: else it would be free at once, and draw what others could do."""
+LEAST_REST_SECONDS = 0.1
+"""Whoever said that it is busy is not asked again before this, whatever it named."""
 LOOK_AGAIN_SECONDS = 30
 """What a task waits for is looked at again after this, should nobody say that it came."""
+BUSY_LOOK_AGAIN_SECONDS = 300
+"""So is who stands in a line, whom somebody wakes as soon as there is a slot."""
 ENDED = listed(TASK_ENDED)
+HELD = "max_concurrent_runs"
+"""The reason of a queued run that waits until fewer of its workflow are under way."""
 RUN_OPEN = (  # see `still`
     "(coalesce(r.status) IN ('queued', 'running') AND r.cancel_requested_at IS NULL"
-    " AND r.error IS NULL)"
+    f" AND r.error IS NULL AND r.reason IS DISTINCT FROM '{HELD}')"
 )
 
 
@@ -37,6 +48,12 @@ def still(status: str, row: str = "t") -> str:
     return f"coalesce({row}.status) = '{status}'"
 
 
+IS_ABROAD = f"{still('waiting')} AND t.reason = 'remote'"
+"""An agent behind HTTP has accepted it."""
+WAITS = f"({still('pending')} OR {still('waiting')} AND t.reason <> 'remote')"
+"""Nobody is at it."""
+ATTEMPTED = f"({still('running')} OR {IS_ABROAD})"
+"""Its attempt is not over: a worker is at it, or the agent behind HTTP that accepted it."""
 ITEMS_OVER = f"""NOT EXISTS (
     SELECT FROM tasks c WHERE c.parent_id = t.id AND c.status NOT IN {ENDED})"""
 END = ""
@@ -46,12 +63,18 @@ FREE = """s.holder IS NULL AND (s.reserved_until IS NULL OR s.reserved_until < n
 MAY_ASK = "({row}.not_before IS NULL OR {row}.not_before <= now())"
 """Whoever an agent itself sent away does not stand in its line until the time it named."""
 _HAS_NONE_KEPT = "(w.kept_until IS NULL OR w.kept_until <= now())"
-_STANDS = f"w.reason = 'agent_busy' AND {MAY_ASK.format(row='w')} AND {_HAS_NONE_KEPT}"
+_STANDS = f"w.reason IN {models.IN_LINE} AND {MAY_ASK.format(row='w')} AND {_HAS_NONE_KEPT}"
 IN_LINE = f"w.status = 'waiting' AND {_STANDS}"
-FOR_AGENT = "w.wanted_agent_id = {agent}"
-FOR_CAPABILITY = "w.wanted_agent_id IS NULL AND w.wanted_capability = offered.capability"
+FOR_AGENT = "w.line_agent_id = {agent}"
+FOR_CAPABILITY = "w.line_agent_id IS NULL AND w.wanted_capability = offered.capability"
 """Of `unnest(capabilities) AS offered (capability)`: a line's index is in order for one of them."""
 ORDER = "ORDER BY w.priority DESC, w.waiting_since"
+
+
+def rests(agent: str) -> str:
+    """Return the condition that an agent gets nothing by its capabilities for a while; in SQL."""
+    return f"""EXISTS (
+    SELECT FROM slots h WHERE h.agent_id = {agent}.agent_id AND h.rests_until > now())"""
 
 
 def find_line(many: str) -> str:
@@ -70,7 +93,7 @@ def find_line(many: str) -> str:
         SELECT w.id, w.priority, w.waiting_since FROM tasks w
         WHERE {FOR_CAPABILITY} AND {IN_LINE}
         {ORDER} LIMIT {FIRST_IN_LINE}) AS f
-    WHERE a.agent_id = :agent_id
+    WHERE a.agent_id = :agent_id AND NOT {rests("a")}
 ), line AS MATERIALIZED (
     SELECT w.id, w.woken_at IS NOT NULL AS is_out, w.message FROM tasks w
     WHERE w.id = ANY (ARRAY(SELECT id FROM first)) AND {still("waiting", "w")} AND {_STANDS}
@@ -81,9 +104,48 @@ def find_line(many: str) -> str:
 
 KEPT_UNTIL = f"now() + make_interval(secs => {RESERVE_SECONDS})"
 KEEP = f"woken_at = coalesce(t.woken_at, now()), kept_until = {KEPT_UNTIL}, wake_at = NULL"
-WOKEN = """t.id AS task_id, t.run_id, t.message, t.reason, t.timeout_seconds,
-          t.parent_id IS NOT NULL AS is_item, r.generation, r.request_id"""
-MINE = f"t.attempt = :attempt AND {still('running')}"
+
+
+def woken(queue: str = "t.queue") -> str:
+    """Return the columns of a `Woken`, for `queue` an expression; in SQL."""
+    return f"""t.id AS task_id, t.run_id, t.message, t.reason, t.timeout_seconds,
+          {queue} AS queue, t.parent_id IS NOT NULL AS is_item, r.generation, r.request_id"""
+
+
+WOKEN = woken()
+
+
+def woken_for(agent: str) -> str:
+    """Return the same for tasks that a slot of this agent is kept for: its workers visit them."""
+    return woken(f"""CASE (SELECT kind FROM agents WHERE agent_id = {agent})
+              WHEN 'remote' THEN '{IO_QUEUE}' ELSE '{AGENTS_QUEUE}' END""")
+
+
+MINE = f"t.attempt = :attempt AND {ATTEMPTED}"
+_FREE_STATES = listed((AgentState.IDLE, AgentState.FINISHED))
+
+
+def is_open(row: str = "a") -> str:
+    """Return the condition that an agent is available, at once or in time; in SQL.
+
+    An `error` that was reported of an attempt of ours lapses with it.
+    """
+    return f"""(NOT {row}.closed
+    AND ({row}.heartbeat_seconds IS NULL
+         OR {row}.seen_at > now() - make_interval(secs => {row}.heartbeat_seconds))
+    AND ({row}.kind <> 'remote' OR {row}.state <> '{AgentState.ERROR}'
+         OR {row}.state_lapses AND NOT EXISTS (
+             SELECT FROM slots h WHERE h.agent_id = {row}.agent_id AND h.holder IS NOT NULL)))"""
+
+
+def is_ready(row: str = "a") -> str:
+    """Return the condition that an open agent takes work now, if it has a free slot; in SQL.
+
+    What an agent behind HTTP said while it was at an attempt of ours told of that; slots count it.
+    """
+    return f"""({row}.kind <> 'remote'
+    OR ({row}.state IN {_FREE_STATES} OR {row}.state_lapses)
+       AND ({row}.busy_until IS NULL OR {row}.busy_until <= now()))"""
 
 
 def backoff(base: str, cap: str, exponent: str) -> str:

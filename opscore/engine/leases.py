@@ -1,14 +1,15 @@
 """Attempts whose worker lives, is stopped, or went silent."""
 
 from collections.abc import Mapping
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import select, text
 
 from opscore.db import Prepared, Tx
 from opscore.engine.claims import Failure
-from opscore.engine.clauses import still
-from opscore.engine.outcomes import Gone, as_error, end_task, leave
+from opscore.engine.clauses import ATTEMPTED, IS_ABROAD, backoff, still
+from opscore.engine.outcomes import Gone, as_error, end_task, leave, lock_run
 from opscore.models import Task
 
 _RENEW = Prepared(
@@ -52,7 +53,6 @@ def expired_attempts(tx: Tx, limit: int, lease_seconds: float = 0) -> list[UUID]
     is alive does so first.
     """
     query = select(Task.id).where(
-        Task.status == "running",
         text("lease_expires_at < now()"),
         text("pg_postmaster_start_time() < now() - make_interval(secs => :lease)").bindparams(
             lease=lease_seconds
@@ -61,47 +61,67 @@ def expired_attempts(tx: Tx, limit: int, lease_seconds: float = 0) -> list[UUID]
     return list(tx.execute(query.order_by(Task.lease_expires_at).limit(limit)).scalars())
 
 
+_COUNTS_AS_LOST = "t.deadline_at >= now() AND t.status = 'running'"
+"""A timeout, or an agent behind HTTP that went silent, is a failure; a silent worker is not."""
 _LOSE = Prepared(
     leave(
-        """status = 'waiting', waits = 0, waiting_since = NULL, woken_at = NULL,
+        f"""status = 'waiting', waits = 0, waiting_since = NULL, woken_at = NULL,
         reason = CASE WHEN t.items IS NULL THEN 'retry' ELSE 'children' END,
-        wake_at = CASE WHEN t.items IS NULL THEN now() END,
-        lost = t.lost + CASE WHEN t.deadline_at < now() THEN 0 ELSE 1 END,
-        tries = t.tries + CASE WHEN t.deadline_at < now() THEN 1 ELSE 0 END""",
-        """t.status = 'running' AND t.lease_expires_at < now() AND NOT t.ends_run
-        AND CASE WHEN t.deadline_at < now() THEN t.tries + 1 < t.max_attempts
-                 ELSE t.lost + 1 < :max_lost END""",
+        wake_at = CASE WHEN {IS_ABROAD} THEN now() + make_interval(secs =>
+                {backoff("t.retry_backoff", "t.retry_max_backoff", "t.tries")})
+            WHEN t.items IS NULL THEN now() END,
+        lost = t.lost + CASE WHEN {_COUNTS_AS_LOST} THEN 1 ELSE 0 END,
+        tries = t.tries + CASE WHEN {_COUNTS_AS_LOST} THEN 0 ELSE 1 END""",
+        f"""{ATTEMPTED} AND t.lease_expires_at < now() AND NOT t.ends_run
+        AND CASE WHEN {_COUNTS_AS_LOST} THEN t.lost + 1 < :max_lost
+                 ELSE t.tries + 1 < t.max_attempts END""",
         """status = 'lost', error = jsonb_build_object(
-            'code', 'worker_lost', 'message', 'The worker went silent.')""",
+            'code', cast(:code AS text), 'message', cast(:sentence AS text))""",
         "'task.lost', jsonb_build_object('attempt', attempt)",
         answer="run_id, parent_id FROM gone",
     ),
 )
 _EXPIRED = Prepared(
     f"""
-SELECT t.run_id, t.parent_id, t.attempt, t.lost, t.ends_run, t.deadline_at < now() AS timed_out,
-t.timeout_seconds FROM tasks t WHERE t.id = :task_id AND {still("running")} AND t.lease_expires_at
-< now() """,
+SELECT t.run_id, t.parent_id, t.attempt, t.lost, t.deadline_at < now() AS timed_out,
+       t.status = 'waiting' AS is_remote, t.timeout_seconds
+FROM tasks t WHERE t.id = :task_id AND {ATTEMPTED} AND t.lease_expires_at < now()
+FOR NO KEY UPDATE
+""",
 )
 
 
 def lose_attempt(tx: Tx, task_id: UUID, max_lost: int) -> Gone | None:
-    """Take an expired attempt from its silent worker: it counts as lost and the task goes back to
-    wait.
+    """Take an expired attempt from its silent worker or agent: the task goes back to wait.
 
-    The `max_lost`-th time, or past its deadline with no attempt left, the task fails for good. None
-    if it was finished or renewed meanwhile.
+    A silent worker's counts as lost, what timed out or went silent behind HTTP as failed. The
+    `max_lost`-th time, or with no attempt left, the task fails for good. None if it was finished or
+    renewed meanwhile.
     """
-    back = _LOSE(tx, {"task_id": task_id, "max_lost": max_lost}).first()
-    if back is not None:
-        return Gone(back.run_id, back.parent_id, None)
+    run_id = tx.execute(select(Task.run_id).where(Task.id == task_id)).scalar()
+    if run_id is None:
+        return None
+    lock_run(tx, run_id)
     row = _EXPIRED(tx, {"task_id": task_id}).first()
     if row is None:
         return None
-    if row.timed_out:
-        error = as_error(Failure("timeout", f"No answer within {row.timeout_seconds:g} seconds."))
-    else:
+    why = _why_lost(row)
+    back = _LOSE(
+        tx,
+        {"task_id": task_id, "max_lost": max_lost, "code": why.code, "sentence": why.message},
+    ).first()
+    if back is not None:
+        return Gone(back.run_id, back.parent_id, None)
+    if why.code == "worker_lost":
         message = f"Its worker went silent {row.lost + 1} times; the task may be what kills it."
-        error = as_error(Failure("worker_lost", message))
-    finished = end_task(tx, task_id, row.run_id, error, attempt=row.attempt)
+        why = Failure("worker_lost", message)
+    finished = end_task(tx, task_id, row.run_id, as_error(why), attempt=row.attempt)
     return None if finished is None else Gone(row.run_id, row.parent_id, finished)
+
+
+def _why_lost(row: Any) -> Failure:
+    if row.timed_out:
+        return Failure("timeout", f"No answer within {row.timeout_seconds:g} seconds.")
+    if row.is_remote:
+        return Failure("agent_silent", "The agent sent no heartbeat in time.")
+    return Failure("worker_lost", "The worker went silent.")

@@ -8,6 +8,7 @@ from uuid import UUID
 from sqlalchemy import Row, select
 from uuid6 import uuid7
 
+from opscore import models
 from opscore.db import Prepared, Tx
 from opscore.engine.claims import (
     BY_SAVED,
@@ -21,19 +22,28 @@ from opscore.engine.claims import (
     simply_claimed,
 )
 from opscore.engine.clauses import (
+    ATTEMPTED,
     DEADLINE_GRACE_SECONDS,
     ENDED,
+    IS_ABROAD,
     KEEP,
     KEPT_UNTIL,
+    LEAST_REST_SECONDS,
+    LONGEST_REST_SECONDS,
     MINE,
     RUN_OPEN,
+    WAITS,
     WAKE_AT,
     WOKEN,
     backoff,
     find_line,
+    is_open,
+    is_ready,
     still,
+    woken_for,
 )
 from opscore.engine.waits import Woken, as_woken
+from opscore.graph import Node
 from opscore.models import Run, Task
 from opscore.states import Reason
 
@@ -63,6 +73,8 @@ class Finished:
     """The failure ends the run: nothing below the task may start."""
     message: dict[str, Any] | None = None
     """A newer canvas's visit that came meanwhile: publish it, so that its canvas goes on."""
+    frees: str | None = None
+    """The workflow whose next run may begin: call `release_runs`."""
     next: Claimed | None = None
     """Who comes next here, claimed in the same breath: by the visit that was to follow, or as the
     first in line for the freed slot."""
@@ -83,10 +95,26 @@ class Fenced:
     """The attempt is no longer this worker's: drop its outcome."""
 
 
-_FREED = """freed AS (
-    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL FROM gone
+_LET_GO = "holder = NULL, attempt = NULL, lease_expires_at = NULL, freed_at = now()"
+_RESTED = f"""failures = CASE WHEN :rests THEN s.failures + 1 ELSE s.failures END,
+        rests_until = CASE WHEN :rests THEN now() + make_interval(secs =>
+                least({LONGEST_REST_SECONDS}, power(2, least(s.failures, 30))))
+            ELSE s.rests_until END"""
+_TIMED = """failures = 0, rests_until = NULL,
+        average_seconds = (SELECT coalesce(s.average_seconds * 0.8 + 0.2 * took, took)
+        FROM (SELECT extract(epoch FROM now() - s.held_at) AS took) AS held)"""
+"""How long a slot is held of late, for whoever wants to know when his turn comes."""
+
+
+def _freed(change: str) -> str:
+    """Return the part of `leave` that changes the slot of who leaves."""
+    return f"""freed AS (
+    UPDATE slots s SET {change} FROM gone
     WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt
 )"""
+
+
+_FREED = _freed(_LET_GO)
 
 
 def leave(
@@ -146,6 +174,7 @@ _HANDED_OVER = f"""{
 ), freed AS (
     UPDATE slots s
     SET holder = next.task_id, attempt = next.attempt, lease_expires_at = next.lease_expires_at,
+        {_TIMED}, freed_at = now(), held_at = coalesce(next.started_at, s.held_at),
         reserved_for = kept.id,
         reserved_until = CASE WHEN kept.id IS NOT NULL THEN {KEPT_UNTIL} END
     FROM gone JOIN mine ON true LEFT JOIN next ON true
@@ -155,7 +184,7 @@ _HANDED_OVER = f"""{
 ), woken AS (
     UPDATE tasks t SET {KEEP}
     FROM freed, runs r WHERE t.id = freed.reserved_for AND r.id = t.run_id
-    RETURNING {WOKEN}, freed.is_out
+    RETURNING {woken_for(":agent_id")}, freed.is_out
 )"""
 """The slot goes to the first in line: `next` is started in it here, if that is simple and this
 worker takes him; else it is kept for him, and he is `woken`. Nobody waits for his run's lock."""
@@ -164,13 +193,15 @@ _COMPLETE = {
     "guard": MINE,
     "attempt": "status = 'completed'",
     "event": "'task.completed', jsonb_build_object('attempt', attempt)",
-    "answer": """gone.message AS saved, gone.ends_run, r.generation AS run_generation
+    "answer": """gone.message AS saved, gone.ends_run, r.generation AS run_generation,
+       CASE WHEN gone.is_sink AND r.max_concurrent IS NOT NULL THEN r.workflow_id END AS frees
     FROM gone JOIN runs r ON r.id = gone.run_id""",
     "freed": "",
 }
 _HAND_OVER = _COMPLETE | {
     "before": f"""{find_line("1")}, mine AS (
-    SELECT s.number, s.number <= a.capacity AS stays FROM slots s JOIN agents a USING (agent_id)
+    SELECT s.number, s.number <= a.capacity AND {is_open()} AND {is_ready()} AS stays
+    FROM slots s JOIN agents a USING (agent_id)
     WHERE s.agent_id = :agent_id AND s.holder = :task_id AND s.attempt = :attempt
 ), opening AS (
     SELECT r.id FROM line JOIN tasks t USING (id) JOIN runs r ON r.id = t.run_id
@@ -180,6 +211,7 @@ _HAND_OVER = _COMPLETE | {
     "then_told": f"""UNION ALL SELECT id, NULL, 'run.started', '{{}}' FROM starting
     {NEXT_STARTED}""",
     "answer": f"""gone.message AS saved, gone.ends_run, r.generation AS run_generation,
+       CASE WHEN gone.is_sink AND r.max_concurrent IS NOT NULL THEN r.workflow_id END AS frees,
        next.*, line.message AS next_message, next_run.input, {read_by("next")},
        {", ".join(f"woken.{name} AS woken_{name}" for name in Woken.__slots__)}
     FROM gone JOIN runs r ON r.id = gone.run_id LEFT JOIN woken ON NOT woken.is_out
@@ -223,7 +255,7 @@ _FINISH_AND_CLAIM = {
         leave(
             **_COMPLETE
             | {
-                "freed": _FREED if has_slot else "",
+                "freed": _freed(f"{_LET_GO}, {_TIMED}") if has_slot else "",
                 "after": ", "
                 + simple_claim(
                     ":next_id",
@@ -280,7 +312,7 @@ def complete_attempt(
     if row is None:
         return _repeated(tx, claimed, take)
     if not claimed.has_slot:
-        return Finished(row.run_generation, row.ends_run, message=row.saved)
+        return Finished(row.run_generation, row.ends_run, message=row.saved, frees=row.frees)
     following = None
     if row.task_id is not None:
         following = simply_claimed(row, row.input, row.tasks, has_slot=True)
@@ -288,6 +320,7 @@ def complete_attempt(
         row.run_generation,
         row.ends_run,
         message=row.saved,
+        frees=row.frees,
         next=following,
         next_message=row.next_message,
         woken=tuple(as_woken([row], "woken_") if row.woken_task_id is not None else ()),
@@ -355,7 +388,7 @@ WHERE s.agent_id = :agent_id AND s.reserved_until > now() AND {still("waiting")}
 
 _TAKEN = Prepared(
     f"""
-SELECT t.id, t.attempt FROM slots s JOIN tasks t ON t.id = s.holder
+SELECT t.id, t.run_id, t.attempt FROM slots s JOIN tasks t ON t.id = s.holder
 WHERE s.agent_id = :agent_id AND t.claim_token = :token AND {still("running")}
 """
 )
@@ -368,7 +401,8 @@ def _repeated(tx: Tx, claimed: Claimed, take: Taker | None = None) -> Finished |
     """
     if take is not None and claimed.has_slot:
         for taken in _TAKEN(tx, {"agent_id": claimed.agent_id, "token": take.token}):
-            _HAND_BACK(tx, {"task_id": taken.id, "attempt": taken.attempt})
+            lost = Failure("answer_lost", "The answer of PostgreSQL was lost.")
+            hand_back(tx, taken.id, taken.run_id, taken.attempt, lost)
     parameters = {"task_id": claimed.task_id, "attempt": claimed.attempt}
     row = _RECORDED(tx, parameters).first()
     if row is None:
@@ -379,6 +413,10 @@ def _repeated(tx: Tx, claimed: Claimed, take: Taker | None = None) -> Finished |
     return Finished(row.generation, row.ends_run, failed_run, row.message, woken=woken)
 
 
+_AGENT_IS_AWAY = frozenset(
+    {"agent_unreachable", "agent_failed", "agent_redirected", "invalid_answer", "url_refused"}
+)
+"""Failures of an agent behind HTTP that say more of it than of the task."""
 _RETRY = Prepared(
     leave(
         f"""status = 'waiting', reason = 'retry', tries = tries + 1, waits = 0,
@@ -389,6 +427,7 @@ _RETRY = Prepared(
         "status = 'failed', error = :error",
         f"""'task.retrying', jsonb_build_object(
             'attempt', attempt, 'wakeAt', {WAKE_AT}, 'error', {_BRIEF})""",
+        freed=_freed(f"{_LET_GO}, {_RESTED}"),
     ),
     json=("error",),
     json_or_null=("message",),
@@ -401,7 +440,7 @@ def fail_attempt(
     failure: Failure,
     *,
     delay_seconds: float | None = None,
-    message: dict[str, Any],
+    message: dict[str, Any] | None,
 ) -> Finished | Parked | Fenced:
     """Record a failure: park the task for its next attempt, or let it fail for good.
 
@@ -416,6 +455,7 @@ def fail_attempt(
         "message": message,
         "delay": delay_seconds,
         "error": error,
+        "rests": failure.code in _AGENT_IS_AWAY,
     }
     if failure.retryable and _RETRY(tx, parameters).first() is not None:
         return Parked()
@@ -442,10 +482,26 @@ def fail_unclaimed(tx: Tx, task_id: UUID, failure: Failure) -> Gone | None:
     return None if finished is None else Gone(row.run_id, row.parent_id, finished)
 
 
+_OVERDUE = Prepared(
+    f"""
+SELECT reason FROM tasks t
+WHERE id = :task_id AND {WAITS} AND reason IN {models.IN_LINE}
+  AND waiting_since + make_interval(secs => max_wait_seconds) < now()
+FOR NO KEY UPDATE
+"""
+)
+
+
 def fail_overdue(tx: Tx, task_id: UUID) -> Gone | None:
     """Let a task fail that waited longer than its `busy.maxWaitSeconds`; None if it moved on."""
-    reason = tx.execute(select(Task.reason).where(Task.id == task_id)).scalar()
-    if reason == Reason.AGENT_UNAVAILABLE:
+    run_id = tx.execute(select(Task.run_id).where(Task.id == task_id)).scalar()
+    if run_id is None:
+        return None
+    lock_run(tx, run_id)
+    row = _OVERDUE(tx, {"task_id": task_id}).first()
+    if row is None:
+        return None
+    if row.reason == Reason.AGENT_UNAVAILABLE:
         failure = Failure("agent_unavailable", "No agent that could take it came in time.")
     else:
         failure = Failure("agent_busy_timeout", "Its agent was busy for all of maxWaitSeconds.")
@@ -465,8 +521,9 @@ _END_TASK = Prepared(
                       WHEN cast(:error AS jsonb) IS NULL THEN 'upstream_failed' END,
         error = {_BRIEF}, finished_at = now(), waiting_since = NULL, wake_at = NULL""",
         f"""r.id = t.run_id
-        AND CASE WHEN cast(:attempt AS int) IS NULL THEN t.status IN ('pending', 'waiting')
-                 ELSE t.attempt = :attempt AND {still("running")} END""",
+        AND CASE WHEN cast(:attempt AS int) IS NULL THEN {WAITS}
+                 ELSE t.attempt = :attempt AND {ATTEMPTED}
+                      AND (cast(:error AS jsonb) IS NOT NULL OR t.ends_run) END""",
         """status = CASE WHEN cast(:error AS jsonb) IS NULL THEN 'cancelled' ELSE 'failed' END,
         error = :error""",
         f"'task.' || status, jsonb_build_object('attempt', attempt, 'error', {_BRIEF})",
@@ -475,6 +532,7 @@ _END_TASK = Prepared(
         then_told=_RUN_ENDED,
         answer=f"""gone.*, r.generation, {RUN_OPEN} AS run_open
         FROM gone JOIN runs r ON r.id = gone.run_id""",
+        freed=_freed(f"{_LET_GO}, {_RESTED}"),
     ),
     json_or_null=(
         "error",
@@ -497,9 +555,18 @@ def end_task(
     Without an error the task is given up with a run that is ending already. A sink that goes on
     completes the run, which then has no output.
     """
-    _lock_run(tx, run_id)
-    ending = {"run_output": None, "run_error": None}
-    row = _END_TASK(tx, {"task_id": task_id, "error": error, "attempt": attempt, **ending}).first()
+    lock_run(tx, run_id)
+    row = _END_TASK(
+        tx,
+        {
+            "task_id": task_id,
+            "error": error,
+            "attempt": attempt,
+            "rests": error is not None and error["code"] in _AGENT_IS_AWAY,
+            "run_output": None,
+            "run_error": None,
+        },
+    ).first()
     if row is None:
         return None
     failed_run = row.status == "failed" and not row.goes_on
@@ -508,7 +575,7 @@ def end_task(
     return Finished(row.generation, row.ends_run or failed_run, failed_run, row.message)
 
 
-def _lock_run(tx: Tx, run_id: UUID) -> None:
+def lock_run(tx: Tx, run_id: UUID) -> None:
     """Let one change at a time decide the run's fate.
 
     Not FOR UPDATE: an expanding `forEach`, which holds its task, key-shares the run for the foreign
@@ -531,18 +598,26 @@ _FAIL_PARENT = Prepared(
     json=("error",),
 )
 _CLOSE = Prepared(
-    """
+    f"""
 WITH closing AS (
     UPDATE tasks t
     SET status = CASE t.status WHEN 'running' THEN 'running' ELSE 'cancelled' END,
         reason = CASE t.status WHEN 'running' THEN t.reason ELSE :reason END,
         finished_at = CASE t.status WHEN 'running' THEN NULL ELSE now() END,
+        lease_expires_at = CASE t.status WHEN 'running' THEN t.lease_expires_at END,
         wake_at = NULL, ends_run = true
     WHERE t.id IN (SELECT o.id FROM tasks o WHERE o.run_id = :run_id
                      AND o.status IN ('pending', 'waiting', 'running')
                    ORDER BY o.id FOR NO KEY UPDATE)
       AND (t.status IN ('pending', 'waiting') OR t.status = 'running' AND NOT t.ends_run)
-    RETURNING t.id, t.run_id, t.status, t.kind
+    RETURNING t.id, t.run_id, t.status, t.kind, t.agent_id, t.attempt
+), closed AS (  -- what an agent behind HTTP has taken
+    UPDATE attempts a SET status = 'cancelled', finished_at = now() FROM closing
+    WHERE closing.status = 'cancelled' AND a.task_id = closing.id AND a.number = closing.attempt
+      AND a.status = 'running'
+), freed AS (
+    UPDATE slots s SET {_LET_GO} FROM closing
+    WHERE closing.status = 'cancelled' AND s.agent_id = closing.agent_id AND s.holder = closing.id
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT run_id, id, 'task.cancelled', jsonb_build_object('reason', cast(:reason AS text))
@@ -581,16 +656,33 @@ def close_tasks(tx: Tx, run_id: UUID, reason: str) -> None:
 
 _RELEASE = Prepared(
     leave(
-        f"""status = 'waiting', reason = :reason, waits = waits + 1, woken_at = NULL,
+        """status = 'waiting', reason = :reason, waits = waits + 1, woken_at = NULL,
         waiting_since = coalesce(t.waiting_since, now()), message = coalesce(t.message, :message),
-        (not_before, wake_at) = (SELECT moment, moment FROM (SELECT now() + make_interval(secs =>
-            coalesce(:delay, {backoff("t.busy_backoff", "t.busy_max_backoff", "t.waits")})))
-            AS asked (moment))""",
+        (not_before, wake_at) = (
+            SELECT CASE WHEN NOT EXISTS (SELECT FROM everybody) THEN moment END,
+                   least(moment, coalesce(t.waiting_since, now())
+                                 + make_interval(secs => t.max_wait_seconds))
+            FROM asked)""",
         f"{MINE} AND NOT t.ends_run",
         """status = 'cancelled', error = jsonb_build_object(
             'code', cast(:reason AS text), 'message', 'The agent took no work.')""",
         f"""'task.waiting', jsonb_build_object(
             'reason', cast(:reason AS text), 'wakeAt', {WAKE_AT}, 'agentId', agent_id)""",
+        before=f"""asked AS MATERIALIZED (
+    SELECT now() + make_interval(secs => greatest({LEAST_REST_SECONDS}, coalesce(
+        :delay, {backoff("t.busy_backoff", "t.busy_max_backoff", "t.waits")}))) AS moment
+    FROM tasks t WHERE t.id = :task_id
+), everybody AS (
+    -- An agent behind HTTP that is busy is so for everybody; but who has a task does not wait for
+    -- its row, which others take first.
+    SELECT agent_id FROM agents
+    WHERE agent_id = :agent_id AND kind = 'remote' AND :reason = '{Reason.AGENT_BUSY}'
+    FOR NO KEY UPDATE SKIP LOCKED
+),""",
+        after=""", rests AS (
+    UPDATE agents a SET busy_until = greatest(a.busy_until, asked.moment)
+    FROM gone, asked, everybody WHERE a.agent_id = everybody.agent_id
+)""",
     ),
     json_or_null=("message",),
 )
@@ -611,6 +703,7 @@ def release_attempt(
     parameters = {
         "task_id": claimed.task_id,
         "attempt": claimed.attempt,
+        "agent_id": claimed.agent_id,
         "reason": str(reason),
         "message": message,
         "delay": delay_seconds,
@@ -627,27 +720,38 @@ _HAND_BACK = Prepared(
     leave(
         f"""status = 'waiting', reason = 'retry', woken_at = NULL, waits = 0, waiting_since = NULL,
         wake_at = now() + make_interval(secs => {STOPPING_SECONDS})""",
-        f"{MINE} AND NOT t.ends_run",
+        f"""t.attempt = :attempt AND NOT t.ends_run
+        AND ({still("running")} OR cast(:abroad AS boolean) AND {IS_ABROAD})""",
         """status = 'cancelled', error = jsonb_build_object(
-            'code', 'worker_stopped', 'message', 'The worker was stopped.')""",
+            'code', cast(:code AS text), 'message', cast(:sentence AS text))""",
         f"""'task.waiting', jsonb_build_object(
             'reason', 'retry', 'wakeAt', {WAKE_AT}, 'agentId', agent_id)""",
-        freed=f"""freed AS (
-    UPDATE slots s SET holder = NULL, attempt = NULL, lease_expires_at = NULL,
-        reserved_for = gone.id, reserved_until = {KEPT_UNTIL} FROM gone
-    WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt
-)""",
+        freed=_freed(f"{_LET_GO}, reserved_for = gone.id, reserved_until = {KEPT_UNTIL}"),
     ),
 )
 
 
-def hand_back(tx: Tx, task_id: UUID, run_id: UUID, attempt: int) -> bool:
-    """Give a running attempt up because its worker ends: its task is tried again soon.
+_STOPPED = Failure("worker_stopped", "The worker was stopped.")
+
+
+def hand_back(
+    tx: Tx,
+    task_id: UUID,
+    run_id: UUID,
+    attempt: int,
+    why: Failure = _STOPPED,
+    *,
+    abroad: bool = False,
+) -> bool:
+    """Give an attempt up because its worker goes, or with `abroad` its agent: it is tried again.
 
     That counts neither as lost nor as failed, and its slot is kept for it. In a run that is ending
-    the task ends too. False if the attempt is not this worker's any more.
+    the task ends too. False if the attempt is over already, or an agent behind HTTP has it.
     """
-    if _HAND_BACK(tx, {"task_id": task_id, "attempt": attempt}).first() is not None:
+    lock_run(tx, run_id)
+    given = {"task_id": task_id, "attempt": attempt, "abroad": abroad}
+    said = {"code": why.code, "sentence": why.message}
+    if _HAND_BACK(tx, given | said).first() is not None:
         return True
     return end_task(tx, task_id, run_id, None, attempt=attempt) is not None
 
@@ -672,10 +776,12 @@ WITH expanded AS (
 ), items AS (
     INSERT INTO tasks (id, run_id, definition_id, kind, position, parent_id, index, item,
         depends_on, successors, reads, wanted_agent_id, wanted_capability, preferred_agent_id,
+        fallback, line_agent_id, queue,
         timeout_seconds, max_attempts, retry_backoff, retry_max_backoff, busy_backoff,
         busy_max_backoff, max_wait_seconds, goes_on, priority, status, reason)
     SELECT i.id, e.run_id, e.definition_id, 'agent', e.position, e.id, i.index - 1, i.item, '{{}}',
         '{{}}', e.reads, e.wanted_agent_id, e.wanted_capability, e.preferred_agent_id,
+        e.fallback, e.line_agent_id, e.queue,
         e.timeout_seconds, e.max_attempts, e.retry_backoff, e.retry_max_backoff, e.busy_backoff,
         e.busy_max_backoff, e.max_wait_seconds, e.goes_on, e.priority,
         CASE WHEN i.index <= coalesce(e.max_parallel, i.index) THEN 'pending' ELSE 'waiting' END,
@@ -683,12 +789,12 @@ WITH expanded AS (
     FROM expanded e,
         ROWS FROM (unnest(cast(:ids AS uuid[])), jsonb_array_elements(cast(:values AS jsonb)))
         WITH ORDINALITY AS i(id, item, index)
-    RETURNING id, status, index, timeout_seconds
+    RETURNING id, status, index, timeout_seconds, queue
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT run_id, id, 'task.expanded', jsonb_build_object('items', items) FROM expanded
 )
-SELECT items.id, items.timeout_seconds FROM items WHERE status = 'pending' ORDER BY index
+SELECT id, timeout_seconds, queue FROM items WHERE status = 'pending' ORDER BY index
 """,
     json=("values",),
     json_or_null=("message",),
@@ -697,10 +803,10 @@ SELECT items.id, items.timeout_seconds FROM items WHERE status = 'pending' ORDER
 
 def expand_task(
     tx: Tx, claimed: Claimed, values: Sequence[Any], message: dict[str, Any]
-) -> list[tuple[UUID, float]] | None:
+) -> list[Node] | None:
     """Write a row per item and park the `forEach` until they are over.
 
-    Returns the (id, timeout) of the items to visit now: all of them, or the first `maxParallel`;
+    Returns the items to visit now: all of them, or the first `maxParallel`;
     None when the attempt is no longer this worker's or the run ends.
     """
     rows = _EXPAND(
@@ -714,7 +820,7 @@ def expand_task(
             "message": message,
         },
     )
-    return [(row.id, row.timeout_seconds) for row in rows] or None
+    return [Node(row.id, frozenset(), row.timeout_seconds, row.queue) for row in rows] or None
 
 
 def item_outputs(tx: Tx, task_id: UUID) -> list[Any]:

@@ -1,16 +1,17 @@
 """Runs as a whole: submitted, cancelled, settled, and published again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import select
 from uuid6 import uuid7
 
+from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE
 from opscore.db import Prepared, Tx
 from opscore.definition import Definition, TaskSpec
-from opscore.engine.clauses import END, ENDED, RUN_OPEN, still
+from opscore.engine.clauses import END, ENDED, HELD, RUN_OPEN, still
 from opscore.engine.outcomes import close_tasks
 from opscore.errors import AgentNotFound, InvalidRequest, RunFinished, RunNotFound
 from opscore.expressions import Template
@@ -34,6 +35,8 @@ _TASK_COLUMNS = {
     "is_sink": "boolean",
     "wanted_agent_id": "text",
     "wanted_capability": "text",
+    "fallback": "text[]",
+    "line_agent_id": "text",
     "timeout_seconds": "float",
     "max_attempts": "int",
     "retry_backoff": "float",
@@ -45,20 +48,35 @@ _TASK_COLUMNS = {
     "status": "text",
     "reason": "text",
 }
+_IS_REMOTE = """t.kind <> 'end' AND CASE
+    WHEN t.wanted_agent_id IS NOT NULL THEN
+        EXISTS (SELECT FROM agents a WHERE a.agent_id = t.wanted_agent_id AND a.kind = 'remote')
+    ELSE EXISTS (SELECT FROM agents a
+                 WHERE t.wanted_capability = ANY (a.capabilities) AND NOT a.closed
+                 HAVING bool_and(a.kind = 'remote')) END"""
+"""A visit can be made by every worker; those of the I/O queue wait for HTTP at little cost."""
 _SUBMIT = Prepared(
     f"""
 WITH run AS (
-    INSERT INTO runs (id, workflow_id, version, agent_id, input, labels, priority, request_id)
-    VALUES (:run_id, :workflow_id, :version, :agent_id, :input, :labels, :priority, :request_id)
+    INSERT INTO runs (id, workflow_id, version, agent_id, input, labels, priority, request_id,
+                      max_concurrent, reason)
+    VALUES (:run_id, :workflow_id, :version, :agent_id, :input, :labels, :priority, :request_id,
+            cast(:max_concurrent AS int),
+            CASE WHEN cast(:max_concurrent AS int) IS NOT NULL THEN '{HELD}' END)
     RETURNING *
 ), told AS (
     INSERT INTO events (run_id, type, data)
     SELECT id, 'run.queued', jsonb_build_object('version', version) FROM run
+), written AS (
+    INSERT INTO tasks (run_id, priority, preferred_agent_id, queue, {", ".join(_TASK_COLUMNS)})
+    SELECT run.id, run.priority, run.agent_id,
+           CASE WHEN {_IS_REMOTE} THEN '{IO_QUEUE}' ELSE t.queue END,
+           {", ".join(f"t.{name}" for name in _TASK_COLUMNS)}
+    FROM run, jsonb_to_recordset(cast(:tasks AS jsonb)) AS t (
+        queue text, {", ".join(f"{name} {kind}" for name, kind in _TASK_COLUMNS.items())})
+    RETURNING id, queue
 )
-INSERT INTO tasks (run_id, priority, preferred_agent_id, {", ".join(_TASK_COLUMNS)})
-SELECT run.id, run.priority, run.agent_id, {", ".join(f"t.{name}" for name in _TASK_COLUMNS)}
-FROM run, jsonb_to_recordset(cast(:tasks AS jsonb)) AS t (
-    {", ".join(f"{name} {kind}" for name, kind in _TASK_COLUMNS.items())})
+SELECT id FROM written WHERE queue = '{IO_QUEUE}'
 """,
     json=("input", "labels", "tasks"),
 )
@@ -72,10 +90,12 @@ class Plan:
     generation: int
     request_id: str | None
     nodes: tuple[Node, ...]
-    items: tuple[tuple[UUID, float], ...] = ()
-    """Items of expanded `forEach` tasks that need a visit of their own: (task id, timeout)."""
+    items: tuple[Node, ...] = ()
+    """Items of expanded `forEach` tasks that need a visit of their own."""
     drawn: Canvas | None = None
     """The canvas, if it was drawn already and what lies beyond it is held back."""
+    limited: str | None = None
+    """The workflow, if the run waits for its turn among the runs of it: see `release_runs`."""
 
 
 def submit_run(
@@ -106,12 +126,12 @@ def submit_run(
     run_id = uuid7()
     tasks = _task_rows(definition, agent_id)
     nodes = tuple(
-        Node(row["id"], frozenset(row["depends_on"]), row["timeout_seconds"], row["kind"] == "end")
+        Node(row["id"], frozenset(row["depends_on"]), row["timeout_seconds"], row["queue"])
         for row in tasks
     )
     drawn = build(nodes)
     _hold_beyond(tasks, drawn)
-    _SUBMIT(
+    abroad = _SUBMIT(
         tx,
         {
             "run_id": run_id,
@@ -122,10 +142,15 @@ def submit_run(
             "labels": dict(labels or {}),
             "priority": priority,
             "request_id": request_id,
+            "max_concurrent": definition.max_concurrent_runs,
             "tasks": [_in_json(row) for row in tasks],
         },
     )
-    return Plan(run_id, 1, request_id, nodes, drawn=drawn)
+    if abroad:
+        remote = set(abroad.scalars())
+        nodes = tuple(replace(n, queue=IO_QUEUE) if n.id in remote else n for n in nodes)
+    limited = None if definition.max_concurrent_runs is None else stored.workflow_id
+    return Plan(run_id, 1, request_id, nodes, drawn=drawn, limited=limited)
 
 
 def _in_json(row: dict[str, Any]) -> dict[str, Any]:
@@ -151,8 +176,12 @@ def _check_agents(tx: Tx, definition: Definition, agent_id: str | None) -> None:
             raise InvalidRequest(
                 {f"/tasks/{task}": [f"{sentence} workflow for an agent."] for task in unbound}
             )
-    elif tx.execute(select(Agent.agent_id).where(Agent.agent_id == agent_id)).first() is None:
-        raise AgentNotFound(agent_id=agent_id)
+    else:
+        known = select(Agent.agent_id).where(
+            Agent.agent_id == agent_id, Agent.deregistered_at.is_(None)
+        )
+        if tx.execute(known).first() is None:
+            raise AgentNotFound(agent_id=agent_id)
 
 
 def _task_rows(definition: Definition, agent_id: str | None) -> list[dict[str, Any]]:
@@ -170,6 +199,7 @@ def _task_rows(definition: Definition, agent_id: str | None) -> list[dict[str, A
     for row in rows:
         if row["wanted_agent_id"] is None and row["wanted_capability"] is None:
             row["wanted_agent_id"] = agent_id
+        row["line_agent_id"] = row["wanted_agent_id"]
         if not row["successors"]:
             row["is_sink"] = True
             row["reads"] = sorted(
@@ -192,6 +222,7 @@ def _task_row(
     return {
         "id": ids[spec.id],
         "definition_id": spec.id,
+        "queue": CONTROL_QUEUE if spec.id == END else AGENTS_QUEUE,
         "kind": "end" if spec.id == END else "agent" if each is None else "for_each",
         "position": position,
         "max_parallel": each.max_parallel if each else None,
@@ -201,6 +232,7 @@ def _task_row(
         "is_sink": False,
         "wanted_agent_id": spec.agent_id,
         "wanted_capability": spec.capability,
+        "fallback": list(spec.fallback),
         "timeout_seconds": spec.timeout_seconds,
         "max_attempts": spec.retry.max_attempts,
         "retry_backoff": spec.retry.backoff_seconds,
@@ -251,7 +283,7 @@ _SETTLE = Prepared(
 WITH settled AS (
     UPDATE runs r
     SET status = CASE WHEN r.cancel_requested_at IS NULL THEN 'failed' ELSE 'cancelled' END,
-        finished_at = now()
+        reason = nullif(r.reason, '{HELD}'), finished_at = now()
     WHERE r.id = :run_id AND r.status IN ('queued', 'running')
       AND (r.error IS NOT NULL OR r.cancel_requested_at IS NOT NULL)
       AND NOT EXISTS (SELECT FROM tasks t WHERE t.run_id = r.id AND t.status NOT IN {ENDED})
@@ -284,6 +316,60 @@ def runs_to_settle(tx: Tx, limit: int) -> list[UUID]:
     return _ENDING(tx, {"limit": limit}).scalars()
 
 
+# --- Runs of one workflow at once ----------------------------------------------------------------
+
+_FIRST_VERSION = Prepared(
+    """
+SELECT version FROM workflows WHERE workflow_id = :workflow_id
+ORDER BY version LIMIT 1 FOR NO KEY UPDATE
+"""
+)
+_RELEASE_RUNS = Prepared(
+    f"""
+WITH newest AS (
+    SELECT cast(definition ->> 'maxConcurrentRuns' AS int) AS most FROM workflows
+    WHERE workflow_id = :workflow_id ORDER BY inline, version DESC LIMIT 1
+), room AS (
+    SELECT newest.most - (
+        SELECT count(*) FROM runs WHERE workflow_id = :workflow_id
+        AND status IN ('queued', 'running') AND reason IS DISTINCT FROM '{HELD}') AS places
+    FROM newest
+), line AS (
+    SELECT id, priority, created_at FROM runs
+    WHERE workflow_id = :workflow_id AND status = 'queued' AND reason = '{HELD}'
+      AND cancel_requested_at IS NULL
+    ORDER BY priority DESC, created_at, id
+    LIMIT (SELECT CASE WHEN places IS NOT NULL THEN greatest(places, 0) END FROM room)
+), released AS (
+    UPDATE runs r SET reason = NULL, generation_at = now() FROM line
+    WHERE r.id = line.id AND {still("queued", "r")} AND r.reason = '{HELD}'
+    RETURNING r.id, line.priority, line.created_at
+), told AS (
+    INSERT INTO events (run_id, type) SELECT id, 'run.released' FROM released
+)
+SELECT id FROM released ORDER BY priority DESC, created_at, id
+"""
+)
+_LIMITED = Prepared(
+    f"SELECT DISTINCT workflow_id FROM runs WHERE status = 'queued' AND reason = '{HELD}'"
+)
+
+
+def release_runs(tx: Tx, workflow_id: str) -> list[UUID]:
+    """Let the next runs of a workflow begin, up to its newest version's `maxConcurrentRuns`.
+
+    Publish them. Called after a submission and a completion, and every second by the keeper, for
+    the runs that failed or were cancelled. One at a time, or two would count the same room.
+    """
+    _FIRST_VERSION(tx, {"workflow_id": workflow_id})
+    return _RELEASE_RUNS(tx, {"workflow_id": workflow_id}).scalars()
+
+
+def limited_workflows(tx: Tx) -> list[str]:
+    """Return the workflows whose runs wait for their turn."""
+    return _LIMITED(tx).scalars()
+
+
 # --- Publishing again ----------------------------------------------------------------------------
 
 _REPUBLISH = Prepared(
@@ -301,7 +387,7 @@ SELECT generation FROM raised
 )
 _NODES = Prepared(
     f"""
-SELECT t.id, t.timeout_seconds, t.kind, r.generation, r.request_id,
+SELECT t.id, t.timeout_seconds, t.queue, r.generation, r.request_id,
        ARRAY(SELECT d.id FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.status NOT IN {ENDED})
            AS depends_on
 FROM tasks t JOIN runs r ON r.id = t.run_id
@@ -311,7 +397,7 @@ ORDER BY t.position
 )
 _LOOSE_ITEMS = Prepared(
     """
-SELECT t.id, t.timeout_seconds FROM tasks t
+SELECT t.id, t.timeout_seconds, t.queue FROM tasks t
 WHERE t.run_id = :run_id AND t.index IS NOT NULL AND t.status = 'pending' ORDER BY t.index
 """,
 )
@@ -332,11 +418,10 @@ def plan_run(tx: Tx, run_id: UUID) -> Plan | None:
     if not rows:
         return None
     nodes = tuple(
-        Node(row.id, frozenset(row.depends_on), row.timeout_seconds, row.kind == "end")
-        for row in rows
+        Node(row.id, frozenset(row.depends_on), row.timeout_seconds, row.queue) for row in rows
     )
     loose = _LOOSE_ITEMS(tx, {"run_id": run_id})
-    items = tuple((row.id, row.timeout_seconds) for row in loose)
+    items = tuple(Node(row.id, frozenset(), row.timeout_seconds, row.queue) for row in loose)
     return Plan(run_id, rows[0].generation, rows[0].request_id, nodes, items)
 
 

@@ -8,9 +8,12 @@ from uuid import UUID
 
 from sqlalchemy import Row, select
 
+from opscore import models
+from opscore.config import CONTROL_QUEUE, IO_QUEUE
 from opscore.db import Prepared, Tx
 from opscore.engine.claims import MustWait
 from opscore.engine.clauses import (
+    BUSY_LOOK_AGAIN_SECONDS,
     ENDED,
     FOR_AGENT,
     FOR_CAPABILITY,
@@ -22,12 +25,17 @@ from opscore.engine.clauses import (
     LOOK_AGAIN_SECONDS,
     RESERVE_SECONDS,
     RUN_OPEN,
+    WAITS,
     WAKE_AT,
     WOKEN,
     backoff,
     dependencies_over,
     find_line,
+    is_open,
+    is_ready,
+    rests,
     still,
+    woken_for,
 )
 from opscore.models import Task
 from opscore.states import TASK_ENDED, Reason
@@ -48,6 +56,8 @@ class Woken:
     reason: str | None
     is_item: bool
     timeout_seconds: float
+    queue: str
+    """Where the visit goes; its message may name another."""
 
 
 def as_woken(rows: Iterable[Row[Any]], prefix: str = "") -> list[Woken]:
@@ -65,11 +75,12 @@ WITH before AS (
     SET status = 'waiting', reason = :reason, message = :message, visit_generation = :generation,
         waits = CASE WHEN :busy THEN t.waits + 1 ELSE 0 END,
         waiting_since = CASE WHEN :busy THEN coalesce(t.waiting_since, now()) END,
+        line_agent_id = CASE WHEN t.wanted_agent_id IS NOT NULL OR :agent_id = ANY (t.fallback)
+                             THEN coalesce(:agent_id, t.wanted_agent_id) END,
         wake_at = CASE WHEN :busy THEN now() + make_interval(secs =>
             {backoff("t.busy_backoff", "t.busy_max_backoff", "t.waits")}) END,
         woken_at = NULL, kept_until = NULL, not_before = NULL
-    WHERE t.id = :task_id AND t.status IN ('pending', 'waiting')
-      AND t.visit_generation <= :generation
+    WHERE t.id = :task_id AND {WAITS} AND t.visit_generation <= :generation
     RETURNING t.id, t.run_id, t.wake_at, t.waiting_since, t.max_wait_seconds
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
@@ -204,6 +215,7 @@ _WAKE_LINE = Prepared(
 WITH free AS MATERIALIZED (
     SELECT s.number FROM slots s JOIN agents a USING (agent_id)
     WHERE s.agent_id = :agent_id AND s.number <= a.capacity AND {FREE}
+      AND {is_open()} AND {is_ready()}
     ORDER BY s.number FOR UPDATE OF s SKIP LOCKED
 ), {find_line("(SELECT count(*) FROM free)")}, pairs AS (
     SELECT f.number, l.id, l.is_out
@@ -216,7 +228,7 @@ WITH free AS MATERIALIZED (
     UPDATE tasks t SET {KEEP}
     FROM pairs, runs r
     WHERE t.id = pairs.id AND r.id = t.run_id AND {still("waiting")}
-    RETURNING {WOKEN}, pairs.is_out
+    RETURNING {woken_for(":agent_id")}, pairs.is_out
 )
 SELECT * FROM woken WHERE NOT is_out
 """
@@ -230,12 +242,15 @@ def wake_line(tx: Tx, agent_id: str) -> list[Woken]:
 
 _LINES = Prepared(
     f"""
-SELECT a.agent_id FROM agents a WHERE EXISTS (SELECT FROM slots s WHERE s.agent_id = a.agent_id AND
-s.number <= a.capacity AND {FREE})
+SELECT a.agent_id FROM agents a
+WHERE {is_open()} AND {is_ready()}
+  AND EXISTS (SELECT FROM slots s
+              WHERE s.agent_id = a.agent_id AND s.number <= a.capacity AND {FREE})
   AND (EXISTS (SELECT FROM tasks w WHERE {FOR_AGENT.format(agent="a.agent_id")}
                AND {IN_LINE})
-       OR EXISTS (SELECT FROM unnest(a.capabilities) AS offered (capability), tasks w
-                  WHERE {FOR_CAPABILITY} AND {IN_LINE}))
+       OR NOT {rests("a")}
+          AND EXISTS (SELECT FROM unnest(a.capabilities) AS offered (capability), tasks w
+                      WHERE {FOR_CAPABILITY} AND {IN_LINE}))
 """
 )
 
@@ -245,16 +260,25 @@ def agents_to_wake(tx: Tx) -> list[str]:
     return _LINES(tx).scalars()
 
 
+_WANTED = """CASE WHEN t.wanted_agent_id IS NOT NULL THEN a.agent_id = t.wanted_agent_id
+    ELSE t.wanted_capability = ANY (a.capabilities) END"""
+_IS_WITH_FALLBACK = """(t.line_agent_id IS NOT NULL
+    AND t.line_agent_id IS DISTINCT FROM t.wanted_agent_id)"""
 _WAKE_DUE = Prepared(
     f"""
 WITH due AS MATERIALIZED (
     SELECT t.id, CASE t.reason
         WHEN 'dependencies' THEN {dependencies_over()}
         WHEN 'children' THEN {ITEMS_OVER}
-        WHEN 'agent_busy' THEN t.not_before <= now() OR EXISTS (
-            SELECT FROM agents a WHERE a.capacity IS NULL AND (a.agent_id = t.wanted_agent_id
-                OR t.wanted_agent_id IS NULL AND t.wanted_capability = ANY (a.capabilities)))
-        WHEN 'agent_unavailable' THEN true
+        -- Whoever stands in the line of an agent that is away goes to another, or is told so.
+        WHEN 'agent_busy' THEN coalesce(t.not_before <= now(), false)
+            OR EXISTS (SELECT FROM agents a WHERE {_WANTED} AND {is_open()}
+                       AND (a.capacity IS NULL OR {_IS_WITH_FALLBACK}))
+            OR NOT EXISTS (SELECT FROM agents a
+                           WHERE {is_open()} AND CASE WHEN t.line_agent_id IS NULL THEN {_WANTED}
+                               ELSE a.agent_id = t.line_agent_id END)
+        WHEN 'agent_unavailable' THEN EXISTS (
+            SELECT FROM agents a WHERE {is_open()} AND ({_WANTED} OR a.agent_id = ANY (t.fallback)))
         ELSE t.reason = 'retry' END AS ready
     FROM tasks t
     WHERE t.status = 'waiting' AND t.wake_at <= now()
@@ -262,8 +286,12 @@ WITH due AS MATERIALIZED (
 ), moved AS (
     UPDATE tasks t
     SET woken_at = CASE WHEN due.ready THEN now() END,
-        wake_at = CASE WHEN NOT due.ready THEN now() + make_interval(secs => {LOOK_AGAIN_SECONDS})
-            END
+        wake_at = CASE WHEN due.ready THEN NULL
+            WHEN t.reason = 'agent_busy' AND NOT {_IS_WITH_FALLBACK} THEN least(
+                now() + make_interval(secs => {BUSY_LOOK_AGAIN_SECONDS}),
+                greatest(t.waiting_since + make_interval(secs => t.max_wait_seconds),
+                         now() + make_interval(secs => 1)))
+            ELSE now() + make_interval(secs => {LOOK_AGAIN_SECONDS}) END
     FROM due, runs r
     WHERE t.id = due.id AND {still("waiting")} AND r.id = t.run_id
     RETURNING {WOKEN}, due.ready,
@@ -280,6 +308,38 @@ class Due:
 
     woken: list[Woken]
     overdue: list[UUID]
+
+
+_HURRY = Prepared(
+    f"""
+UPDATE tasks SET wake_at = now() WHERE id IN (
+    SELECT id FROM tasks
+    WHERE status = 'waiting' AND reason IN {models.IN_LINE} AND line_agent_id = :agent_id
+      AND not_before IS NULL AND woken_at IS NULL AND wake_at > now()
+    FOR NO KEY UPDATE SKIP LOCKED)
+"""
+)
+
+
+def hurry(tx: Tx, agent_id: str) -> None:
+    """Have who stands in an agent's line looked at in the keeper's next round."""
+    _HURRY(tx, {"agent_id": agent_id})
+
+
+_HURRY_ASTRAY = Prepared(
+    f"""
+UPDATE tasks SET wake_at = now() WHERE id IN (
+    SELECT t.id FROM agents a JOIN tasks t ON t.line_agent_id = a.agent_id
+    WHERE NOT {is_open()} AND t.status = 'waiting' AND t.reason = 'agent_busy'
+      AND t.not_before IS NULL AND t.woken_at IS NULL AND t.wake_at > now()
+    LIMIT :limit FOR NO KEY UPDATE OF t SKIP LOCKED)
+"""
+)
+
+
+def hurry_astray(tx: Tx, limit: int) -> None:
+    """Have who stands in the line of an agent that went away looked at now: see `wake_due`."""
+    _HURRY_ASTRAY(tx, {"limit": limit})
 
 
 def wake_due(tx: Tx, limit: int) -> Due:
@@ -346,11 +406,13 @@ class Left:
 
     agents: datetime | str
     control: datetime | str
+    io: datetime | str
     first: tuple[UUID, ...] | None = None
     """Whose visits are to be served before the others, whenever sent; None: not known."""
 
 
-_LEFT = """CASE t.kind WHEN 'end' THEN cast(:control AS timestamptz)
+_LEFT = f"""CASE t.queue WHEN '{CONTROL_QUEUE}' THEN cast(:control AS timestamptz)
+    WHEN '{IO_QUEUE}' THEN cast(:io AS timestamptz)
     ELSE cast(:agents AS timestamptz) END"""
 _LONG_AGO = f"now() - make_interval(secs => {LOST_BY_AGE_SECONDS})"
 _NOT_FIRST = "t.id <> ALL (cast(:first AS uuid[]))"
@@ -361,7 +423,7 @@ _LOST = f"""coalesce({_NOT_FIRST}, true)
 _UNVISITED = Prepared(
     f"""
 WITH pending AS MATERIALIZED (
-    SELECT id, run_id, kind, created_at, woken_at, depends_on FROM tasks WHERE status = 'pending'
+    SELECT id, run_id, queue, created_at, woken_at, depends_on FROM tasks WHERE status = 'pending'
 ), ready AS MATERIALIZED (
     SELECT * FROM pending t
     -- Most stand behind another of them: to see that costs no look at the table. (IS NOT FALSE, or
@@ -373,7 +435,7 @@ WITH pending AS MATERIALIZED (
 SELECT t.run_id, r.generation
 FROM ready t
     -- OFFSET: one look for each task, where a plan made on empty tables might read them whole.
-    CROSS JOIN LATERAL (SELECT status, cancel_requested_at, error, generation, generation_at
+    CROSS JOIN LATERAL (SELECT status, reason, cancel_requested_at, error, generation, generation_at
                         FROM runs WHERE id = t.run_id OFFSET 0) AS r
     CROSS JOIN LATERAL (SELECT {_SENT_AT} AS at OFFSET 0) AS sent
 WHERE {RUN_OPEN} AND {_LOST}
@@ -398,6 +460,7 @@ def _lost_parameters(left: Left, after_seconds: float, limit: int) -> dict[str, 
     return {
         "agents": left.agents,
         "control": left.control,
+        "io": left.io,
         "first": None if left.first is None else list(left.first),
         "after": after_seconds,
         "limit": limit,
@@ -413,8 +476,8 @@ WHERE t.id IN (
       -- Who is woken for a slot is served first: who is not among those has left the queue, and
       -- others stand behind him.
       AND t.woken_at < now() - make_interval(secs =>
-          CASE WHEN t.reason = 'agent_busy' THEN least(:after, {RESERVE_SECONDS}) ELSE :after END)
-      AND CASE WHEN t.reason = 'agent_busy'
+          least(:after, CASE WHEN t.reason IN {models.IN_LINE} THEN {RESERVE_SECONDS} END))
+      AND CASE WHEN t.reason IN {models.IN_LINE}
                THEN coalesce({_NOT_FIRST}, sent.at < {_LONG_AGO}) ELSE {_LOST} END
     ORDER BY t.id LIMIT :limit FOR NO KEY UPDATE OF t SKIP LOCKED)
   AND {still("waiting")} AND r.id = t.run_id

@@ -1,6 +1,6 @@
 """The resources, one file each."""
 
-from web.api import agents, health, runs, tasks, workflows
+from web.api import agents, health, runs, tasks, webhook, workflows
 from web.openapi import Blueprint
 
 BLUEPRINTS: tuple[Blueprint, ...] = (
@@ -8,5 +8,6 @@ BLUEPRINTS: tuple[Blueprint, ...] = (
     runs.blueprint,
     tasks.blueprint,
     agents.blueprint,
+    webhook.blueprint,
     health.blueprint,
 )

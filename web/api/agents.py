@@ -1,26 +1,64 @@
-"""Agents: who can do what, and who is at it; and the older way to start a workflow for one."""
+"""Agents: who can do what, who is at it, and what they say of themselves; and the older way to
+start a workflow for one.
+"""
 
 from typing import Any
 from uuid import UUID
 
 from flask import url_for
 
-from opscore import queries
+from opscore import agents, queries, reports
 from opscore.db import Tx
 from opscore.definition import parse
 from opscore.engine import submit_run
 from opscore.errors import InvalidDefinition
+from opscore.reports import Accepted, Reporter
 from opscore.workflows import StoredWorkflow, create_workflow, find_workflow
 from web import pages
 from web.current import database, dispatcher
+from web.errors import Refused
 from web.openapi import PREFIX, Answers, Blueprint
 from web.requests import request_id
-from web.schemas import AGENT_FILTERS, Agent, TriggerArguments, Triggered
+from web.schemas import (
+    AGENT_FILTERS,
+    LARGEST_SEQ,
+    Agent,
+    AgentChange,
+    StateOfAgent,
+    StateReport,
+    StateReported,
+    Success,
+    TriggerArguments,
+    Triggered,
+)
 
 blueprint = Blueprint(
     "agents", __name__, url_prefix=PREFIX, description="Providers of capabilities."
 )
+
+
+def report_id(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= LARGEST_SEQ:
+        raise ValueError("no report's id")
+    return value
+
+
 AGENTS = pages.page_arguments(pages.moment, pages.name, **AGENT_FILTERS)
+STATE = "/agent/<agent_id>/state"
+REPORTS = pages.page_arguments(pages.moment, report_id)
+HISTORY = Answers(schema=pages.page_of(StateReported))
+REPORTED = Answers(
+    schema=Success,
+    status=202,
+    about="It is in the agent's history, and its state if it is the newest.",
+    example={"status": "success", "message": "State update accepted"},
+)
+REPORT = {"state": "idle", "timestamp": "2026-01-31T12:00:00Z", "details": {"queue": 0}}
+REPORT_PROBLEMS = {
+    400: "The body cannot be read, or its agentId is not that of the path.",
+    409: "`details` tell of a task's end, and are refused as its result would be; nothing of the"
+    " report is kept.",
+}
 STARTED = Answers(
     schema=Triggered, status=202, has_location=True, about="The run will be executed."
 )
@@ -37,9 +75,65 @@ def get_many(wanted: dict[str, Any]) -> Any:
 
 @blueprint.operation("GET", "/agents/<agent_id>", Answers(schema=Agent))
 def get_one(agent_id: str) -> Any:
-    """Get an agent and what it does now."""
+    """Get an agent, what it does now, and who waits for it."""
     with database().autocommit() as tx:
         return queries.get_agent(tx, agent_id)
+
+
+@blueprint.operation(
+    "PATCH", "/agents/<agent_id>", Answers(schema=Agent), body=AgentChange, example={"capacity": 4}
+)
+def change(wanted: dict[str, Any], agent_id: str) -> Any:
+    """Change how much an agent gets, and how it must report; what is left out stays."""
+    with database().transaction() as tx:
+        agents.change(tx, agent_id, wanted)
+    dispatcher().wake_line(agent_id)
+    with database().autocommit() as tx:
+        return queries.get_agent(tx, agent_id)
+
+
+@blueprint.operation("GET", STATE, Answers(schema=StateOfAgent))
+def get_state(agent_id: str) -> Any:
+    """Get an agent's state."""
+    with database().autocommit() as tx:
+        return queries.get_state(tx, agent_id)
+
+
+@blueprint.operation(
+    "POST", STATE, REPORTED, body=StateReport, example=REPORT, problems=REPORT_PROBLEMS
+)
+def report_state(wanted: dict[str, Any], agent_id: str) -> Any:
+    """Report an agent's state; with a task's result in `details` it ends that attempt as well."""
+    _check_same(wanted["agent_id"], agent_id)
+    said = (wanted["state"], wanted["details"], wanted["timestamp"])
+    with database().transaction() as tx:
+        agents.report_state(tx, agent_id, *said)
+        accepted = _accept_result(tx, agent_id, wanted["result"])
+    if accepted is not None:
+        reports.follow(dispatcher(), accepted)
+    dispatcher().wake_line(agent_id)
+    return {"status": "success", "message": "State update accepted"}
+
+
+@blueprint.operation("GET", "/agents/<agent_id>/state/history", HISTORY, query=REPORTS)
+def get_history(wanted: dict[str, Any], agent_id: str) -> Any:
+    """List what an agent reported, newest first by its own clock."""
+    after = wanted.pop("cursor", None)
+    with database().autocommit() as tx:
+        return pages.answer(queries.list_reports(tx, agent_id, after=after, **wanted))
+
+
+def _check_same(named: str | None, agent_id: str) -> None:
+    if named not in (None, agent_id):
+        raise Refused(400, "The agentId of the body is not that of the path.")
+
+
+def _accept_result(tx: Tx, agent_id: str, told: dict[str, Any] | None) -> Accepted | None:
+    """End the attempt that a report tells the end of; if that is refused, so is the report."""
+    if told is None:
+        return None
+    reporter = Reporter(told["task_id"], agent_id, told["token"])
+    return reports.accept_result(tx, reporter, told["outcome"])
 
 
 @blueprint.operation(

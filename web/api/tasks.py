@@ -1,17 +1,24 @@
-"""Tasks: what became of one, attempt by attempt."""
+"""Tasks: what became of one, attempt by attempt; and what agents behind HTTP report of theirs."""
 
 from typing import Any
 from uuid import UUID
 
-from opscore import queries
-from web.current import database
+from opscore import queries, reports
+from opscore.reports import Reporter
+from web.current import database, dispatcher
 from web.openapi import PREFIX, Answers, Blueprint
-from web.schemas import Attempt, TaskDetail
+from web.schemas import Accepted, Attempt, Heartbeat, Proof, TaskDetail, TaskResult
 
 blueprint = Blueprint(
     "tasks", __name__, url_prefix=f"{PREFIX}/tasks", description="Units of work of a run."
 )
 ATTEMPT = "/<task:task_id>/attempts/<int(max=2147483647):number>"
+TOKEN = "0b4b5b4e-9a0c-4d27-9c53-1f0f3f6f6c11"
+RESULT = {"opscore_attempt_token": TOKEN, "status": "completed", "result": {"words": 120}}
+NOT_YOURS = {
+    409: "The attempt is over, or another agent's, or the token is missing; or another result of"
+    " it was accepted."
+}
 
 
 @blueprint.operation("GET", "/<task:task_id>", Answers(schema=TaskDetail))
@@ -26,3 +33,38 @@ def get_attempt(task_id: UUID, number: int) -> Any:
     """Get one attempt at a task: its log, its progress, its error with traceback."""
     with database().autocommit() as tx:
         return queries.get_attempt(tx, task_id, number)
+
+
+@blueprint.operation(
+    "POST",
+    "/<task:task_id>/result",
+    Answers(schema=Accepted, about="It counts; the same result once more is answered alike."),
+    body=TaskResult,
+    example=RESULT,
+    problems=NOT_YOURS,
+)
+def accept_result(wanted: dict[str, Any], task_id: UUID) -> Any:
+    """Hand in the result of the attempt that an agent accepted."""
+    reporter = Reporter(task_id, wanted["agent_id"], wanted["token"])
+    with database().transaction() as tx:
+        accepted = reports.accept_result(tx, reporter, wanted["outcome"])
+    if accepted is not None:
+        reports.follow(dispatcher(), accepted)
+    return {"task_id": task_id, "status": "accepted"}
+
+
+@blueprint.operation(
+    "POST",
+    "/<task:task_id>/heartbeat",
+    Answers(schema=Heartbeat),
+    body=Proof,
+    example={"opscore_attempt_token": TOKEN},
+    problems={409: "The attempt is over, or another agent's, or the token is missing."},
+)
+def accept_heartbeat(wanted: dict[str, Any], task_id: UUID) -> Any:
+    """Say that an agent is still at a task, and learn whether anybody still wants it done."""
+    reporter = Reporter(task_id, wanted["agent_id"], wanted["token"])
+    with database().transaction() as tx:
+        beat = reports.accept_heartbeat(tx, reporter)
+    lease = beat.lease_expires_at
+    return {"task_id": task_id, "lease_expires_at": lease, "cancelled": beat.is_ending}
