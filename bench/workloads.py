@@ -96,7 +96,7 @@ WORKLOADS = (
         agent=TEAM,
         ideal_seconds_per_task=NAP_SECONDS / TEAM_CAPACITY,
         capacity=TEAM_CAPACITY,
-        concurrency=TEAM_CAPACITY,
+        concurrency=TEAM_CAPACITY + 2,  # who is free puts the others in line
         contenders=_ONLY,
     ),
     Workload("W6", "400 single tasks over HTTP, 8 clients", 400, drive="http", contenders=_ONLY),
