@@ -206,6 +206,8 @@ class Slot(Base):
     }
 
 
+UNDER_WAY = "max_concurrent IS NOT NULL AND reason IS NULL AND status IN ('queued', 'running')"
+"""Runs that count where a workflow may have only so many at once."""
 RUN_STATUS = "status || ''"
 """A run's status, for whoever looks at the runs of all workflows."""
 
@@ -269,6 +271,7 @@ class Run(Base):
             "id",
             postgresql_where=text("status = 'queued' AND reason = 'max_concurrent_runs'"),
         ),
+        Index("ix_runs_under_way", "workflow_id", postgresql_where=text(UNDER_WAY)),
         Index(
             "ix_runs_open",
             "generation_at",

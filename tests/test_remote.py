@@ -28,12 +28,9 @@ from opscore.agentkit import Busy, Completed, Failed
 from opscore.agentkit.calling import MAX_RETRY_AFTER_SECONDS
 from opscore.agentkit.context import MAX_MESSAGE_BYTES
 from opscore.remote import (
-    EXCERPT_BYTES,
-    MAX_ANSWER_BYTES,
     OUR_PREFIX,
     Accepted,
     Answer,
-    Caller,
     Order,
     UrlPolicy,
     check_signature,
@@ -41,6 +38,7 @@ from opscore.remote import (
     sign,
     signed_headers,
 )
+from opscore.remote_call import EXCERPT_BYTES, MAX_ANSWER_BYTES, Caller
 
 SECRET = "s3cret-for-tests-only"
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)

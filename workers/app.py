@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery, bootsteps, signals
 
@@ -23,10 +23,13 @@ from opscore.config import Settings
 from opscore.db import Database, Tx
 from opscore.definition import Definition
 from opscore.dispatch import Dispatcher
-from opscore.remote import Caller, UrlPolicy
+from opscore.remote import UrlPolicy
 from workers.keeper import Keeper
 from workers.leases import Ending, Leases
 from workers.trips import Events, Patience
+
+if TYPE_CHECKING:
+    from opscore.remote_call import Caller
 
 log = logs.get(__name__)
 
@@ -60,8 +63,10 @@ class Process:
         return Dispatcher(self.celery, self.database, self.settings)
 
     @cached_property
-    def caller(self) -> Caller:
+    def caller(self) -> "Caller":
         """Calls agents behind HTTP."""
+        from opscore.remote_call import Caller  # 5 MiB, for who has such agents
+
         policy = UrlPolicy(self.settings.agent_hosts)
         return Caller(policy, self.settings.webhook_secret or "")
 

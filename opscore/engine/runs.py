@@ -17,7 +17,7 @@ from opscore.errors import AgentNotFound, InvalidRequest, RunFinished, RunNotFou
 from opscore.expressions import Template
 from opscore.graph import Canvas, Node, build
 from opscore.json_values import Faults
-from opscore.models import Agent, Run
+from opscore.models import UNDER_WAY, Agent, Run
 from opscore.states import RUN_ENDED
 from opscore.workflows import StoredWorkflow
 
@@ -331,8 +331,8 @@ WITH newest AS (
     WHERE workflow_id = :workflow_id ORDER BY inline, version DESC LIMIT 1
 ), room AS (
     SELECT newest.most - (
-        SELECT count(*) FROM runs WHERE workflow_id = :workflow_id
-        AND status IN ('queued', 'running') AND reason IS DISTINCT FROM '{HELD}') AS places
+        SELECT count(*) FROM runs
+        WHERE workflow_id = :workflow_id AND {UNDER_WAY}) AS places
     FROM newest
 ), line AS (
     SELECT id, priority, created_at FROM runs

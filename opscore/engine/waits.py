@@ -329,10 +329,13 @@ def hurry(tx: Tx, agent_id: str) -> None:
 _HURRY_ASTRAY = Prepared(
     f"""
 UPDATE tasks SET wake_at = now() WHERE id IN (
-    SELECT t.id FROM agents a JOIN tasks t ON t.line_agent_id = a.agent_id
-    WHERE NOT {is_open()} AND t.status = 'waiting' AND t.reason = 'agent_busy'
-      AND t.not_before IS NULL AND t.woken_at IS NULL AND t.wake_at > now()
-    LIMIT :limit FOR NO KEY UPDATE OF t SKIP LOCKED)
+    -- LATERAL: one look for each agent that is away, where a join might read all lines.
+    SELECT astray.id FROM agents a CROSS JOIN LATERAL (
+        SELECT t.id FROM tasks t
+        WHERE t.line_agent_id = a.agent_id AND t.status = 'waiting' AND t.reason = 'agent_busy'
+          AND t.not_before IS NULL AND t.woken_at IS NULL AND t.wake_at > now()
+        LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED) AS astray
+    WHERE NOT {is_open()})
 """
 )
 

@@ -15,6 +15,7 @@ WAS = "status = 'waiting' AND reason = 'agent_busy'"
 IN_LINE = "status = 'waiting' AND reason IN ('agent_busy', 'agent_unavailable')"
 HELD_WAS = "status = 'waiting' AND reason <> 'agent_busy'"
 HELD = "status = 'waiting' AND reason NOT IN ('agent_busy', 'agent_unavailable')"
+UNDER_WAY = "max_concurrent IS NOT NULL AND reason IS NULL AND status IN ('queued', 'running')"
 HELD_RUNS = "status = 'queued' AND reason = 'max_concurrent_runs'"
 STATES = "state IN ('UNKNOWN', 'active', 'error', 'finished', 'idle', 'initializing')"
 REMOTE = "kind <> 'remote' OR contact_endpoint IS NOT NULL AND capacity IS NOT NULL"
@@ -75,6 +76,9 @@ def upgrade() -> None:
     op.add_column("attempts", sa.Column("report", sa.Text()))
     op.add_column("runs", sa.Column("max_concurrent", sa.Integer()))
     op.create_index(
+        "ix_runs_under_way", "runs", ["workflow_id"], postgresql_where=sa.text(UNDER_WAY)
+    )
+    op.create_index(
         "ix_runs_held",
         "runs",
         ["workflow_id", sa.text("priority DESC"), "created_at", "id"],
@@ -98,6 +102,7 @@ def downgrade() -> None:
     for name in ("queue", "line_agent_id", "fallback"):
         op.drop_column("tasks", name)
     op.drop_index("ix_runs_held", table_name="runs")
+    op.drop_index("ix_runs_under_way", table_name="runs")
     op.drop_column("runs", "max_concurrent")
     for name in ("report", "token"):
         op.drop_column("attempts", name)
