@@ -760,8 +760,7 @@ def test_a_byte_now_and_then_does_not_outlast_the_attempt(script: Script) -> Non
     assert f"{SHORT:g} s" in failed(answer, "timeout")
 
 
-def test_a_slow_body_does_not_hide_what_its_status_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opscore.remote.EXCERPT_SECONDS", SHORT)
+def test_a_slow_body_does_not_hide_what_its_status_says() -> None:
     head = b"Retry-After: 3\r\nContent-Length: 1000\r\n\r\n"
     with agent(drip(b"x" * 1000, b"HTTP/1.1 503 No\r\n" + head)) as fake:
         assert in_time(lambda: call(fake.url)) == Busy(3.0)
