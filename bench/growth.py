@@ -40,9 +40,9 @@ from bench.contenders import ROOT, BenchError, OpsCore, Servers
 from bench.drives import drive
 from bench.measure import connect
 from bench.workloads import WORKLOADS, Workload
-from opscore import engine, migrations, queries, workflows
+from opscore import engine, migrations, queries, slots, workflows
 from opscore.agentkit import load_agents
-from opscore.agents import register_functions, set_capacity
+from opscore.agents import register_functions
 from opscore.db import Database, Prepared, Tx
 from opscore.definition import parse
 from opscore.engine import Claimed, Failure, Left, MustWait, Plan, Visit
@@ -261,11 +261,11 @@ def fill_open(url: str) -> None:
             ),
             {"id": BUSY_AGENT},
         )
-        set_capacity(tx, BUSY_AGENT, 1)
+        slots.set_capacity(tx, BUSY_AGENT, 1)
         tx.execute(
             text(
                 "UPDATE slots SET holder = gen_random_uuid(), attempt = 1,"
-                " lease_expires_at = now() + make_interval(secs => :day) WHERE agent_id = :id"
+                " lease_expires_at = now() + make_interval(secs => :day) WHERE pool = :id"
             ),
             {"id": BUSY_AGENT, "day": DAY_SECONDS},
         )

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-from sqlalchemy import delete, func, insert, literal_column, select, update
+from sqlalchemy import func, insert, literal_column, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
-from opscore import engine
+from opscore import engine, slots
 from opscore.db import Prepared, Tx
 from opscore.errors import AgentNotFound, ConfigurationError, InvalidRequest, StaleNotice
-from opscore.models import Agent, AgentReport, Slot
+from opscore.models import Agent, AgentReport
 from opscore.states import AgentState
 
 REMOTE_CAPACITY = 1
@@ -69,7 +69,7 @@ def register_functions(tx: Tx, agents: Iterable[Declared]) -> None:
             "heartbeat_seconds": None,
         }
         _upsert(tx, agent.agent_id, values)
-        set_capacity(tx, agent.agent_id, agent.capacity)
+        slots.set_capacity(tx, agent.agent_id, agent.capacity or 0)
 
 
 def _upsert(tx: Tx, agent_id: str, values: Mapping[str, Any], **if_new: Any) -> bool:
@@ -119,7 +119,7 @@ def register_remote(tx: Tx, agent: Registration, signed_at: datetime) -> None:
         "seen_at": func.now(),
     }
     if _upsert(tx, agent.agent_id, values, capacity=REMOTE_CAPACITY):
-        set_capacity(tx, agent.agent_id, REMOTE_CAPACITY)
+        slots.set_capacity(tx, agent.agent_id, REMOTE_CAPACITY)
         _write_report(tx, agent.agent_id, AgentState.UNKNOWN, None, None)
 
 
@@ -187,7 +187,7 @@ def change(tx: Tx, agent_id: str, values: Mapping[str, Any]) -> None:
     if values:
         tx.execute(update(Agent).where(Agent.agent_id == agent_id).values(**values))
     if values.get("capacity"):
-        set_capacity(tx, agent_id, values["capacity"])
+        slots.set_capacity(tx, agent_id, values["capacity"])
     if values.keys() & {"paused", "draining"}:
         engine.hurry(tx, agent_id)
 
@@ -221,7 +221,7 @@ def report_state(
         _WAKE_SLOTS(tx, {"agent_id": agent_id})
 
 
-_WAKE_SLOTS = Prepared("UPDATE slots SET rests_until = NULL WHERE agent_id = :agent_id")
+_WAKE_SLOTS = Prepared("UPDATE slots SET rests_until = NULL WHERE pool = :agent_id")
 """Of an agent that says that it is free: it is there again."""
 
 
@@ -238,7 +238,7 @@ SET seen_at = now(), state = CASE WHEN is_newest THEN cast(:state AS text) ELSE 
     busy_until = CASE WHEN is_newest AND :state IN ('idle', 'finished') THEN NULL
                       ELSE a.busy_until END
 FROM (SELECT k.agent_id, moment, k.state_at IS NULL OR moment >= k.state_at AS is_newest,
-             EXISTS (SELECT FROM slots s WHERE s.agent_id = k.agent_id
+             EXISTS (SELECT FROM slots s WHERE s.pool = k.agent_id
                      AND s.holder IS NOT NULL) AS is_at_it
       FROM agents k, (SELECT least(coalesce(cast(:at AS timestamptz), now()), now()) AS moment) AS c
       WHERE k.agent_id = :agent_id AND k.deregistered_at IS NULL FOR NO KEY UPDATE OF k) AS known
@@ -269,22 +269,3 @@ def endpoint(tx: Tx, agent_id: str | None) -> str | None:
     )
     found: str | None = tx.execute(query).scalar()
     return found
-
-
-def set_capacity(tx: Tx, agent_id: str, capacity: int | None) -> None:
-    """Give an agent as many slots as its capacity.
-
-    A slot beyond it that is held stays until its attempt ends; no claim takes it again.
-    """
-    wanted = capacity or 0
-    existing = set(tx.execute(select(Slot.number).where(Slot.agent_id == agent_id)).scalars())
-    missing = sorted(set(range(1, wanted + 1)) - existing)
-    if missing:
-        tx.execute(insert(Slot), [{"agent_id": agent_id, "number": n} for n in missing])
-    tx.execute(
-        delete(Slot).where(
-            Slot.agent_id == agent_id,
-            Slot.number > wanted,
-            Slot.holder.is_(None),
-        )
-    )

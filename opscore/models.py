@@ -172,18 +172,23 @@ class AgentReport(Base):
 
 
 class Slot(Base):
-    """One unit of an agent's capacity: free, held by an attempt, or kept for a woken task."""
+    """One of so many that may be at something at once: see `slots`.
+
+    An agent's is free, held by an attempt, or kept for a woken task.
+    """
 
     __tablename__ = "slots"
 
-    agent_id: Mapped[str] = mapped_column(
-        ForeignKey("agents.agent_id", ondelete="CASCADE"), primary_key=True
-    )
+    pool: Mapped[str] = mapped_column(primary_key=True)
+    """Whose it is: an agent's id; `items:` and a `forEach`'s id, `runs:` and a workflow's."""
     number: Mapped[int] = mapped_column(primary_key=True)
+    closed: Mapped[bool] = mapped_column(server_default=text("false"))
+    """Beyond the capacity: nobody takes it again."""
     holder: Mapped[uuid.UUID | None]
-    """The task whose attempt holds it."""
+    """The task whose attempt holds it; the item or run that holds it until it is over."""
     attempt: Mapped[int | None]
     lease_expires_at: Mapped[datetime | None]
+    """Of an attempt."""
     reserved_for: Mapped[uuid.UUID | None] = mapped_column(index=True)
     """The woken task it is kept for until `reserved_until`."""
     reserved_until: Mapped[datetime | None]
@@ -200,14 +205,14 @@ class Slot(Base):
 
     HOLDS: ClassVar[Mapping[str, str]] = {
         "number": "number >= 1",
-        "holder": "(holder IS NULL) = (attempt IS NULL) AND (holder IS NULL) = "
-        "(lease_expires_at IS NULL)",
+        "holder": "CASE WHEN pool LIKE 'items:%' OR pool LIKE 'runs:%' THEN attempt IS NULL"
+        " ELSE (holder IS NULL) = (attempt IS NULL) END",
+        "leased": "(attempt IS NULL) = (lease_expires_at IS NULL)",
         "reserved": "(reserved_for IS NULL) = (reserved_until IS NULL)",
     }
+    __table_args__ = (Index("ix_slots_closed", "pool", postgresql_where=text("closed")),)
 
 
-UNDER_WAY = "max_concurrent IS NOT NULL AND reason IS NULL AND status IN ('queued', 'running')"
-"""Runs that count where a workflow may have only so many at once."""
 RUN_STATUS = "status || ''"
 """A run's status, for whoever looks at the runs of all workflows."""
 
@@ -271,7 +276,6 @@ class Run(Base):
             "id",
             postgresql_where=text("status = 'queued' AND reason = 'max_concurrent_runs'"),
         ),
-        Index("ix_runs_under_way", "workflow_id", postgresql_where=text(UNDER_WAY)),
         Index(
             "ix_runs_open",
             "generation_at",
@@ -384,6 +388,12 @@ class Task(Base):
             "index",
             unique=True,
             postgresql_where=text("parent_id IS NOT NULL"),
+        ),
+        Index(
+            "ix_tasks_items_next",
+            "parent_id",
+            "index",
+            postgresql_where=text("status = 'waiting' AND reason = 'max_parallel'"),
         ),
         Index(
             "ix_tasks_leases",

@@ -433,7 +433,7 @@ WITH shown AS MATERIALIZED (
 ), paces AS MATERIALIZED (
     SELECT l.agent, l.capability, count(*) AS slots, avg(s.average_seconds) AS seconds
     FROM lines l JOIN agents a ON a.agent_id = l.agent OR l.capability = ANY (a.capabilities)
-    JOIN slots s ON s.agent_id = a.agent_id AND s.number <= a.capacity
+    JOIN slots s ON s.pool = a.agent_id AND NOT s.closed
     WHERE {is_open()}
     GROUP BY l.agent, l.capability
 )
@@ -792,7 +792,7 @@ def _why_unavailable(agent: Row) -> str | None:
 def _holders(tx: Tx, agents: Sequence[str]) -> dict[str, list[Row]]:
     statement = (
         select(
-            Slot.agent_id,
+            Slot.pool.label("agent_id"),
             Slot.number.label("slot"),
             Slot.holder.label("task_id"),
             Task.run_id,
@@ -801,8 +801,8 @@ def _holders(tx: Tx, agents: Sequence[str]) -> dict[str, list[Row]]:
             Slot.lease_expires_at,
         )
         .join(Task, Task.id == Slot.holder)
-        .where(Slot.agent_id.in_(agents), Slot.lease_expires_at > func.now())
-        .order_by(Slot.agent_id, Slot.number)
+        .where(Slot.pool.in_(agents), Slot.lease_expires_at > func.now())
+        .order_by(Slot.pool, Slot.number)
     )
     found: dict[str, list[Row]] = {}
     for row in _rows(tx, statement):
@@ -865,7 +865,7 @@ FROM agents a CROSS JOIN LATERAL (
     ) AS w ORDER BY position LIMIT {LINE_SHOWN}
 ) AS l CROSS JOIN LATERAL (
     SELECT nullif(count(*), 0) AS slots, avg(s.average_seconds) AS seconds FROM slots s
-    WHERE s.agent_id = a.agent_id AND s.number <= a.capacity AND {is_open()}
+    WHERE s.pool = a.agent_id AND NOT s.closed AND {is_open()}
 ) AS pace
 WHERE a.agent_id = ANY (cast(:agents AS text[]))
 ORDER BY a.agent_id, l.position

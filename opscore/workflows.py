@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import func, insert, select, text
 
+from opscore import slots
 from opscore.db import Tx
 from opscore.definition import Definition, parse
 from opscore.errors import InvalidDefinition, WorkflowNotFound
@@ -69,7 +70,15 @@ def create_workflow(
             inline=inline,
         )
     )
+    if not inline or not _is_created(tx, workflow_id):
+        slots.set_capacity(tx, slots.RUNS + workflow_id, definition.max_concurrent_runs or 0)
     return StoredWorkflow(workflow_id, version, definition), True
+
+
+def _is_created(tx: Tx, workflow_id: str) -> bool:
+    """Tell whether a workflow is more than what came inline: then those do not speak for it."""
+    created = select(Workflow.version).where(Workflow.workflow_id == workflow_id, ~Workflow.inline)
+    return tx.execute(created.limit(1)).first() is not None
 
 
 def find_workflow(tx: Tx, workflow_id: str, version: int | None = None) -> StoredWorkflow:

@@ -129,7 +129,7 @@ def add_agent(
     }
     tx.execute(insert(Agent).values(row))
     for number in range(1, (capacity or 0) + 1):
-        tx.execute(insert(Slot).values(agent_id=agent_id, number=number))
+        tx.execute(insert(Slot).values(pool=agent_id, number=number))
 
 
 def add_waiting(

@@ -370,9 +370,7 @@ def test_an_agent_that_is_not_there_rests_and_draws_no_work_from_others(fleet: F
     away = engine.Failure("agent_unreachable", "Connection refused.")
     with fleet.tx() as tx:
         engine.fail_attempt(tx, lost, away, delay_seconds=0, message={"m": 1})
-    (slot,) = fleet.rows_of(
-        "SELECT *, rests_until - now() AS rest FROM slots WHERE agent_id = 'dead'"
-    )
+    (slot,) = fleet.rows_of("SELECT *, rests_until - now() AS rest FROM slots WHERE pool = 'dead'")
     assert slot.failures == 1 and 0 < slot.rest.total_seconds() <= 1
     assert fleet.wait("b") == Reason.AGENT_BUSY and fleet.wake_line("dead") == []
     fleet.register("alive", "cook")
@@ -395,14 +393,14 @@ def test_each_failure_of_an_agent_doubles_its_rest_and_a_success_ends_it(fleet: 
             (slot,) = tx.execute(
                 text(
                     "SELECT failures, extract(epoch FROM rests_until - now())"
-                    " AS rest FROM slots WHERE agent_id = 'r'"
+                    " AS rest FROM slots WHERE pool = 'r'"
                 )
             )
         assert (slot.failures, slot.rest) == (failures, min(60, 2 ** (failures - 1)))
         fleet.alter("UPDATE slots SET rests_until = now() - interval '1 s'")
     fleet.submit(task("a", "r"))
     fleet.complete(fleet.claim("a"))
-    (slot,) = fleet.rows_of("SELECT * FROM slots WHERE agent_id = 'r'")
+    (slot,) = fleet.rows_of("SELECT * FROM slots WHERE pool = 'r'")
     assert (slot.failures, slot.rests_until) == (0, None)
 
 
@@ -474,6 +472,26 @@ def test_a_claim_costs_no_more_with_many_slots(fleet: Fleet) -> None:
             assert isinstance(fleet.claim(f"t{n}"), Claimed)
         took[capacity] = monotonic() - began
     assert took[3000] < took[10] + 1
+
+
+def held(fleet: Fleet) -> int:
+    return len(fleet.rows_of("SELECT FROM slots WHERE holder IS NOT NULL"))
+
+
+def test_after_its_capacity_fell_an_agent_takes_nothing_until_it_holds_less(fleet: Fleet) -> None:
+    fleet.register("r", capacity=4)
+    fleet.submit(*(task(n, "r", dependsOn=[]) for n in "abcdefg"))
+    running = {name: fleet.claim(name) for name in "abcd"}
+    for name in "ab":
+        fleet.complete(running[name])
+    fleet.change("r", capacity=2)
+    assert held(fleet) == 2 and isinstance(fleet.claim("e"), MustWait)
+    fleet.change("r", capacity=1)
+    fleet.complete(running["c"])
+    assert held(fleet) == 1 and isinstance(fleet.claim("e"), MustWait)
+    fleet.change("r", capacity=3)
+    assert [isinstance(fleet.claim(name), Claimed) for name in "efg"] == [True, True, False]
+    assert held(fleet) == 3
 
 
 # --- Waiting
@@ -614,7 +632,7 @@ def test_what_a_deregistered_agent_had_is_tried_again_and_what_it_says_is_refuse
     row = fleet.task("a")
     assert (row.status, row.reason, row.tries, row.lost) == ("waiting", "retry", 0, 0)
     assert isinstance(fleet.complete(first), engine.Fenced)
-    (slot,) = fleet.rows_of("SELECT * FROM slots WHERE agent_id = 'r'")
+    (slot,) = fleet.rows_of("SELECT * FROM slots WHERE pool = 'r'")
     assert slot.holder is None
     fleet.register("other", "cook")
     fleet.alter("UPDATE tasks SET wake_at = now() WHERE run_id = :run")

@@ -289,7 +289,7 @@ def test_who_comes_for_a_slot_that_is_kept_gets_that_slot_and_gives_it_back(desk
     desk.complete(first)
     second = desk.claim("b", has_slot=True)
     assert isinstance(second, Claimed) and second.has_slot and second.agent_id == "single"
-    (slot,) = desk.rows("SELECT * FROM slots WHERE agent_id = 'single'")
+    (slot,) = desk.rows("SELECT * FROM slots WHERE pool = 'single'")
     assert (slot.holder, slot.attempt, slot.reserved_for) == (second.task_id, 1, None)
     assert slot.lease_expires_at == desk.task("b").lease_expires_at
     assert isinstance(desk.claim("c", has_slot=True), MustWait), "none is kept for it"
@@ -352,7 +352,7 @@ def test_a_slot_freed_meanwhile_is_kept_for_who_is_on_his_way_and_the_next_woken
     lapse(desk)
     assert desk.complete(other).woken == (), "its own lapsed, and he is the first in line"
     assert serve(desk) == [{"of": "d"}]
-    kept = desk.rows("SELECT reserved_for FROM slots WHERE agent_id = 'team' ORDER BY number")
+    kept = desk.rows("SELECT reserved_for FROM slots WHERE pool = 'team' ORDER BY number")
     assert {row.reserved_for for row in kept} == {desk.id("c"), desk.id("d")}
     assert isinstance(desk.claim("d", has_slot=True), Claimed)
     assert isinstance(desk.claim("c", has_slot=True), Claimed)
@@ -364,11 +364,11 @@ def test_who_comes_takes_the_slot_that_is_kept_for_him_and_none_that_was(desk: D
     lapse(desk)
     desk.complete(other)
     assert isinstance(desk.claim("c"), Claimed)
-    slots = desk.rows("SELECT * FROM slots WHERE agent_id = 'team' ORDER BY number")
+    slots = desk.rows("SELECT * FROM slots WHERE pool = 'team' ORDER BY number")
     assert [slot.holder for slot in slots] == [None, desk.id("c")]
     assert all(
         slot.reserved_until is None or slot.reserved_until < slot.now
-        for slot in desk.rows("SELECT reserved_until, now() FROM slots WHERE agent_id = 'team'")
+        for slot in desk.rows("SELECT reserved_until, now() FROM slots WHERE pool = 'team'")
     )
 
 
@@ -402,7 +402,7 @@ def test_what_is_handed_back_in_a_run_that_is_ending_ends(desk: Desk) -> None:
     assert hand_back(desk, claimed) and desk.task("a").status == "cancelled"
     with desk.tx() as tx:
         assert engine.settle_run(tx, claimed.run_id)
-    (slot,) = desk.rows("SELECT * FROM slots WHERE agent_id = 'single'")
+    (slot,) = desk.rows("SELECT * FROM slots WHERE pool = 'single'")
     assert slot.holder is None and desk.run().status == "cancelled"
 
 
@@ -451,9 +451,9 @@ def test_a_slot_beyond_the_capacity_is_kept_for_nobody(desk: Desk) -> None:
     desk.submit(*(task(n, "single", dependsOn=[]) for n in "ab"))
     first = desk.claim("a")
     desk.park("b", desk.claim("b"))
-    desk.alter("UPDATE slots SET number = 2 WHERE agent_id = 'single'")
+    desk.alter("UPDATE slots SET closed = true WHERE pool = 'single'")
     assert desk.complete(first).woken == ()
-    (slot,) = desk.rows("SELECT * FROM slots WHERE agent_id = 'single'")
+    (slot,) = desk.rows("SELECT * FROM slots WHERE pool = 'single'")
     assert (slot.holder, slot.reserved_for) == (None, None)
 
 
@@ -499,7 +499,7 @@ def test_who_is_first_in_line_can_be_started_by_the_statement_that_frees_the_slo
     assert isinstance(taken, Claimed) and taken.has_slot and taken.is_sink
     assert (taken.task_id, taken.attempt, taken.input) == (desk.id("a"), 1, {"x": 1})
     assert desk.events() == ["run.queued", "task.waiting", "run.started", "task.started"]
-    (slot,) = desk.rows("SELECT * FROM slots WHERE agent_id = 'single'")
+    (slot,) = desk.rows("SELECT * FROM slots WHERE pool = 'single'")
     assert (slot.holder, slot.attempt, slot.reserved_for) == (taken.task_id, 1, None)
     assert slot.lease_expires_at == desk.task("a").lease_expires_at
     (attempt,) = desk.rows("SELECT * FROM attempts WHERE task_id = :id", id=taken.task_id)
@@ -533,10 +533,10 @@ def test_who_cannot_be_gone_on_with_is_woken_instead(desk: Desk, change: str) ->
 
 def test_nobody_is_taken_into_a_slot_beyond_the_capacity(desk: Desk) -> None:
     first, _ = two_in_line(desk)
-    desk.alter("UPDATE slots SET number = 2 WHERE agent_id = 'single'")
+    desk.alter("UPDATE slots SET closed = true WHERE pool = 'single'")
     finished = desk.complete(first, take=taker())
     assert finished.next is None and finished.woken == ()
-    (slot,) = desk.rows("SELECT * FROM slots WHERE agent_id = 'single'")
+    (slot,) = desk.rows("SELECT * FROM slots WHERE pool = 'single'")
     assert (slot.holder, slot.reserved_for) == (None, None)
 
 
@@ -570,7 +570,7 @@ def test_who_was_taken_is_handed_back_if_the_answer_was_lost(desk: Desk) -> None
     assert isinstance(again, Finished) and again.next is None
     assert (desk.task("a").status, desk.task("a").reason) == ("waiting", "retry")
     assert desk.task("a").lost == desk.task("a").tries == 0
-    (slot,) = desk.rows("SELECT * FROM slots WHERE agent_id = 'single'")
+    (slot,) = desk.rows("SELECT * FROM slots WHERE pool = 'single'")
     assert (slot.holder, slot.reserved_for) == (None, desk.id("a"))
 
 
@@ -604,7 +604,7 @@ def test_a_smaller_capacity_lets_running_attempts_end_and_admits_no_more(desk: D
     first, second = desk.claim("a"), desk.claim("b")
     with desk.tx() as tx:
         agents.register_functions(tx, [agent("pair", 1)])
-    held = desk.rows("SELECT holder FROM slots WHERE agent_id = 'pair' AND number = 2")[0].holder
+    held = desk.rows("SELECT holder FROM slots WHERE pool = 'pair' AND number = 2")[0].holder
     desk.complete(first if first.task_id == held else second)
     assert isinstance(desk.claim("c"), MustWait)
 
@@ -847,6 +847,41 @@ def test_at_most_max_parallel_items_are_out(desk: Desk) -> None:
         assert engine.wake_parent(tx, desk.id("f")) == []
 
 
+def places(desk: Desk) -> list[Any]:
+    rows = desk.rows("SELECT holder FROM slots WHERE pool LIKE 'items:%' ORDER BY number")
+    return [row.holder for row in rows]
+
+
+def test_items_hold_slots_until_they_are_over_and_the_last_takes_them_away(desk: Desk) -> None:
+    desk.submit(task("f", forEach={"items": "${input.n}", "maxParallel": 2}))
+    expand(desk, list(range(3)))
+    assert places(desk) == [desk.id("f", 0), desk.id("f", 1)]
+    desk.complete(desk.claim("f", 0))
+    with desk.database.autocommit() as tx:
+        engine.wake_parent(tx, desk.id("f"))
+    assert places(desk) == [desk.id("f", 2), desk.id("f", 1)]
+    desk.complete(desk.claim("f", 1))
+    with desk.database.autocommit() as tx:
+        assert engine.wake_parent(tx, desk.id("f")) == []
+    assert places(desk) == [desk.id("f", 2), None]
+    desk.complete(desk.claim("f", 2))
+    with desk.database.autocommit() as tx:
+        assert len(engine.wake_parent(tx, desk.id("f"))) == 1
+    assert places(desk) == []
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_run_that_ends_takes_the_slots_of_its_items_away(desk: Desk, fails: bool) -> None:
+    desk.submit(task("f", forEach={"items": "${input.n}", "maxParallel": 2}))
+    expand(desk, list(range(3)))
+    assert len(places(desk)) == 2
+    if fails:
+        desk.fail(desk.claim("f", 0), retryable=False)
+    else:
+        cancel(desk)
+    assert places(desk) == []
+
+
 def test_an_item_that_fails_for_good_fails_the_whole(desk: Desk) -> None:
     desk.submit(task("f", forEach={"items": "${input.n}"}))
     expand(desk, [1, 2, 3])
@@ -1070,6 +1105,23 @@ def test_a_run_that_failed_or_was_cancelled_makes_room_too(desk: Desk) -> None:
     with desk.tx() as tx:
         engine.settle_run(tx, first.run_id)
     assert release(desk) == [second.run_id]
+
+
+def test_after_its_limit_fell_a_workflow_begins_no_run_until_fewer_are_under_way(
+    desk: Desk,
+) -> None:
+    plans = [limited(desk, 3) for _ in range(3)]
+    assert len(release(desk)) == 3
+    desk.plan = plans[0]
+    desk.complete(desk.claim("a"))
+    last = [limited(desk, 1) for _ in range(2)]
+    assert release(desk) == []
+    desk.plan = plans[1]
+    desk.complete(desk.claim("a"))
+    assert release(desk) == []
+    desk.plan = plans[2]
+    desk.complete(desk.claim("a"))
+    assert release(desk) == [last[0].run_id]
 
 
 def test_the_newest_version_says_how_many_runs_may_be_under_way(desk: Desk) -> None:

@@ -31,6 +31,8 @@ def test_a_database_of_the_first_revision_comes_along_with_what_is_in_it(servers
             assert (row.line_agent_id, row.queue, row.fallback) == ("writer", "opscore.agents", [])
             agent = connection.execute(text("SELECT * FROM agents")).one()
             assert (agent.closed, agent.state, agent.require_token) == (False, "UNKNOWN", True)
+            slots = connection.execute(text("SELECT pool, holder FROM slots ORDER BY pool")).all()
+            assert [tuple(slot) for slot in slots] == [("writer", None)]
             command.downgrade(migrations.alembic_config(connection), "0001")
         with migrations.connect(url) as connection:
             assert migrations.present(connection) == "0001"

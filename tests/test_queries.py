@@ -305,7 +305,7 @@ def place_of(task: queries.Row, now: datetime) -> tuple[int | None, float | None
 
 def set_pace(tx: Tx, agent_id: str, *seconds: float | None) -> None:
     for number, average in enumerate(seconds, start=1):
-        where = (Slot.agent_id == agent_id, Slot.number == number)
+        where = (Slot.pool == agent_id, Slot.number == number)
         tx.execute(update(Slot).where(*where).values(average_seconds=average))
 
 
@@ -462,7 +462,7 @@ def test_an_agent_shows_who_holds_its_slots_and_how_many_wait(tx: Tx) -> None:
     task = add_task(tx, run_id, "a", "running", agent_id="writer", attempt=1)
     tx.execute(
         update(Slot)
-        .where(Slot.agent_id == "writer", Slot.number == 1)
+        .where(Slot.pool == "writer", Slot.number == 1)
         .values(holder=task, attempt=1, lease_expires_at=text("now() + interval '9 s'"))
     )
     add_waiting(tx, run_id, agent_id="writer")

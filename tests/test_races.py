@@ -315,6 +315,32 @@ def test_a_claim_and_its_own_repetition_never_make_two_attempts(
         assert any(isinstance(answer, Claimed) for answer in answers)
 
 
+def test_items_released_at_once_are_never_more_than_max_parallel_and_none_is_forgotten(
+    desk: Desk, threads: ThreadPoolExecutor
+) -> None:
+    desk.submit(task("f", forEach={"items": "${input.n}", "maxParallel": 4}))
+    with desk.database.autocommit() as tx:
+        engine.expand_task(tx, desk.claim("f"), list(range(60)), {"m": "parent"})
+    out = desk.rows(
+        "SELECT index FROM tasks WHERE parent_id = :parent AND status = 'pending'",
+        parent=desk.id("f"),
+    )
+    most, done = 0, 0
+
+    def end(index: int) -> list[engine.Woken]:
+        desk.complete(desk.claim("f", index))
+        return woken_after(desk, lambda tx: engine.wake_parent(tx, desk.id("f")))
+
+    numbers = {desk.id("f", index): index for index in range(60)}
+    now = [row.index for row in out]
+    while now:
+        done += len(now)
+        woken = at_once(threads, *[lambda index=index: end(index) for index in now])
+        now = [numbers[w.task_id] for each in woken for w in each if w.is_item]
+        most = max(most, len(now))
+    assert (most, done) == (4, 60)
+
+
 def test_runs_released_at_once_are_never_more_than_their_workflow_may_have(
     desk: Desk, threads: ThreadPoolExecutor
 ) -> None:

@@ -65,7 +65,7 @@ class Abroad(Fleet):
         Round(self.database, self.dispatcher, settings).settle()
 
     def slot(self) -> Any:
-        (row,) = self.rows_of("SELECT * FROM slots WHERE agent_id = 'r'")
+        (row,) = self.rows_of("SELECT * FROM slots WHERE pool = 'r'")
         return row
 
     def attempt(self, name: str = "a") -> Any:

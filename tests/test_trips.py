@@ -338,9 +338,7 @@ def test_a_lane_of_an_agent_with_few_slots_parks_and_goes_on(
     finish_each_once(stack, run_id)
     spans = [t for t in work(stack, run_id) if t.index is not None]
     assert most_at_once(spans) <= capacity
-    slots = stack.rows(
-        "SELECT * FROM slots WHERE agent_id = :id AND holder IS NOT NULL", id=agent_id
-    )
+    slots = stack.rows("SELECT * FROM slots WHERE pool = :id AND holder IS NOT NULL", id=agent_id)
     assert slots == []
 
 

@@ -123,7 +123,7 @@ class Fleet(Desk):
     def kept_for(self) -> UUID | None:
         """Return whom the agent's free slot is kept for."""
         with self.database.autocommit() as tx:
-            query = "SELECT reserved_for FROM slots WHERE agent_id = 'a-1' ORDER BY number"
+            query = "SELECT reserved_for FROM slots WHERE pool = 'a-1' ORDER BY number"
             return (
                 UUID(str(found)) if (found := tx.execute(text(query)).scalars().first()) else None
             )
@@ -1260,7 +1260,7 @@ def test_when_a_turn_comes_is_told_from_how_long_the_slot_was_held_of_late(
     fleet.give("a")
     fleet.wait("b")
     with fleet.tx() as tx:
-        tx.execute(text("UPDATE slots SET average_seconds = 90 WHERE agent_id = 'a-1'"))
+        tx.execute(text("UPDATE slots SET average_seconds = 90 WHERE pool = 'a-1'"))
     task = client.get(f"/tasks/{fleet.id('b')}").json
     (waiter,) = fleet.shown()["line"]
     for told in (task["queue"], waiter):

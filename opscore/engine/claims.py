@@ -234,9 +234,9 @@ _CLAIM_SIMPLY = Prepared(_first_claim())
 _CLAIM_KEPT = Prepared(
     _first_claim(
         before=f"""kept AS (
-    SELECT s.agent_id, s.number FROM slots s JOIN agents a USING (agent_id)
+    SELECT s.pool AS agent_id, s.number FROM slots s JOIN agents a ON a.agent_id = s.pool
     WHERE s.reserved_for = :task_id AND s.reserved_until > now() AND s.holder IS NULL
-      AND s.number <= a.capacity AND {is_open()} AND {is_ready()}
+      AND NOT s.closed AND {is_open()} AND {is_ready()}
     LIMIT 1 FOR UPDATE OF s SKIP LOCKED
 ),""",
         agent="kept",
@@ -246,7 +246,7 @@ _CLAIM_KEPT = Prepared(
     UPDATE slots s
     SET holder = next.task_id, attempt = next.attempt, lease_expires_at = next.lease_expires_at,
         held_at = now(), reserved_for = NULL, reserved_until = NULL
-    FROM next, kept WHERE s.agent_id = kept.agent_id AND s.number = kept.number
+    FROM next, kept WHERE s.pool = kept.agent_id AND s.number = kept.number
 )""",
     )
 )
@@ -294,14 +294,14 @@ WITH t AS MATERIALIZED (
            ready.tries > 0 AND c.agent_id IS NOT DISTINCT FROM ready.agent_id AS just_failed
     FROM candidate c CROSS JOIN ready
          CROSS JOIN LATERAL (SELECT count(h.holder) AS held, max(h.freed_at) AS last
-                             FROM slots h WHERE h.agent_id = c.agent_id) AS work
+                             FROM slots h WHERE h.pool = c.agent_id) AS work
     WHERE c.is_ready AND c.capacity IS NOT NULL
 ), slot AS (
     -- A free slot, unless somebody older waits for it who has none kept for him; of several agents
     -- that of who does least, then of who rested longest.
-    SELECT s.agent_id, s.number
-    FROM able c JOIN slots s USING (agent_id)
-    WHERE s.number <= c.capacity AND s.holder IS NULL
+    SELECT s.pool AS agent_id, s.number
+    FROM able c JOIN slots s ON s.pool = c.agent_id
+    WHERE NOT s.closed AND s.holder IS NULL
       AND (s.reserved_for = :task_id AND s.reserved_until > now() OR {FREE} AND c.is_turn)
     ORDER BY (s.reserved_for = :task_id AND s.reserved_until > now()) DESC NULLS LAST,
              c.preferred DESC, c.place, c.just_failed, c.held, c.last NULLS FIRST, s.number
@@ -334,7 +334,7 @@ WITH t AS MATERIALIZED (
     SET holder = claimed.id, attempt = claimed.attempt, lease_expires_at = claimed.lease_expires_at,
         held_at = now(), reserved_for = NULL, reserved_until = NULL
     FROM claimed
-    WHERE s.agent_id = claimed.agent_id AND s.number = claimed.number
+    WHERE s.pool = claimed.agent_id AND s.number = claimed.number
 ), begun AS (
     INSERT INTO attempts (task_id, number, agent_id, worker, status)
     SELECT id, attempt, agent_id, :worker, 'running' FROM claimed WHERE kind = 'agent'
@@ -357,8 +357,8 @@ SELECT t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index 
        EXISTS (SELECT FROM ready) AS ready,
        EXISTS (SELECT FROM chosen) AS chosen,
        (SELECT agent_id FROM candidate
-        ORDER BY is_ready AND EXISTS (SELECT FROM slots s WHERE s.agent_id = candidate.agent_id
-                                      AND s.number <= candidate.capacity AND s.holder IS NULL) DESC,
+        ORDER BY is_ready AND EXISTS (SELECT FROM slots s WHERE s.pool = candidate.agent_id
+                                      AND NOT s.closed AND s.holder IS NULL) DESC,
                  preferred DESC, place, agent_id
         LIMIT 1) AS candidate,
        EXISTS (SELECT FROM wanted) AS is_known,

@@ -59,7 +59,17 @@ ITEMS_OVER = f"""NOT EXISTS (
 END = ""
 """The definition id of the implicit end; no task of a definition can have it."""
 WAKE_AT = """to_char(wake_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
-FREE = """s.holder IS NULL AND (s.reserved_until IS NULL OR s.reserved_until < now())"""
+HAS_SURPLUS = """EXISTS (
+    SELECT FROM slots x WHERE x.pool = s.pool AND x.closed AND x.holder IS NOT NULL)"""
+"""More are at it than the capacity is now: for each of them one free slot stays empty."""
+FREE = f"""s.holder IS NULL AND NOT s.closed
+    AND (s.reserved_until IS NULL OR s.reserved_until < now())
+    AND (NOT {HAS_SURPLUS} OR (
+        SELECT count(*) FROM slots x
+        WHERE x.pool = s.pool AND NOT x.closed AND x.holder IS NULL AND x.number < s.number
+    ) >= (
+        SELECT count(*) FROM slots x
+        WHERE x.pool = s.pool AND x.closed AND x.holder IS NOT NULL))"""
 MAY_ASK = "({row}.not_before IS NULL OR {row}.not_before <= now())"
 """Whoever an agent itself sent away does not stand in its line until the time it named."""
 _HAS_NONE_KEPT = "(w.kept_until IS NULL OR w.kept_until <= now())"
@@ -74,7 +84,36 @@ ORDER = "ORDER BY w.priority DESC, w.waiting_since"
 def rests(agent: str) -> str:
     """Return the condition that an agent gets nothing by its capabilities for a while; in SQL."""
     return f"""EXISTS (
-    SELECT FROM slots h WHERE h.agent_id = {agent}.agent_id AND h.rests_until > now())"""
+    SELECT FROM slots h WHERE h.pool = {agent}.agent_id AND h.rests_until > now())"""
+
+
+def free_slots(pool: str, holders: str, over: str) -> str:
+    """Return the part of a statement that locks, as `free`, the slots whose holder is over; in SQL.
+
+    Who finds one locked leaves it to whoever is giving it away at this moment. `room` says how many
+    `places` there are to be given.
+    """
+    is_over = f"""(s.holder IS NULL OR EXISTS (
+        SELECT FROM {holders} h WHERE h.id = s.holder AND h.status IN {over} OFFSET 0))"""
+    return f"""free AS MATERIALIZED (
+    SELECT s.pool, s.number, s.closed FROM slots s
+    WHERE s.pool = {pool} AND {is_over} FOR UPDATE OF s SKIP LOCKED
+), room AS (
+    SELECT greatest(0, (SELECT count(*) FROM free WHERE NOT closed) - (
+        SELECT count(*) FROM slots s
+        WHERE s.pool = {pool} AND s.closed AND NOT {is_over})) AS places
+)"""
+
+
+PLACES = "(SELECT places FROM room)"
+HAND_ON = """held AS (
+    UPDATE slots s SET holder = line.id
+    FROM (SELECT *, row_number() OVER (PARTITION BY closed) AS n FROM free) AS free
+         LEFT JOIN (SELECT id, row_number() OVER () AS n FROM line) AS line
+         ON line.n = free.n AND NOT free.closed
+    WHERE s.pool = free.pool AND s.number = free.number
+)"""
+"""The free slots go to those in `line`, who are no more than `PLACES`."""
 
 
 def find_line(many: str) -> str:
@@ -135,7 +174,7 @@ def is_open(row: str = "a") -> str:
          OR {row}.seen_at > now() - make_interval(secs => {row}.heartbeat_seconds))
     AND ({row}.kind <> 'remote' OR {row}.state <> '{AgentState.ERROR}'
          OR {row}.state_lapses AND NOT EXISTS (
-             SELECT FROM slots h WHERE h.agent_id = {row}.agent_id AND h.holder IS NOT NULL)))"""
+             SELECT FROM slots h WHERE h.pool = {row}.agent_id AND h.holder IS NOT NULL)))"""
 
 
 def is_ready(row: str = "a") -> str:

@@ -25,6 +25,7 @@ from opscore.engine.clauses import (
     ATTEMPTED,
     DEADLINE_GRACE_SECONDS,
     ENDED,
+    HAS_SURPLUS,
     IS_ABROAD,
     KEEP,
     KEPT_UNTIL,
@@ -45,6 +46,7 @@ from opscore.engine.clauses import (
 from opscore.engine.waits import Woken, as_woken
 from opscore.graph import Node
 from opscore.models import Run, Task
+from opscore.slots import ITEMS
 from opscore.states import Reason
 
 # --- Finishing -----------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ def _freed(change: str) -> str:
     """Return the part of `leave` that changes the slot of who leaves."""
     return f"""freed AS (
     UPDATE slots s SET {change} FROM gone
-    WHERE s.agent_id = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt
+    WHERE s.pool = gone.agent_id AND s.holder = gone.id AND s.attempt = gone.attempt
 )"""
 
 
@@ -179,7 +181,7 @@ _HANDED_OVER = f"""{
         reserved_until = CASE WHEN kept.id IS NOT NULL THEN {KEPT_UNTIL} END
     FROM gone JOIN mine ON true LEFT JOIN next ON true
          LEFT JOIN line AS kept ON mine.stays AND next.task_id IS NULL
-    WHERE s.agent_id = gone.agent_id AND s.number = mine.number
+    WHERE s.pool = gone.agent_id AND s.number = mine.number
     RETURNING s.reserved_for, kept.is_out
 ), woken AS (
     UPDATE tasks t SET {KEEP}
@@ -200,9 +202,10 @@ _COMPLETE = {
 }
 _HAND_OVER = _COMPLETE | {
     "before": f"""{find_line("1")}, mine AS (
-    SELECT s.number, s.number <= a.capacity AND {is_open()} AND {is_ready()} AS stays
-    FROM slots s JOIN agents a USING (agent_id)
-    WHERE s.agent_id = :agent_id AND s.holder = :task_id AND s.attempt = :attempt
+    SELECT s.number,
+           NOT s.closed AND NOT {HAS_SURPLUS} AND {is_open()} AND {is_ready()} AS stays
+    FROM slots s JOIN agents a ON a.agent_id = s.pool
+    WHERE s.pool = :agent_id AND s.holder = :task_id AND s.attempt = :attempt
 ), opening AS (
     SELECT r.id FROM line JOIN tasks t USING (id) JOIN runs r ON r.id = t.run_id
     WHERE cast(:takes AS boolean) AND {still("queued", "r")} AND {RUN_OPEN}
@@ -381,7 +384,7 @@ WHERE t.id = :task_id AND t.attempt = :attempt AND t.status IN {ENDED}
 _KEPT_FOR = Prepared(
     f"""
 SELECT {WOKEN} FROM slots s JOIN tasks t ON t.id = s.reserved_for JOIN runs r ON r.id = t.run_id
-WHERE s.agent_id = :agent_id AND s.reserved_until > now() AND {still("waiting")}
+WHERE s.pool = :agent_id AND s.reserved_until > now() AND {still("waiting")}
 """
 )
 
@@ -389,7 +392,7 @@ WHERE s.agent_id = :agent_id AND s.reserved_until > now() AND {still("waiting")}
 _TAKEN = Prepared(
     f"""
 SELECT t.id, t.run_id, t.attempt FROM slots s JOIN tasks t ON t.id = s.holder
-WHERE s.agent_id = :agent_id AND t.claim_token = :token AND {still("running")}
+WHERE s.pool = :agent_id AND t.claim_token = :token AND {still("running")}
 """
 )
 
@@ -594,6 +597,7 @@ _FAIL_PARENT = Prepared(
         still("waiting"),
         "status = 'failed'",
         "'task.failed', jsonb_build_object('error', cast(:error AS jsonb))",
+        freed=f"cleared AS (DELETE FROM slots s USING gone WHERE s.pool = '{ITEMS}' || gone.id)",
     ),
     json=("error",),
 )
@@ -617,7 +621,10 @@ WITH closing AS (
       AND a.status = 'running'
 ), freed AS (
     UPDATE slots s SET {_LET_GO} FROM closing
-    WHERE closing.status = 'cancelled' AND s.agent_id = closing.agent_id AND s.holder = closing.id
+    WHERE closing.status = 'cancelled' AND s.pool = closing.agent_id AND s.holder = closing.id
+), cleared AS (
+    DELETE FROM slots s USING closing
+    WHERE closing.kind = 'for_each' AND s.pool = '{ITEMS}' || closing.id
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT run_id, id, 'task.cancelled', jsonb_build_object('reason', cast(:reason AS text))
@@ -789,7 +796,11 @@ WITH expanded AS (
     FROM expanded e,
         ROWS FROM (unnest(cast(:ids AS uuid[])), jsonb_array_elements(cast(:values AS jsonb)))
         WITH ORDINALITY AS i(id, item, index)
-    RETURNING id, status, index, timeout_seconds, queue
+    RETURNING id, parent_id, status, index, timeout_seconds, queue
+), held AS (
+    INSERT INTO slots (pool, number, holder)
+    SELECT '{ITEMS}' || i.parent_id, i.index + 1, i.id FROM items i, expanded e
+    WHERE e.max_parallel IS NOT NULL AND i.status = 'pending'
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT run_id, id, 'task.expanded', jsonb_build_object('items', items) FROM expanded

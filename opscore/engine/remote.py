@@ -28,7 +28,7 @@ WITH accepted AS (
     RETURNING t.id, t.run_id, t.agent_id, t.attempt, t.lease_expires_at
 ), kept AS (
     UPDATE slots s SET lease_expires_at = accepted.lease_expires_at FROM accepted
-    WHERE s.agent_id = accepted.agent_id AND s.holder = accepted.id
+    WHERE s.pool = accepted.agent_id AND s.holder = accepted.id
       AND s.attempt = accepted.attempt
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
@@ -93,7 +93,7 @@ def open_attempt(tx: Tx, task_id: UUID) -> OpenAttempt | None:
 _ASTRAY = Prepared(
     """
 SELECT t.id, t.run_id, t.attempt FROM agents a
-JOIN slots s USING (agent_id) JOIN tasks t ON t.id = s.holder
+JOIN slots s ON s.pool = a.agent_id JOIN tasks t ON t.id = s.holder
 WHERE a.deregistered_at IS NOT NULL
 """
 )
@@ -122,7 +122,7 @@ WITH alive AS (
     RETURNING t.id, t.agent_id, t.attempt, t.lease_expires_at, NOT {RUN_OPEN} AS is_ending
 ), kept AS (
     UPDATE slots s SET lease_expires_at = alive.lease_expires_at FROM alive
-    WHERE s.agent_id = alive.agent_id AND s.holder = alive.id AND s.attempt = alive.attempt
+    WHERE s.pool = alive.agent_id AND s.holder = alive.id AND s.attempt = alive.attempt
 ), seen AS (
     -- Others take an agent's row before a task's.
     UPDATE agents a SET seen_at = now()

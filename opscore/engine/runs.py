@@ -11,13 +11,23 @@ from uuid6 import uuid7
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE
 from opscore.db import Prepared, Tx
 from opscore.definition import Definition, TaskSpec
-from opscore.engine.clauses import END, ENDED, HELD, RUN_OPEN, still
+from opscore.engine.clauses import (
+    END,
+    ENDED,
+    HAND_ON,
+    HELD,
+    PLACES,
+    RUN_OPEN,
+    free_slots,
+    still,
+)
 from opscore.engine.outcomes import close_tasks
 from opscore.errors import AgentNotFound, InvalidRequest, RunFinished, RunNotFound
 from opscore.expressions import Template
 from opscore.graph import Canvas, Node, build
 from opscore.json_values import Faults
-from opscore.models import UNDER_WAY, Agent, Run
+from opscore.models import Agent, Run, listed
+from opscore.slots import RUNS
 from opscore.states import RUN_ENDED
 from opscore.workflows import StoredWorkflow
 
@@ -318,31 +328,21 @@ def runs_to_settle(tx: Tx, limit: int) -> list[UUID]:
 
 # --- Runs of one workflow at once ----------------------------------------------------------------
 
-_FIRST_VERSION = Prepared(
-    """
-SELECT version FROM workflows WHERE workflow_id = :workflow_id
-ORDER BY version LIMIT 1 FOR NO KEY UPDATE
-"""
-)
 _RELEASE_RUNS = Prepared(
     f"""
-WITH newest AS (
-    SELECT cast(definition ->> 'maxConcurrentRuns' AS int) AS most FROM workflows
-    WHERE workflow_id = :workflow_id ORDER BY inline, version DESC LIMIT 1
-), room AS (
-    SELECT newest.most - (
-        SELECT count(*) FROM runs
-        WHERE workflow_id = :workflow_id AND {UNDER_WAY}) AS places
-    FROM newest
-), line AS (
+WITH {free_slots(f"'{RUNS}' || :workflow_id", "runs", listed(RUN_ENDED))}, line AS (
     SELECT id, priority, created_at FROM runs
     WHERE workflow_id = :workflow_id AND status = 'queued' AND reason = '{HELD}'
       AND cancel_requested_at IS NULL
     ORDER BY priority DESC, created_at, id
-    LIMIT (SELECT CASE WHEN places IS NOT NULL THEN greatest(places, 0) END FROM room)
-), released AS (
+    LIMIT CASE WHEN EXISTS (
+        SELECT FROM (SELECT definition FROM workflows WHERE workflow_id = :workflow_id
+                     ORDER BY inline, version DESC LIMIT 1) AS newest
+        WHERE definition ->> 'maxConcurrentRuns' IS NOT NULL) THEN {PLACES} END
+    FOR NO KEY UPDATE SKIP LOCKED
+), {HAND_ON}, released AS (
     UPDATE runs r SET reason = NULL, generation_at = now() FROM line
-    WHERE r.id = line.id AND {still("queued", "r")} AND r.reason = '{HELD}'
+    WHERE r.id = line.id
     RETURNING r.id, line.priority, line.created_at
 ), told AS (
     INSERT INTO events (run_id, type) SELECT id, 'run.released' FROM released
@@ -358,10 +358,8 @@ _LIMITED = Prepared(
 def release_runs(tx: Tx, workflow_id: str) -> list[UUID]:
     """Let the next runs of a workflow begin, up to its newest version's `maxConcurrentRuns`.
 
-    Publish them. Called after a submission and a completion, and every second by the keeper, for
-    the runs that failed or were cancelled. One at a time, or two would count the same room.
+    Publish them. Called after a submission and when one is over, and every second by the keeper.
     """
-    _FIRST_VERSION(tx, {"workflow_id": workflow_id})
     return _RELEASE_RUNS(tx, {"workflow_id": workflow_id}).scalars()
 
 

@@ -18,11 +18,13 @@ from opscore.engine.clauses import (
     FOR_AGENT,
     FOR_CAPABILITY,
     FREE,
+    HAND_ON,
     IN_LINE,
     ITEMS_OVER,
     KEEP,
     KEPT_UNTIL,
     LOOK_AGAIN_SECONDS,
+    PLACES,
     RESERVE_SECONDS,
     RUN_OPEN,
     WAITS,
@@ -31,6 +33,7 @@ from opscore.engine.clauses import (
     backoff,
     dependencies_over,
     find_line,
+    free_slots,
     is_open,
     is_ready,
     rests,
@@ -38,6 +41,7 @@ from opscore.engine.clauses import (
     woken_for,
 )
 from opscore.models import Task
+from opscore.slots import ITEMS
 from opscore.states import TASK_ENDED, Reason
 
 # --- Parking and waking --------------------------------------------------------------------------
@@ -146,21 +150,13 @@ def keep_message(tx: Tx, task_id: UUID, message: dict[str, Any], generation: int
 
 _RELEASE_ITEMS = Prepared(
     f"""
-WITH parent AS (
-    SELECT id, max_parallel FROM tasks
-    WHERE id = :parent_id AND status = 'waiting' AND max_parallel IS NOT NULL FOR UPDATE
-), room AS (
-    SELECT parent.max_parallel - count(c.id) AS places
-    FROM parent LEFT JOIN tasks c ON c.parent_id = :parent_id AND c.status NOT IN {ENDED}
-        AND (c.status <> 'waiting' OR c.reason <> 'max_parallel')
-    GROUP BY parent.max_parallel
-), next AS (
-    SELECT c.id FROM tasks c, parent WHERE c.parent_id = :parent_id
-      AND {still("waiting", "c")} AND c.status NOT IN {ENDED} AND c.reason = 'max_parallel'
-    ORDER BY c.index LIMIT (SELECT greatest(places, 0) FROM room)
-)
-UPDATE tasks t SET status = 'pending', reason = NULL, woken_at = now() FROM next, runs r
-WHERE t.id = next.id AND {still("waiting")} AND r.id = t.run_id
+WITH {free_slots(f"'{ITEMS}' || cast(:parent_id AS uuid)", "tasks", ENDED)}, line AS (
+    SELECT c.id FROM tasks c
+    WHERE c.parent_id = :parent_id AND c.status = 'waiting' AND c.reason = 'max_parallel'
+    ORDER BY c.index LIMIT {PLACES} FOR NO KEY UPDATE SKIP LOCKED
+), {HAND_ON}
+UPDATE tasks t SET status = 'pending', reason = NULL, woken_at = now() FROM line, runs r
+WHERE t.id = line.id AND r.id = t.run_id
 RETURNING {WOKEN}
 """,
 )
@@ -185,11 +181,16 @@ _WAKE_SUCCESSORS = Prepared(
 )
 _WAKE_PARENT = Prepared(
     f"""
-UPDATE tasks t SET woken_at = now(), wake_at = NULL
-FROM runs r
-WHERE t.id = :task_id AND r.id = t.run_id
-  AND {still("waiting")} AND t.reason = 'children' AND t.woken_at IS NULL AND {ITEMS_OVER}
-RETURNING {WOKEN}
+WITH over AS (
+    UPDATE tasks t SET woken_at = now(), wake_at = NULL
+    FROM runs r
+    WHERE t.id = :task_id AND r.id = t.run_id
+      AND {still("waiting")} AND t.reason = 'children' AND t.woken_at IS NULL AND {ITEMS_OVER}
+    RETURNING {WOKEN}
+), cleared AS (
+    DELETE FROM slots s USING over WHERE s.pool = '{ITEMS}' || over.task_id
+)
+SELECT * FROM over
 """,
 )
 
@@ -213,8 +214,8 @@ def wake_parent(tx: Tx, parent_id: UUID) -> list[Woken]:
 _WAKE_LINE = Prepared(
     f"""
 WITH free AS MATERIALIZED (
-    SELECT s.number FROM slots s JOIN agents a USING (agent_id)
-    WHERE s.agent_id = :agent_id AND s.number <= a.capacity AND {FREE}
+    SELECT s.number FROM slots s JOIN agents a ON a.agent_id = s.pool
+    WHERE s.pool = :agent_id AND {FREE}
       AND {is_open()} AND {is_ready()}
     ORDER BY s.number FOR UPDATE OF s SKIP LOCKED
 ), {find_line("(SELECT count(*) FROM free)")}, pairs AS (
@@ -223,7 +224,7 @@ WITH free AS MATERIALIZED (
     JOIN (SELECT id, is_out, row_number() OVER () AS n FROM line) l USING (n)
 ), kept AS (
     UPDATE slots s SET reserved_for = pairs.id, reserved_until = {KEPT_UNTIL}
-    FROM pairs WHERE s.agent_id = :agent_id AND s.number = pairs.number
+    FROM pairs WHERE s.pool = :agent_id AND s.number = pairs.number
 ), woken AS (
     UPDATE tasks t SET {KEEP}
     FROM pairs, runs r
@@ -244,8 +245,7 @@ _LINES = Prepared(
     f"""
 SELECT a.agent_id FROM agents a
 WHERE {is_open()} AND {is_ready()}
-  AND EXISTS (SELECT FROM slots s
-              WHERE s.agent_id = a.agent_id AND s.number <= a.capacity AND {FREE})
+  AND EXISTS (SELECT FROM slots s WHERE s.pool = a.agent_id AND {FREE})
   AND (EXISTS (SELECT FROM tasks w WHERE {FOR_AGENT.format(agent="a.agent_id")}
                AND {IN_LINE})
        OR NOT {rests("a")}
