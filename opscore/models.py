@@ -205,7 +205,7 @@ class Slot(Base):
 
     HOLDS: ClassVar[Mapping[str, str]] = {
         "number": "number >= 1",
-        "holder": "CASE WHEN pool LIKE 'items:%' OR pool LIKE 'runs:%' THEN attempt IS NULL"
+        "holder": "CASE WHEN strpos(pool, ':') > 0 THEN attempt IS NULL"
         " ELSE (holder IS NULL) = (attempt IS NULL) END",
         "leased": "(attempt IS NULL) = (lease_expires_at IS NULL)",
         "reserved": "(reserved_for IS NULL) = (reserved_until IS NULL)",
