@@ -381,7 +381,7 @@ class Directly:
         try:
             with self._database.transaction() as tx:
                 stored, _ = workflows.create_workflow(tx, parse(shape.document))
-                plan = engine.submit_run(tx, stored, input=shape.input)
+                plan = engine.submit_run(tx, stored, engine.Submission(input=shape.input))
         except SQLAlchemyError as error:
             raise NotAccepted(repr(error)) from error
         with suppress(SQLAlchemyError):  # accepted already: what is not sent is rescued

@@ -266,7 +266,7 @@ class OpsCore(Session):
     def _submit(self, workload: Workload) -> str:
         stored = self._stored.get(workload) or self._create(workload)
         with self.database.autocommit() as tx:
-            plan = engine.submit_run(tx, stored, input={})
+            plan = engine.submit_run(tx, stored, engine.Submission(input={}))
         self.dispatcher.publish(plan)
         return str(plan.run_id)
 

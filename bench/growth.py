@@ -274,7 +274,7 @@ def fill_open(url: str) -> None:
     for fill, stored in ((_fill_retry, free), (_fill_busy, held), (_fill_dependent, free)):
         for _ in range(OPEN_RUNS):
             with database.transaction() as tx:
-                fill(tx, engine.submit_run(tx, stored, input={}))
+                fill(tx, engine.submit_run(tx, stored, engine.Submission(input={})))
     with database.transaction() as tx:
         tx.execute(
             text(
@@ -385,7 +385,7 @@ def _walk_run(watch: _Stopwatch, stored: StoredWorkflow) -> None:
 
 
 def _cancel_run(watch: _Stopwatch, stored: StoredWorkflow) -> None:
-    plan = engine.submit_run(watch.tx, stored, input={})
+    plan = engine.submit_run(watch.tx, stored, engine.Submission(input={}))
     watch("republish_run", engine.republish_run, plan.run_id, plan.generation)
     watch("cancel_run", engine.cancel_run, plan.run_id)
     watch("settle_run", engine.settle_run, plan.run_id)

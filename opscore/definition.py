@@ -6,8 +6,10 @@ not there.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from heapq import heappop, heappush
 from math import isfinite
 from typing import Any, Literal
@@ -27,9 +29,21 @@ MAX_FALLBACKS = 16
 MAX_CONCURRENT_RUNS = 1_000_000
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _TOP = {"id", "name", "description", "version", "inputSchema", "tasks", "output"}
-_TOP |= {"maxConcurrentRuns"}
-_TASK = {"taskId", "name", "type", "agentId", "agentCapability", "dependsOn", "nextTaskId"}
-_TASK |= {"forEach", "parameters", "retry", "busy", "timeoutSeconds", "onFailure", "fallback"}
+_TOP |= {"maxConcurrentRuns", "deadlineSeconds"}
+_EVERY_TASK = {"taskId", "name", "type", "dependsOn", "nextTaskId", "when", "onFailure"}
+_TYPES: Mapping[str, set[str]] = {
+    "agent": {
+        *("agentId", "agentCapability", "fallback", "forEach", "parameters"),
+        *("retry", "busy", "timeoutSeconds"),
+    },
+    "approval": {"timeoutSeconds", "onTimeout"},
+    "delay": {"seconds", "until"},
+    "workflow": {"workflowId", "version", "forEach", "parameters", "timeoutSeconds"},
+}
+"""What each type of task may say beside what all may."""
+CONTROL_TIMEOUT_SECONDS = 60.0
+"""Of the visits of tasks that no agent does."""
+_PERCENTAGE = re.compile(r"\d{1,3}(\.\d{1,3})?%")
 _BACKOFF = ("backoffSeconds", "maxBackoffSeconds")
 
 
@@ -60,6 +74,39 @@ class ForEach:
 
     items: Template
     max_parallel: int | None = None
+    tolerate: int | str | None = None
+    """How many items may fail: a number, or a percentage as text; None: `onFailure` decides."""
+
+    def tolerated(self, count: int) -> int | None:
+        """Return how many of so many items may fail."""
+        if isinstance(self.tolerate, str):
+            return int(count * float(self.tolerate[:-1]) / 100)
+        return self.tolerate
+
+
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """Somebody is to say yes or no; None: however long it takes."""
+
+    timeout_seconds: float | None
+    on_timeout: Literal["reject", "approve"]
+
+
+@dataclass(frozen=True, slots=True)
+class Delay:
+    """Wait `seconds`, a number, or `until`, a moment in ISO 8601; the other is None."""
+
+    seconds: Template | None
+    until: Template | None
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """Run another workflow, its newest version unless one is named; None: however long it takes."""
+
+    workflow_id: str
+    version: int | None
+    timeout_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +119,12 @@ class TaskSpec:
     capability: str | None
     parameters: Template
     depends_on: tuple[str, ...]
+    type: str = "agent"
+    does: Approval | Delay | Child | None = None
+    """What is done; None: an agent does it."""
+    when: Template | None = None
+    may_be_skipped: bool = False
+    """By its own `when`, or because all that it depends on may be."""
     for_each: ForEach | None = None
     retry: Retry = _RETRY
     busy: Busy = _BUSY
@@ -79,7 +132,18 @@ class TaskSpec:
     on_failure: Literal["fail", "continue"] = "fail"
     fallback: tuple[str, ...] = ()
     """Agents that are asked, in this order, while none of those it names is available."""
-    references: frozenset[str] = frozenset()
+
+    def templates(self) -> list[Template]:
+        """Return all that is rendered for it."""
+        found = [self.parameters, self.for_each and self.for_each.items, self.when]
+        if isinstance(self.does, Delay):
+            found += [self.does.seconds, self.does.until]
+        return [template for template in found if template]
+
+    @property
+    def references(self) -> frozenset[str]:
+        """The ids of the tasks that it reads."""
+        return frozenset().union(*(template.references for template in self.templates()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +162,8 @@ class Definition:
     leaves: tuple[str, ...]
     max_concurrent_runs: int | None
     """Runs of it that are under way at once; the others wait their turn."""
+    deadline_seconds: float | None
+    """A run that is not over so long after it could begin fails."""
     _schema: Schema | None = field(repr=False, compare=False)
     _by_id: Mapping[str, TaskSpec] = field(repr=False, compare=False)
 
@@ -115,7 +181,17 @@ class Definition:
 
     def unbound(self) -> tuple[str, ...]:
         """Return the ids of the tasks that name neither agent nor capability."""
-        return tuple(t.id for t in self.tasks if t.agent_id is None and t.capability is None)
+        return tuple(
+            t.id
+            for t in self.tasks
+            if t.type == "agent" and t.agent_id is None and t.capability is None
+        )
+
+    def children(self) -> Iterator[tuple[str, Child]]:
+        """Yield the tasks that run another workflow, with which."""
+        for task in self.tasks:
+            if isinstance(task.does, Child):
+                yield task.id, task.does
 
 
 def read_document(raw: bytes | str, kind: Literal["json", "yaml"]) -> Any:
@@ -143,19 +219,21 @@ def parse(document: Any, *, is_stored: bool = False) -> Definition:
     output = Template.compile(top.values["output"], "/output", faults) if "output" in top else None
     rows = _rows(top)
     specs = [_task(row) for row in rows]
+    if not is_stored:
+        _check_to_come(rows, specs)
     graph = _Graph(rows, faults)
-    for position, spec in enumerate(specs):
-        graph.check_reads(spec.parameters.reads, position)
-        graph.check_reads(spec.for_each.items.reads if spec.for_each else (), position)
+    graph.check_tasks(specs)
     graph.check_reads(output.reads if output else (), None)
     id, name, description, label = (
         top.id("id"),
         *(top.get(key, str) for key in ("name", "description", "version")),
     )
     max_concurrent_runs = top.whole("maxConcurrentRuns", MAX_CONCURRENT_RUNS)
+    deadline_seconds = top.seconds_or_none("deadlineSeconds")
+    _check_own_id(top, rows)
     if faults:
         raise InvalidDefinition(faults)
-    tasks = tuple(replace(specs[n], depends_on=graph.depends_on(n)) for n in graph.order)
+    tasks = _sorted(specs, graph)
     depended_on = {id for task in tasks for id in task.depends_on}
     return Definition(
         id=id,
@@ -169,9 +247,27 @@ def parse(document: Any, *, is_stored: bool = False) -> Definition:
         output_references=output.references if output else frozenset(),
         leaves=tuple(task.id for task in tasks if task.id not in depended_on),
         max_concurrent_runs=max_concurrent_runs,
+        deadline_seconds=deadline_seconds,
         _schema=schema,
         _by_id={task.id: task for task in tasks},
     )
+
+
+def _sorted(specs: list[TaskSpec], graph: "_Graph") -> tuple[TaskSpec, ...]:
+    """Put the tasks in order, each with what it depends on and whether it may be skipped."""
+    found: dict[str, TaskSpec] = {}
+    for n in graph.order:
+        depends_on = graph.depends_on(n)
+        follows_skipped = bool(depends_on) and all(found[id].may_be_skipped for id in depends_on)
+        may = specs[n].when is not None or follows_skipped
+        found[specs[n].id] = replace(specs[n], depends_on=depends_on, may_be_skipped=may)
+    return tuple(found.values())
+
+
+def _check_own_id(top: "_Fields", rows: list["_Fields"]) -> None:
+    for row in rows:
+        if "id" in top and row.values.get("workflowId") == top.values["id"]:
+            row.fault("workflowId", "A workflow cannot run itself; name another one.")
 
 
 # --- fields
@@ -215,9 +311,10 @@ class _Fields:
 
     def choice(self, key: str, choices: tuple[str, ...]) -> Any:
         value = self.values.get(key, choices[0])
-        if value not in choices:
-            self.fault(key, f"This must be {' or '.join(map(repr, choices))}.")
-        return value
+        if value in choices:
+            return value
+        self.fault(key, f"This must be {' or '.join(map(repr, choices))}.")
+        return choices[0]
 
     def seconds(self, key: str, default: float) -> float:
         value = self.values.get(key, default)
@@ -226,6 +323,9 @@ class _Fields:
             return float(value)
         self.fault(key, f"This must be a number of seconds above 0, at most {MAX_SECONDS:,.0f}.")
         return default
+
+    def seconds_or_none(self, key: str) -> float | None:
+        return self.seconds(key, DEFAULT_TIMEOUT_SECONDS) if key in self else None
 
     def whole(self, key: str, most: int) -> int | None:
         value = self.values.get(key)
@@ -237,6 +337,14 @@ class _Fields:
 
     def inner(self, key: str, *known: str) -> "_Fields":
         return _Fields(self.values.get(key, {}), at(self.pointer, key), set(known), self.faults)
+
+    def condition(self, key: str) -> Template | None:
+        source = self.get(key, str)
+        if source is None:
+            return None
+        if source.startswith("${"):
+            self.fault(key, "Here the expression stands by itself: write it without ${ and }.")
+        return Template.condition(source, at(self.pointer, key), self.faults)
 
     def template(self, key: str, names: frozenset[str] = NAMES) -> Template:
         return Template.compile(self.values.get(key, {}), at(self.pointer, key), self.faults, names)
@@ -252,19 +360,33 @@ def _rows(top: _Fields) -> list[_Fields]:
         return []
     if tasks == [] or "tasks" not in top:
         top.fault("tasks", "A workflow needs a list of at least one task.")
-    rows = [_Fields(t, at("/tasks", n), _TASK, top.faults) for n, t in enumerate(tasks or ())]
+    rows = [
+        _Fields(t, at("/tasks", n), _EVERY_TASK | _own_keys(t), top.faults)
+        for n, t in enumerate(tasks or ())
+    ]
     return [row for row in rows if row.is_object]
 
 
+def _own_keys(task: Any) -> set[str]:
+    type = task.get("type", "agent") if isinstance(task, Mapping) else "agent"
+    return _TYPES.get(type, set().union(*_TYPES.values())) if isinstance(type, str) else set()
+
+
 def _task(row: _Fields) -> TaskSpec:
-    row.choice("type", ("agent",))
+    type = row.choice("type", tuple(_TYPES))
     row.get("parameters", dict)
     if "agentId" in row and "agentCapability" in row:
         row.fault("agentCapability", "Name either agentId or agentCapability, not both.")
     for_each = _for_each(row) if "forEach" in row else None
     parameters = row.template("parameters", ITEM_NAMES if for_each else NAMES)
+    when = row.condition("when")
+    does = _DOES[type](row) if type in _DOES else None
+    is_agents = does is None
     return TaskSpec(
         id=row.id("taskId", required=True) or "",
+        type=type,
+        does=does,
+        when=when,
         name=row.get("name", str),
         agent_id=row.id("agentId"),
         capability=row.id("agentCapability"),
@@ -273,11 +395,72 @@ def _task(row: _Fields) -> TaskSpec:
         for_each=for_each,
         retry=_retry(row.inner("retry", "maxAttempts", *_BACKOFF)),
         busy=_busy(row.inner("busy", "maxWaitSeconds", *_BACKOFF)),
-        timeout_seconds=row.seconds("timeoutSeconds", DEFAULT_TIMEOUT_SECONDS),
+        timeout_seconds=row.seconds("timeoutSeconds", DEFAULT_TIMEOUT_SECONDS)
+        if is_agents
+        else CONTROL_TIMEOUT_SECONDS,
         on_failure=row.choice("onFailure", ("fail", "continue")),
         fallback=_fallback(row),
-        references=parameters.references | (for_each.items.references if for_each else set()),
     )
+
+
+def _approval(row: _Fields) -> Approval:
+    if "onTimeout" in row and "timeoutSeconds" not in row:
+        row.fault("onTimeout", "This needs timeoutSeconds, after which it happens.")
+    on_timeout = row.choice("onTimeout", ("reject", "approve"))
+    return Approval(row.seconds_or_none("timeoutSeconds"), on_timeout)
+
+
+def _delay(row: _Fields) -> Delay:
+    if ("seconds" in row) == ("until" in row):
+        row.fault("seconds", "A delay needs either seconds or until.")
+        return Delay(None, None)
+    if "until" in row:
+        until = row.template("until")
+        try:
+            if not until.is_expression:
+                read_moment(until.value)
+        except ValueError as error:
+            row.fault("until", str(error))
+        return Delay(None, until)
+    seconds = row.template("seconds")
+    if not seconds.is_expression:
+        row.seconds("seconds", 0.0)
+    return Delay(seconds, None)
+
+
+def _check_to_come(rows: list[_Fields], specs: list[TaskSpec]) -> None:
+    """Refuse a delay until a moment that is over when the definition comes."""
+    for row, spec in zip(rows, specs, strict=True):
+        if isinstance(spec.does, Delay) and spec.does.until and not spec.does.until.is_expression:
+            with suppress(ValueError):
+                if read_moment(row.values["until"]) <= datetime.now(UTC):
+                    row.fault("until", "This moment is over; name one that is to come.")
+
+
+def read_moment(value: Any) -> datetime:
+    """Read a moment in ISO 8601 with its offset. Raises ValueError with a sentence."""
+    sentence = "This must be a moment such as 2026-01-31T12:00:00Z, with Z or its offset"
+    if not isinstance(value, str):
+        raise ValueError(f"{sentence}, not {kind(value)}.")
+    try:
+        moment = datetime.fromisoformat(value)
+        if moment.tzinfo is None:
+            raise ValueError
+        return moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{sentence}; this is {value[:100]!r}.") from None
+
+
+def _child(row: _Fields) -> Child:
+    id = row.id("workflowId", required=True) or ""
+    return Child(id, row.whole("version", 2**31 - 1), row.seconds_or_none("timeoutSeconds"))
+
+
+_DOES: Mapping[str, Callable[[_Fields], Approval | Delay | Child]] = {
+    "approval": _approval,
+    "delay": _delay,
+    "workflow": _child,
+}
 
 
 def _fallback(row: _Fields) -> tuple[str, ...]:
@@ -299,13 +482,27 @@ def _fallback(row: _Fields) -> tuple[str, ...]:
 
 
 def _for_each(row: _Fields) -> ForEach:
-    fields = row.inner("forEach", "items", "maxParallel")
+    fields = row.inner("forEach", "items", "maxParallel", "tolerate", "forEach")
+    if "forEach" in fields:
+        way = "have type: workflow run another workflow, which has it, for each item."
+        fields.fault("forEach", f"A forEach cannot stand inside another: {way}")
     items = fields.template("items")
     if "items" not in fields:
         fields.fault("items", 'forEach needs items: one expression such as "${input.list}".')
     elif not items.is_expression and not isinstance(items.value, list):
         fields.fault("items", 'This must be a list, or one expression such as "${input.list}".')
-    return ForEach(items, fields.whole("maxParallel", MAX_PARALLEL))
+    return ForEach(items, fields.whole("maxParallel", MAX_PARALLEL), _tolerate(fields))
+
+
+def _tolerate(fields: _Fields) -> int | str | None:
+    value = fields.values.get("tolerate")
+    is_count = type(value) is int and value >= 0
+    is_part = isinstance(value, str) and _PERCENTAGE.fullmatch(value) and float(value[:-1]) <= 100
+    if is_count or is_part:
+        return value
+    if "tolerate" in fields:
+        fields.fault("tolerate", 'This must be a whole number of items, or a part such as "10%".')
+    return None
 
 
 def _retry(fields: _Fields) -> Retry:
@@ -428,6 +625,11 @@ class _Graph:
 
     def depends_on(self, n: int) -> tuple[str, ...]:
         return tuple(self.ids[earlier] for earlier in self.before[n])
+
+    def check_tasks(self, specs: Iterable[TaskSpec]) -> None:
+        for position, spec in enumerate(specs):
+            for template in spec.templates():
+                self.check_reads(template.reads, position)
 
     def check_reads(self, reads: Iterable[tuple[str, str]], reader: int | None) -> None:
         """Refuse to read a task that does not run before; reader None reads when all is over."""

@@ -78,8 +78,10 @@ class Dispatcher:
         """Send the canvas of what is left of a run; False if the broker did not take it.
 
         With `start`, only what follows these tasks and no others: a segment. A run that waits for
-        its turn is sent when it comes, perhaps at once.
+        its turn is sent when it comes, perhaps at once; one that is to begin later, by the keeper.
         """
+        if not plan.is_due:
+            return True
         if plan.limited is not None:
             return self.release_runs(plan.limited)
         messages, woken = self._messages(plan, start)
@@ -179,12 +181,13 @@ class Dispatcher:
         line = None if woken else agent_id
         wakes = wakes and parent_id is None and not finished.failed_run
         try:
-            if finished.ends_run or parent_id or wakes or line:
+            waiting = {parent_id, finished.parent_task_id} - {None}
+            if finished.ends_run or waiting or wakes or line:
                 with self.database.autocommit() as tx:
-                    if finished.ends_run:
-                        engine.settle_run(tx, run_id)
-                    if parent_id:
-                        woken += engine.wake_parent(tx, parent_id)
+                    if finished.ends_run and (ended := engine.settle_run(tx, run_id)):
+                        waiting.add(ended.parent_task_id)
+                    for task in filter(None, waiting):
+                        woken += engine.wake_parent(tx, task)
                     if wakes:
                         woken += engine.wake_successors(tx, task_id)
                     if line:
@@ -196,6 +199,10 @@ class Dispatcher:
             self.wake(woken, take)
         if finished.frees is not None:
             self.release_runs(finished.frees)
+
+    def follow_end(self, run_id: UUID) -> None:
+        """End a run that was cancelled, or is over its deadline, if nothing of it runs any more."""
+        self.follow(Finished(0, ends_run=True), run_id, run_id, wakes=False)
 
     def _items(self, plan: Plan) -> list[Signature]:
         items = {node.id: node for node in plan.items}

@@ -7,7 +7,8 @@
     │   ├── InvalidInput
     │   └── InvalidRequest
     ├── NotFound                AgentNotFound, RunNotFound, TaskNotFound, WorkflowNotFound
-    ├── Conflict                RunFinished, ReportRefused, StaleNotice
+    ├── Conflict                RunFinished, RunEnding, RunNotPaused, RunNotFailed, ApprovalRefused,
+    │                           ReportRefused, StaleNotice
     ├── Unavailable             a server we need is away
     └── AgentSignal             AgentBusy, RetryLater, GiveUp: what an agent may raise on purpose
 
@@ -110,6 +111,30 @@ class RunFinished(Conflict):
     """The run is over: its status is {status}."""
 
     code = "run_finished"
+
+
+class RunEnding(Conflict):
+    """The run is ending: it was cancelled, or failed and waits for what still runs."""
+
+    code = "run_ending"
+
+
+class RunNotPaused(Conflict):
+    """The run is not paused."""
+
+    code = "run_not_paused"
+
+
+class RunNotFailed(Conflict):
+    """Only a failed run can be tried again, and its status is {status}; /rerun runs it anew."""
+
+    code = "run_not_failed"
+
+
+class ApprovalRefused(Conflict):
+    """The approval cannot be decided."""
+
+    code = "approval_refused"
 
 
 class ReportRefused(Conflict):

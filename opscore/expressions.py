@@ -232,6 +232,28 @@ class Template:
         render = compiler.value(value, pointer)
         return cls(value, tuple(compiler.reads), render)
 
+    @classmethod
+    def condition(cls, source: str, pointer: str, faults: Faults) -> "Template":
+        """Compile one bare expression, as `when` has it, adding what is wrong with it to `faults`.
+
+        It must come to true or false; `holds` evaluates it.
+        """
+        compiler = _Compiler(faults, NAMES)
+        parts = compiler.expression(source, pointer)
+        return cls(source, tuple(compiler.reads), parts[0].evaluate if parts else _nothing)
+
+    def holds(self, scope: Scope) -> bool:
+        """Evaluate a condition.
+
+        Raises:
+            ExpressionError: it cannot be evaluated, or is neither true nor false.
+        """
+        value = self._render(scope, _Meter())
+        if not isinstance(value, bool):
+            sentence = f"`{self.value[:200]}` must come to true or false, not to {kind(value)}."
+            raise ExpressionError(sentence, expression=self.value)
+        return value
+
     @property
     def is_expression(self) -> bool:
         """Whether it is exactly one ${...}, whose value may be of any type."""
@@ -252,6 +274,10 @@ class Template:
             ExpressionError: naming the place, the expression and what is missing.
         """
         return self._render(scope, _Meter())
+
+
+def _nothing(scope: Scope, meter: _Meter) -> Any:
+    return None
 
 
 class _Compiler:
@@ -298,11 +324,12 @@ class _Compiler:
                 self.faults.add(pointer, sentence + text[start : start + 100] + way)
                 return []
             parts += [text[done:start]] if start > done else []
-            parts += self._expression(text[start + 2 : stop], pointer)
+            parts += self.expression(text[start + 2 : stop], pointer)
             done = stop + 1
         return parts + ([text[done:]] if done < len(text) else [])
 
-    def _expression(self, source: str, pointer: str) -> list[str | _Expression]:
+    def expression(self, source: str, pointer: str) -> list[_Expression]:
+        """Compile one expression; nothing, and a fault, if it cannot be."""
         try:
             reading = Reading(source, self.names)
             program = None if reading.is_path else reading.compile()

@@ -245,6 +245,16 @@ class Run(Base):
     nothing."""
     request_id: Mapped[str | None]
     cancel_requested_at: Mapped[datetime | None]
+    parent_task_id: Mapped[uuid.UUID | None]
+    """The task of another run that runs this one as its sub-workflow."""
+    depth: Mapped[int] = mapped_column(server_default=text("0"))
+    """How many runs it stands below."""
+    rerun_of: Mapped[uuid.UUID | None]
+    """The run it is another of, with the same version and input."""
+    start_at: Mapped[datetime | None]
+    """It is `queued` with the reason `start_at` until then."""
+    deadline_at: Mapped[datetime | None]
+    """It fails if it is not over by then."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -277,6 +287,21 @@ class Run(Base):
             postgresql_where=text("status = 'queued' AND reason = 'max_concurrent_runs'"),
         ),
         Index(
+            "ix_runs_start",
+            "start_at",
+            postgresql_where=text("status = 'queued' AND reason = 'start_at'"),
+        ),
+        Index(
+            "ix_runs_deadline",
+            "deadline_at",
+            postgresql_where=text(f"deadline_at IS NOT NULL AND NOT {_among('status', RUN_ENDED)}"),
+        ),
+        Index(
+            "ix_runs_parent_task_id",
+            "parent_task_id",
+            postgresql_where=text("parent_task_id IS NOT NULL"),
+        ),
+        Index(
             "ix_runs_open",
             "generation_at",
             postgresql_where=text(f"NOT {_among('status', RUN_ENDED)}"),
@@ -294,14 +319,29 @@ class Task(Base):
     definition_id: Mapped[str]
     """The definition's taskId; empty for the implicit end."""
     kind: Mapped[str]
-    """`agent`, `for_each` (the parent of items) or `end` (the implicit last task)."""
+    """`agent`, `approval`, `delay`, `workflow` (a sub-workflow), `for_each` (the parent of items)
+    or `end` (the implicit last task)."""
+    item_kind: Mapped[str | None]
+    """What the items of a `forEach` are: `agent` or `workflow`."""
     position: Mapped[int]
     """Its place in the definition's topological order."""
     parent_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("tasks.id", ondelete="CASCADE"))
     index: Mapped[int | None]
     item: Mapped[Json] = mapped_column(JSONB(none_as_null=False), nullable=True)
     items: Mapped[int | None]
-    """How many items a `forEach` was expanded into; null before that."""
+    """How many items a `forEach` was expanded into; null before that. 0 with what waits for
+    something else than an agent (an approval, a moment, a sub-workflow) once it was begun."""
+    tolerates: Mapped[int | None]
+    """How many items of the `forEach` may fail; null: its `onFailure` decides."""
+    undecided: Mapped[bool] = mapped_column(server_default=text("false"))
+    """Whether it runs at all is to be said first: by its `when`, or because all that it depends on
+    was skipped."""
+    decision: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    """What was said of an approval: `{approved, comment, principal}`."""
+    child_run_id: Mapped[uuid.UUID | None]
+    """The run of its sub-workflow."""
+    overrides: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    """Merged over its parameters since somebody had the run tried again with them."""
     max_parallel: Mapped[int | None]
 
     depends_on: Mapped[list[uuid.UUID]]
@@ -370,7 +410,7 @@ class Task(Base):
     finished_at: Mapped[datetime | None]
 
     HOLDS: ClassVar[Mapping[str, str]] = {
-        "kind": _among("kind", ["agent", "for_each", "end"]),
+        "kind": _among("kind", ["agent", "approval", "delay", "workflow", "for_each", "end"]),
         "status": _among("status", TaskStatus),
         "finished": f"({_among('status', TASK_ENDED)}) = (finished_at IS NOT NULL)",
         "lease": "(status = 'running' OR status = 'waiting' AND reason = 'remote')"

@@ -56,27 +56,40 @@ class Reason(StrEnum):
     DEPENDENCIES = "dependencies"
     MAX_PARALLEL = "max_parallel"
     CHILDREN = "children"
+    APPROVAL = "approval"
+    DELAY = "delay"
+    PAUSED = "paused"
 
 
+_RUN_ENDS = {RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED}
 _ENDS = {TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED}
 
 RUN_ARROWS: Mapping[RunStatus, frozenset[RunStatus]] = {
-    RunStatus.QUEUED: frozenset({RunStatus.RUNNING, RunStatus.FAILED, RunStatus.CANCELLED}),
-    RunStatus.RUNNING: frozenset({RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED}),
-    RunStatus.PAUSED: frozenset(),
+    RunStatus.QUEUED: frozenset(
+        {RunStatus.RUNNING, RunStatus.PAUSED, RunStatus.FAILED, RunStatus.CANCELLED}
+    ),
+    RunStatus.RUNNING: frozenset({RunStatus.PAUSED, *_RUN_ENDS}),
+    # What ran when it was paused may be the last of it.
+    RunStatus.PAUSED: frozenset({RunStatus.QUEUED, RunStatus.RUNNING, *_RUN_ENDS}),
     RunStatus.COMPLETED: frozenset(),
-    RunStatus.FAILED: frozenset(),
+    RunStatus.FAILED: frozenset({RunStatus.QUEUED}),  # somebody has what failed tried again
     RunStatus.CANCELLED: frozenset(),
 }
 TASK_ARROWS: Mapping[TaskStatus, frozenset[TaskStatus]] = {
     TaskStatus.PENDING: frozenset(
-        {TaskStatus.RUNNING, TaskStatus.WAITING, TaskStatus.FAILED, TaskStatus.CANCELLED}
+        {
+            *(TaskStatus.RUNNING, TaskStatus.WAITING),
+            *(TaskStatus.SKIPPED, TaskStatus.FAILED, TaskStatus.CANCELLED),
+        }
     ),
-    TaskStatus.WAITING: frozenset({TaskStatus.RUNNING, TaskStatus.PENDING, *_ENDS}),
+    TaskStatus.WAITING: frozenset(
+        {TaskStatus.RUNNING, TaskStatus.PENDING, TaskStatus.SKIPPED, *_ENDS}
+    ),
     TaskStatus.RUNNING: frozenset({TaskStatus.WAITING, *_ENDS}),
     TaskStatus.COMPLETED: frozenset(),
-    TaskStatus.FAILED: frozenset(),
-    TaskStatus.CANCELLED: frozenset(),
+    # Of a failed run that is tried again.
+    TaskStatus.FAILED: frozenset({TaskStatus.PENDING, TaskStatus.WAITING}),
+    TaskStatus.CANCELLED: frozenset({TaskStatus.PENDING, TaskStatus.WAITING}),
     TaskStatus.SKIPPED: frozenset(),
 }
 ATTEMPT_ARROWS: Mapping[AttemptStatus, frozenset[AttemptStatus]] = {
@@ -88,5 +101,5 @@ ATTEMPT_ARROWS: Mapping[AttemptStatus, frozenset[AttemptStatus]] = {
 }
 
 
-RUN_ENDED = frozenset({RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED})
+RUN_ENDED = frozenset(_RUN_ENDS)
 TASK_ENDED = frozenset({*_ENDS, TaskStatus.SKIPPED})

@@ -14,7 +14,7 @@ from sqlalchemy import func, insert, select, text
 
 from opscore import slots
 from opscore.db import Tx
-from opscore.definition import Definition, parse
+from opscore.definition import Child, Definition, parse
 from opscore.errors import InvalidDefinition, WorkflowNotFound
 from opscore.models import Workflow
 
@@ -42,9 +42,11 @@ def create_workflow(
     Its id is the document's, else made from its name.
 
     Raises:
-        InvalidDefinition: it has neither id nor name.
+        InvalidDefinition: it has neither id nor name; or it runs another workflow that is not
+            there, or that leads back to it.
     """
     workflow_id = _workflow_id(definition)
+    check_children(tx, workflow_id, definition)
     digest = _digest(definition)
     # Two creations at once count up one after the other.
     tx.execute(
@@ -127,6 +129,41 @@ def _same_version(tx: Tx, workflow_id: str, digest: str, inline: bool) -> int | 
         query = query.where(Workflow.digest == digest)
     newest = tx.execute(query).one_or_none()
     return newest.version if newest is not None and newest.digest == digest else None
+
+
+def check_children(tx: Tx, workflow_id: str, definition: Definition) -> None:
+    """Make sure that the workflows a definition runs are there, and do not lead back to it.
+
+    Raises:
+        InvalidDefinition
+    """
+    faults = {}
+    places = {task["taskId"]: n for n, task in enumerate(definition.document["tasks"])}
+    for task, child in definition.children():
+        if sentence := _why_no_child(tx, workflow_id, child):
+            faults[f"/tasks/{places[task]}/workflowId"] = [sentence]
+    if faults:
+        raise InvalidDefinition(faults)
+
+
+def _why_no_child(tx: Tx, workflow_id: str, child: Child) -> str | None:
+    seen: set[tuple[str, int | None]] = set()
+    ways = [(child.workflow_id, child.version)]
+    while ways:
+        way = ways.pop()
+        if way[0] == workflow_id:
+            return "This leads back to the workflow itself; name one that does not run it."
+        if way in seen:
+            continue
+        seen.add(way)
+        try:
+            found = find_workflow(tx, *way).definition
+        except WorkflowNotFound as error:
+            if len(seen) == 1:
+                return f"{error} Create it first."
+            continue
+        ways += [(below.workflow_id, below.version) for _, below in found.children()]
+    return None
 
 
 def _workflow_id(definition: Definition) -> str:

@@ -176,7 +176,9 @@ class Stack:
         """Create the workflow, submit a run of it, publish it, and return the run's id."""
         with self.database.transaction() as tx:
             stored, _ = workflows.create_workflow(tx, parse(document))
-            plan = engine.submit_run(tx, stored, input={} if input is None else input, **options)
+            plan = engine.submit_run(
+                tx, stored, engine.Submission(input={} if input is None else input, **options)
+            )
         self.dispatcher.publish(plan)
         return plan.run_id
 

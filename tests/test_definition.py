@@ -22,11 +22,12 @@ KEYS = st.sampled_from(
         *("id", "name", "version", "inputSchema", "tasks", "output", "taskId", "type", "agentId"),
         *("agentCapability", "dependsOn", "nextTaskId", "forEach", "items", "maxParallel"),
         *("parameters", "retry", "busy", "maxAttempts", "backoffSeconds", "timeoutSeconds"),
-        *("onFailure", "$ref", "pattern", "properties"),
+        *("onFailure", "$ref", "pattern", "properties", "when", "seconds", "until", "workflowId"),
+        *("tolerate", "onTimeout", "deadlineSeconds"),
     ]
 )
 WORDS = JSON | st.sampled_from(
-    ["a", "b", "${tasks.a.output}", "${input.x}", "agent", "#", "object"]
+    ["a", "b", "${tasks.a.output}", "${input.x}", "agent", "delay", "workflow", "#", "object"]
 )
 DOCUMENTS = st.recursive(
     WORDS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner), max_leaves=25
@@ -156,12 +157,62 @@ def test_a_long_backoff_raises_the_default_longest_one():
         ({"tasks": [task("a")], "inputScheme": {}}, "/inputScheme", "did you mean 'inputSchema'?"),
         ({"tasks": [task("a")], "version": 1.0}, "/version", "quotes"),
         ({"tasks": [task("a")], "id": "a b"}, "/id", "letters"),
-        ({"tasks": [task("a", when="true")]}, "/tasks/0/when", "no key 'when'"),
+        ({"tasks": [task("a", whenn="true")]}, "/tasks/0/whenn", "did you mean 'when'?"),
+        ({"tasks": [task("a", when="${true}")]}, "/tasks/0/when", "without ${"),
+        ({"tasks": [task("a", when="1 +")]}, "/tasks/0/when", "1 +"),
+        ({"tasks": [task("a", when=True)]}, "/tasks/0/when", "text"),
+        ({"tasks": [task("a", when="tasks.b.output")]}, "/tasks/0/when", "no task 'b'"),
+        ({"tasks": [task("a", when="item == 1")]}, "/tasks/0/when", "no name 'item'"),
+        ({"tasks": [task("a", seconds=5)]}, "/tasks/0/seconds", "no key 'seconds'"),
         ({"tasks": [task("a"), "b"]}, "/tasks/1", "must be an object, not text"),
         ({"tasks": [{}]}, "/tasks/0/taskId", "needs a taskId"),
         ({"tasks": [task("a"), task("é")]}, "/tasks/1/taskId", "letters"),
         ({"tasks": [task("a"), task("a")]}, "/tasks/1/taskId", "/tasks/0 has this id"),
-        ({"tasks": [task("a", type="approval")]}, "/tasks/0/type", "'agent'"),
+        ({"tasks": [task("a", type="poll")]}, "/tasks/0/type", "'agent' or 'approval'"),
+        (
+            {"tasks": [task("a", type="approval", agentId="x")]},
+            "/tasks/0/agentId",
+            "no key 'agentId'",
+        ),
+        (
+            {"tasks": [task("a", type="approval", onTimeout="approve")]},
+            "/tasks/0/onTimeout",
+            "timeoutSeconds",
+        ),
+        ({"tasks": [task("a", type="delay")]}, "/tasks/0/seconds", "either seconds or until"),
+        ({"tasks": [task("a", type="delay", seconds=-1)]}, "/tasks/0/seconds", "above 0"),
+        ({"tasks": [task("a", type="delay", until="noon")]}, "/tasks/0/until", "'noon'"),
+        ({"tasks": [task("a", type="delay", until="2001-01-01")]}, "/tasks/0/until", "offset"),
+        (
+            {"tasks": [task("a", type="delay", until="2001-01-01T00:00:00Z")]},
+            "/tasks/0/until",
+            "is over",
+        ),
+        (
+            {"tasks": [task("a", type="delay", forEach={"items": []}, seconds=1)]},
+            "/tasks/0/forEach",
+            "no key 'forEach'",
+        ),
+        ({"tasks": [task("a", type="workflow")]}, "/tasks/0/workflowId", "needs a workflowId"),
+        (
+            {"id": "w", "tasks": [task("a", type="workflow", workflowId="w")]},
+            "/tasks/0/workflowId",
+            "cannot run itself",
+        ),
+        (
+            {"tasks": [task("a", forEach={"items": [], "forEach": {"items": []}})]},
+            "/tasks/0/forEach/forEach",
+            "another workflow",
+        ),
+        *(
+            (
+                {"tasks": [task("a", forEach={"items": [], "tolerate": tolerate})]},
+                "/tasks/0/forEach/tolerate",
+                '"10%"',
+            )
+            for tolerate in (-1, 1.5, True, "10", "101%", "ten%", None)
+        ),
+        ({"tasks": [task("a")], "deadlineSeconds": 0}, "/deadlineSeconds", "above 0"),
         ({"tasks": [task("a", agentId=None)]}, "/tasks/0/agentId", "left out"),
         ({"tasks": [task("a", parameters=[])]}, "/tasks/0/parameters", "must be an object"),
         ({"tasks": [task("a", onFailure="skip")]}, "/tasks/0/onFailure", "'fail' or 'continue'"),
@@ -199,6 +250,35 @@ def test_a_long_backoff_raises_the_default_longest_one():
 )
 def test_a_fault_is_named_at_its_place_with_the_way_out(document, pointer, part):
     assert part in fault_at(document, pointer)
+
+
+def test_a_task_may_be_skipped_by_its_own_condition_or_when_all_before_it_may():
+    document = {
+        "tasks": [
+            task("a"),
+            task("b", "a", when="tasks.a.output > 1"),
+            task("c", "b"),
+            task("d", "a", "c"),
+        ]
+    }
+    may = {t.id: t.may_be_skipped for t in parse(document).tasks}
+    assert may == {"a": False, "b": True, "c": True, "d": False}
+    assert parse(document).task("b").references == {"a"}
+
+
+def test_a_stored_delay_may_be_over():
+    document = {"tasks": [task("a", type="delay", until="2001-01-01T00:00:00Z")]}
+    assert parse(document, is_stored=True).tasks[0].type == "delay"
+
+
+@pytest.mark.parametrize(
+    ("tolerate", "count", "tolerated"),
+    [(None, 9, None), (0, 9, 0), (3, 9, 3), ("10%", 200, 20), ("10%", 9, 0), ("33.3%", 10, 3)],
+)
+def test_a_part_of_the_items_is_rounded_down(tolerate, count, tolerated):
+    each = {"items": "${input.n}"} | ({} if tolerate is None else {"tolerate": tolerate})
+    spec = parse({"tasks": [task("a", forEach=each)]}).tasks[0]
+    assert spec.for_each.tolerated(count) == tolerated
 
 
 @pytest.mark.parametrize("seconds", [0, -1, True, "5", None, float("nan"), float("inf"), 2_592_001])

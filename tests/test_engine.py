@@ -42,7 +42,7 @@ class Desk:
         document = {"id": "w", "tasks": list(tasks), **document}
         with self.database.transaction() as tx:
             stored, _ = workflows.create_workflow(tx, parse(document))
-            self.plan = engine.submit_run(tx, stored, input=input or {})
+            self.plan = engine.submit_run(tx, stored, engine.Submission(input=input or {}))
         return self.plan
 
     def id(self, name: str, index: int | None = None) -> UUID:
@@ -169,7 +169,7 @@ def test_a_run_for_an_unknown_agent_is_refused(desk: Desk) -> None:
     with desk.tx() as tx:
         stored, _ = workflows.create_workflow(tx, parse({"id": "w", "tasks": [{"taskId": "a"}]}))
         with pytest.raises(AgentNotFound):
-            engine.submit_run(tx, stored, input={}, agent_id="nobody")
+            engine.submit_run(tx, stored, engine.Submission(input={}, agent_id="nobody"))
 
 
 # --- Claiming
@@ -831,7 +831,7 @@ def test_items_become_tasks_and_their_outputs_come_back_in_item_order(desk: Desk
         desk.complete(desk.claim("f", n), f"out {n}")
     with desk.database.autocommit() as tx:
         (woken,) = engine.wake_parent(tx, desk.id("f"))
-        assert engine.item_outputs(tx, desk.id("f")) == ["out 0", "out 1", "out 2"]
+        assert engine.item_outputs(tx, desk.id("f")) == (["out 0", "out 1", "out 2"], 0)
     assert woken.message == {"m": "parent"} and len(items) == 3
     assert desk.claim("f").expanded
 

@@ -537,7 +537,7 @@ def test_a_run_whose_publication_never_happened_is_found_and_published(
             stored, _ = workflows.create_workflow(
                 tx, parse({"id": "w", "tasks": [task("a"), task("b")]})
             )
-            plan = engine.submit_run(tx, stored, input={})
+            plan = engine.submit_run(tx, stored, engine.Submission(input={}))
         assert stack.finished(plan.run_id, seconds=30).status == "completed"
         assert stack.run(plan.run_id).generation == 2
 

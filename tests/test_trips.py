@@ -87,7 +87,9 @@ def submit(stack: Stack, *tasks: dict[str, Any], input: Any = None, times: int =
     """Submit a run, and publish its canvas so many times."""
     with stack.database.transaction() as tx:
         stored, _ = workflows.create_workflow(tx, parse({"id": "w", "tasks": list(tasks)}))
-        plan = engine.submit_run(tx, stored, input={} if input is None else input)
+        plan = engine.submit_run(
+            tx, stored, engine.Submission(input={} if input is None else input)
+        )
     for _ in range(times):
         stack.dispatcher.publish(plan)
     return plan.run_id

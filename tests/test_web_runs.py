@@ -39,6 +39,10 @@ RUN = {
     "priority",
     "requestId",
     "cancelRequestedAt",
+    "parentTaskId",
+    "rerunOf",
+    "startAt",
+    "deadlineAt",
     "createdAt",
     "startedAt",
     "finishedAt",
@@ -50,6 +54,8 @@ TASK = {
     "index",
     "agentId",
     "agentCapability",
+    "type",
+    "childRunId",
     "status",
     "reason",
     "wakeAt",
@@ -152,7 +158,9 @@ def test_a_submission_must_be_as_it_must_be(client: Client, body: Any, places: l
 def test_an_unknown_member_is_told_which_there_are(client: Client) -> None:
     answer = client.post("/runs", {"workflowId": "report", "inputs": {}})
     (said,) = problem(answer, 422, "invalid_request")["errors"]["/inputs"]
-    assert said == "Unknown; known here: input, labels, priority, version, workflowId."
+    assert said == (
+        "Unknown; known here: deadlineAt, input, labels, priority, startAt, version, workflowId."
+    )
 
 
 def test_an_input_against_the_schema_is_422_under_input(client: Client) -> None:

@@ -129,16 +129,18 @@ def test_every_key_the_description_names_is_accepted_and_none_other(client: Clie
     policies = {
         "retry": {"maxAttempts": 2, "backoffSeconds": 1, "maxBackoffSeconds": 2.5},
         "busy": {"backoffSeconds": 1, "maxBackoffSeconds": 2, "maxWaitSeconds": 3},
-        "forEach": {"items": "${input.list}", "maxParallel": 2},
+        "forEach": {"items": "${input.list}", "maxParallel": 2, "tolerate": "10%"},
     }
     work = {"agentId": "x", "parameters": {"i": "${item}"}, "timeoutSeconds": 5, "dependsOn": []}
     labels = {"id": "every", "name": "N", "description": "D", "version": "v1"}
     work["fallback"] = ["y"]
-    top = {**labels, "inputSchema": {}, "output": 1, "maxConcurrentRuns": 3}
+    work["when"] = "true"
+    top = {**labels, "inputSchema": {}, "output": 1, "maxConcurrentRuns": 3, "deadlineSeconds": 9}
     document = {**top, "tasks": [{**common, **policies, **work}]}
     assert client.post("/workflows/validate", document).status_code == 200
     assert set(schemas["WorkflowDefinition"]["properties"]) == set(document)
-    others = {"agentCapability", "nextTaskId"}
+    others = {"agentCapability", "nextTaskId", "onTimeout", "seconds", "until", "workflowId"}
+    others |= {"version"}
     assert set(schemas["TaskDefinition"]["properties"]) == {*document["tasks"][0], *others}
     for name, schema in [("retry", "RetryPolicy"), ("busy", "BusyPolicy")]:
         assert set(schemas[schema]["properties"]) == set(policies[name])

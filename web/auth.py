@@ -36,6 +36,12 @@ def register(app: Flask, api_key: str) -> None:
     app.before_request(check_key)
 
 
+def principal() -> str:
+    """Return who asks: the name of the key, made of its SHA-256, never the key."""
+    key = (request.headers.get("Authorization") or "").partition(" ")[2].strip()
+    return f"key:{_digest(key).hex()[:8]}"
+
+
 def _check(header: str | None, expected: bytes) -> None:
     if header is None:
         raise _unauthorized("The Authorization header is missing; send `Bearer <key>` in it.")

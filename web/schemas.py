@@ -34,6 +34,7 @@ LONGEST_WAIT_SECONDS = 60
 MOST_LABELS = 32
 LONGEST_LABEL = 256
 LONGEST_NAME = 256
+LONGEST_COMMENT = 4096
 LONGEST_URL = 2048
 MOST_CAPABILITIES = 256
 LARGEST_CAPACITY = 10_000
@@ -277,6 +278,7 @@ class ForEachDefinition(Arguments):
 
     items = _json("A list, or an expression for one.", required=True)
     max_parallel = fields.Integer(metadata=_about("How many items at once; no limit if left out."))
+    tolerate = _json('How many items may fail: a number, or a part such as `"10%"`.')
 
 
 class TaskDefinition(Arguments):
@@ -284,7 +286,11 @@ class TaskDefinition(Arguments):
 
     task_id = _text("Unique within the workflow; `[A-Za-z0-9_.-]{1,64}`.", example="fetch")
     name = _text("A label.")
-    type = _one_of(["agent"], "What kind of task it is.")
+    type = _one_of(
+        ["agent", "approval", "delay", "workflow"],
+        "Who does it: an agent, somebody who says yes or no, the clock, or another workflow.",
+    )
+    when = _text("An expression without `${}`; the task is skipped unless it comes to true.")
     agent_id = _text("The agent that does it.")
     agent_capability = _text("Or: what an agent must be able to do.")
     fallback = fields.List(
@@ -297,7 +303,17 @@ class TaskDefinition(Arguments):
     for_each = fields.Nested(ForEachDefinition)
     retry = fields.Nested(RetryPolicy)
     busy = fields.Nested(BusyPolicy)
-    timeout_seconds = fields.Float(metadata=_about("Of one attempt.", default=600))
+    timeout_seconds = fields.Float(
+        metadata=_about(
+            "Of one attempt, 600 if left out; of an approval or a sub-workflow in all, no limit if"
+            " left out."
+        )
+    )
+    on_timeout = _one_of(["reject", "approve"], "What an approval comes to that nobody decided.")
+    seconds = _json("Of a delay: how long, a number or an expression.")
+    until = _json("Of a delay: a moment in ISO 8601, or an expression.")
+    workflow_id = _text("Of a sub-workflow: which. `parameters` are its input.")
+    version = fields.Integer(metadata=_about("Of a sub-workflow; the newest if left out."))
     on_failure = _one_of(["fail", "continue"], "What its final failure means for the run.")
 
 
@@ -311,6 +327,9 @@ class WorkflowDefinition(Arguments):
     input_schema = fields.Dict(metadata=_about("JSON Schema that a run's input must match."))
     max_concurrent_runs = fields.Integer(
         metadata=_about("How many of its runs may be under way at once; no limit if left out.")
+    )
+    deadline_seconds = fields.Float(
+        metadata=_about("A run that is not over so long after it could begin fails.")
     )
     tasks = fields.List(fields.Nested(TaskDefinition), required=True)
     output = _json("The run's output, usually with `${...}`.")
@@ -380,6 +399,23 @@ class RunArguments(Arguments):
     input = _json("Must match the workflow's `inputSchema`; `{}` if left out.", load_default=dict)
     labels = _labels(load_default=dict, validate=_check_labels)
     priority = Priority("Who is first among those who wait.", load_default=PRIORITIES["normal"])
+    start_at = Moment("When to begin; at once if left out.", null=True, load_default=None)
+    deadline_at = Moment(
+        "When it fails if it is not over; instead of the definition's `deadlineSeconds`.",
+        null=True,
+        load_default=None,
+    )
+
+
+class RetryArguments(Arguments):
+    """How what failed is to be tried again."""
+
+    parameters = fields.Dict(
+        keys=fields.String(),
+        values=fields.Dict(keys=fields.String()),
+        load_default=dict,
+        metadata=_about("The definition's `taskId` -> what is merged over its parameters."),
+    )
 
 
 class LabelFilter(fields.Field[tuple[str, str]]):
@@ -430,6 +466,10 @@ class RunSummary(Answer):
     priority = Priority("Who is first among those who wait.")
     request_id = _text("Of the request that submitted it.", null=True)
     cancel_requested_at = Moment("Set once somebody cancelled it.", null=True)
+    parent_task_id = _uuid("The task that runs it as its sub-workflow, if any.", null=True)
+    rerun_of = _uuid("The run it is another of, if any.", null=True)
+    start_at = Moment("When it was to begin, if not at once.", null=True)
+    deadline_at = Moment("It fails if it is not over by then.", null=True)
     created_at = Moment("When it was submitted.")
     started_at = Moment("When its first task started.", null=True)
     finished_at = Moment("When it ended.", null=True)
@@ -490,8 +530,10 @@ class Task(Answer):
     )
     agent_id = _text("The agent of the newest attempt, else the one asked for.", null=True)
     agent_capability = _text("The capability asked for.", null=True)
+    type = _one_of(["agent", "approval", "delay", "workflow"], "Who does it.")
+    child_run_id = _uuid("The run of its sub-workflow, once it began.", null=True)
     status = _one_of(TaskStatus)
-    reason = _text("Why it waits, or was cancelled.", null=True)
+    reason = _text("Why it waits, was skipped or was cancelled.", null=True)
     wake_at = Moment("When it is tried again, if nothing wakes it before.", null=True)
     waiting_for = _text(
         "The same in plain words.",
@@ -624,6 +666,17 @@ class TaskResult(Proof):
             return {**super().read(data), "outcome": read_report(data)}
         except ValueError as error:
             raise ValidationError(str(error)) from None
+
+
+class Comment(Arguments):
+    """Why something was decided so."""
+
+    comment = fields.String(
+        allow_none=True,
+        load_default=None,
+        validate=validate.Length(max=LONGEST_COMMENT, error="At most {max} characters."),
+        metadata=_about("For whoever reads it later."),
+    )
 
 
 class Accepted(Answer):

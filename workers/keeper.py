@@ -110,15 +110,25 @@ class Round:
             self.dispatcher.follow(gone.finished, task_id, gone.run_id, parent_id=gone.parent_id)
 
     def settle(self) -> None:
-        """End runs whose last finisher died before it could."""
+        """End runs at their deadline, and those whose last finisher died before it could."""
+        with self.database.autocommit() as tx:
+            overdue = engine.overdue_runs(tx, LIMIT)
+        for run_id in overdue:
+            with self.database.transaction() as tx:
+                if engine.fail_overdue_run(tx, run_id):
+                    log.warning("run.deadline_exceeded", run_id=str(run_id))
         with self.database.autocommit() as tx:
             for run_id in engine.runs_to_settle(tx, LIMIT):
                 engine.settle_run(tx, run_id)
+            engine.hold_up_strays(tx, LIMIT)
 
     def release(self) -> None:
-        """Let runs begin that wait until fewer of their workflow are under way."""
+        """Let runs begin that are due, or wait until fewer of their workflow are under way."""
         with self.database.autocommit() as tx:
+            due = engine.begin_due_runs(tx, LIMIT)
             workflows = engine.limited_workflows(tx)
+        for plan in due:
+            self.dispatcher.publish(plan)
         for workflow_id in workflows:
             self.dispatcher.release_runs(workflow_id)
 

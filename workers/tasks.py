@@ -30,9 +30,12 @@ from opscore.agentkit import Busy, Completed, Context, Failed
 from opscore.canvas import REQUEST_HEADER, RUN_TASK
 from opscore.config import FIRST
 from opscore.db import Tx
+from opscore.definition import ForEach, TaskSpec
 from opscore.engine import Claimed, Failure, Finished, MustWait, Parked, Visit
+from opscore.errors import Invalid, OpsCoreError
 from opscore.expressions import ExpressionError
 from opscore.states import Reason
+from opscore.workflows import find_workflow
 from workers.app import process
 from workers.trips import Outcome, TaskFailed, Trip
 
@@ -80,21 +83,56 @@ def _visit(trip: Trip) -> None:
         answer = trip.claimed or _insist(lambda tx: _claim(tx, trip))
         if isinstance(answer, Claimed):
             return _run(trip, answer)
-        if isinstance(answer, engine.Settled):
-            return _go_on_after(trip, answer.generation)
-        if isinstance(answer, engine.Impossible):
-            fail = partial(
-                engine.fail_unclaimed, task_id=trip.visit.task_id, failure=answer.failure
-            )
-            return _give_up(trip, fail)
-        if isinstance(answer, engine.Elsewhere):
-            _leave_to_the_other(trip)
-        elif isinstance(answer, MustWait):
-            _park(trip, answer)
-        elif isinstance(answer, engine.Void):
-            raise Ignore
+        if answer is not None and _is_done_with(trip, answer):
+            return None
         # Others move the task at this moment; whoever would agree with nobody must not spin.
         time.sleep(random.uniform(0, 0.1))
+
+
+def _is_done_with(trip: Trip, answer: engine.Answer) -> bool:
+    """Do what a refusal asks for; False: the task moved, and is to be visited again."""
+    match answer:
+        case engine.Settled(generation):
+            _go_on_after(trip, generation)
+        case engine.Impossible(failure):
+            _fail_unclaimed(trip, failure)
+        case engine.Undecided():
+            return _decide(trip, answer)
+        case engine.Void():
+            raise Ignore
+        case engine.Elsewhere():
+            _leave_to_the_other(trip)
+            return False
+        case MustWait():
+            _park(trip, answer)
+            return False
+    return True
+
+
+def _decide(trip: Trip, task: engine.Undecided) -> bool:
+    """Skip a task, or go on to claim it, as its `when` says; False: it moved meanwhile."""
+    try:
+        runs = not task.follows_skipped and work.holds(task, _spec(task))
+    except ExpressionError as error:
+        _fail_unclaimed(trip, Failure("expression_error", str(error)))
+        return True
+    if runs:
+        _insist(lambda tx: engine.decide_task(tx, task.task_id))
+        _visit(trip)
+        return True
+    reason = "upstream_skipped" if task.follows_skipped else "when"
+    skipped = _insist(lambda tx: engine.skip_task(tx, task.task_id, reason))
+    if skipped is None:
+        return False
+    log.info("task.skipped", reason=reason)
+    process.dispatcher.follow(skipped, task.task_id, task.run_id)
+    if trip.visit.generation < skipped.generation or skipped.message is not None:
+        raise Ignore
+    return True
+
+
+def _spec(task: Claimed | engine.Undecided) -> TaskSpec:
+    return process.definition(task.workflow_id, task.version, _insist).task(task.definition_id)
 
 
 def _claim(tx: Tx, trip: Trip) -> engine.Answer | None:
@@ -137,12 +175,13 @@ def _is_away(error: DBAPIError | PoolTimeout) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """What a `forEach` is to be expanded into."""
+    """What a `forEach` is to be expanded into, and how many of them may fail."""
 
     values: list[Any]
+    tolerates: int | None
 
 
-Result = Completed | Failed | Busy | remote.Accepted | Items | None
+Result = Completed | Failed | Busy | remote.Accepted | Items | engine.Wait | work.Start | None
 """What the work of a visit came to; None: this worker does not have the agent."""
 
 
@@ -162,14 +201,25 @@ def _record(trip: Trip, claimed: Claimed, result: Result) -> None:
             _complete(trip, claimed, output)
         case Failed():
             _record_failure(trip, claimed, result)
-        case Items(values):
-            _expand(trip, claimed, values)
+        case Items() | engine.Wait() | work.Start():
+            _leave(trip, claimed, result)
         case remote.Accepted():
             _await_report(trip, claimed)
         case Busy(retry_after):
             _release(trip, claimed, Reason.AGENT_BUSY, retry_after)
         case None:
             _release(trip, claimed, Reason.AGENT_UNAVAILABLE, None)
+
+
+def _leave(trip: Trip, claimed: Claimed, result: Items | engine.Wait | work.Start) -> None:
+    """Let the task wait, without a worker, for what the result names."""
+    match result:
+        case Items():
+            _expand(trip, claimed, result)
+        case engine.Wait():
+            _wait(trip, claimed, result)
+        case work.Start():
+            _start(trip, claimed, result)
 
 
 def _accident(error: Exception) -> Failed:
@@ -182,19 +232,26 @@ def _result(trip: Trip, claimed: Claimed) -> Result:
     try:
         if claimed.kind == "end":
             return Completed(None)
-        if claimed.expanded:
-            return Completed(_insist(lambda tx: engine.item_outputs(tx, claimed.task_id)))
-        definition = process.definition(claimed.workflow_id, claimed.version, _insist)
-        spec = definition.task(claimed.definition_id)
+        spec = _spec(claimed)
         if claimed.kind == "for_each" and spec.for_each is not None:
-            values = work.items(claimed, spec.for_each.items)
-            return Items(values) if values else Completed([])
+            return _items(claimed, spec, spec.for_each)
+        if claimed.kind != "agent":
+            return work.finish(claimed, spec) if claimed.expanded else work.begin(claimed, spec)
         return _call(trip, claimed, work.parameters(claimed, spec))
     except ExpressionError as error:
         return Failed("expression_error", str(error), retryable=False)
     except Exception as error:
         log.exception("attempt.broke")
         return _accident(error)
+
+
+def _items(claimed: Claimed, spec: TaskSpec, each: ForEach) -> Result:
+    """Make the items of a `forEach`, or collect what they came to."""
+    if claimed.expanded:
+        outputs, failed = _insist(lambda tx: engine.item_outputs(tx, claimed.task_id))
+        return work.collected(outputs, failed, spec)
+    values = work.items(claimed, each.items)
+    return Items(values, each.tolerated(len(values))) if values else Completed([])
 
 
 def _call(trip: Trip, claimed: Claimed, parameters: dict[str, Any]) -> Result:
@@ -247,17 +304,56 @@ def _await_report(trip: Trip, claimed: Claimed) -> None:
     _after(trip, claimed, recorded)
 
 
-def _expand(trip: Trip, claimed: Claimed, values: list[Any]) -> None:
+def _expand(trip: Trip, claimed: Claimed, items: Items) -> None:
     """Write a task per item and publish their visits; the last to end wakes this one."""
     message = trip.message()
-    items = _insist(lambda tx: engine.expand_task(tx, claimed, values, message))
-    if items is None:
+    nodes = _insist(
+        lambda tx: engine.expand_task(tx, claimed, items.values, message, items.tolerates)
+    )
+    if nodes is None:
         return _after_fence(trip, claimed)
     request_id = trip.headers.get(REQUEST_HEADER)
-    plan = engine.Plan(claimed.run_id, claimed.generation, request_id, (), tuple(items))
+    plan = engine.Plan(claimed.run_id, claimed.generation, request_id, (), tuple(nodes))
+    _leave_to(trip, claimed, plan)
+
+
+def _leave_to(trip: Trip, claimed: Claimed, plan: engine.Plan) -> None:
+    """Publish what the task waits for from now on."""
     process.dispatcher.publish(plan)
     _wake_now(lambda tx: engine.wake_parent(tx, claimed.task_id))
     raise Retry(message=str(Reason.CHILDREN))
+
+
+def _wait(trip: Trip, claimed: Claimed, wait: engine.Wait) -> None:
+    """Leave the task until its moment, or somebody's word, has come."""
+    message = trip.message()
+    if not _insist(lambda tx: engine.begin_wait(tx, claimed, wait, message)):
+        return _after_fence(trip, claimed)
+    raise Retry(message=str(wait.reason))
+
+
+def _start(trip: Trip, claimed: Claimed, start: work.Start) -> None:
+    """Start the run of a sub-workflow; its end wakes this task."""
+    message, child = trip.message(), start.child
+
+    def begin(tx: Tx) -> engine.Plan | None:
+        stored = find_workflow(tx, child.workflow_id, child.version)
+        return engine.begin_child(tx, claimed, stored, start.input, message, child.timeout_seconds)
+
+    try:
+        plan = _insist(begin, whole=True)
+    except OpsCoreError as error:
+        failed = Failed(error.code, _told(error), retryable=False)
+        return _record_failure(trip, claimed, failed)
+    if plan is None:
+        return _after_fence(trip, claimed)
+    _leave_to(trip, claimed, plan)
+
+
+def _told(error: OpsCoreError) -> str:
+    """Return what is wrong, with the first faults of a document."""
+    faults = list(error.errors.items())[:3] if isinstance(error, Invalid) else []
+    return " ".join([str(error), *(f"{pointer}: {said[0]}" for pointer, said in faults)])
 
 
 def _after_fence(trip: Trip, claimed: Claimed) -> None:
@@ -385,6 +481,7 @@ def _follow(
         trip.owe(replace(finished, message=None), claimed)
         wakes, parent_id = False, None
     ends = finished.ends_run or finished.frees is not None
+    ends = ends or finished.parent_task_id is not None
     if wakes or parent_id or agent_id or ends or finished.message is not None:
         if wakes or parent_id:
             trip.owe_nothing()
@@ -459,6 +556,11 @@ def _give_up(trip: Trip, statement: Callable[[Tx], engine.Gone | None]) -> None:
         raise TaskFailed
     if trip.visit.generation < gone.finished.generation or gone.finished.message is not None:
         raise Ignore
+
+
+def _fail_unclaimed(trip: Trip, failure: Failure) -> None:
+    fail = partial(engine.fail_unclaimed, task_id=trip.visit.task_id, failure=failure)
+    _give_up(trip, fail)
 
 
 def _wake_now(statement: Callable[[Tx], list[engine.Woken]]) -> None:

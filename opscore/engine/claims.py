@@ -67,7 +67,8 @@ class Claimed:
     merges_input: bool
     """The first task of a run triggered for an agent: the input is merged over its parameters."""
     expanded: bool
-    """A `forEach` whose items are over: collect them."""
+    """It was begun, and what it waited for is over: items to collect, a decision, a moment, a run.
+    """
     is_sink: bool
     agent_id: str | None
     has_slot: bool
@@ -77,6 +78,12 @@ class Claimed:
     generation: int
     timeout_seconds: float
     deadline_at: datetime
+    overrides: Mapping[str, Any] | None
+    """Merged over its parameters."""
+    decision: Mapping[str, Any] | None
+    """`{approved, comment, principal}` of an approval somebody decided."""
+    child: Mapping[str, Any] | None
+    """`{runId, status, output, error}` of the run of its sub-workflow."""
     input: Any
     tasks: Mapping[str, Any] | None
     """Definition id -> `{output, status, error}` of the tasks its expressions read."""
@@ -110,11 +117,27 @@ class Impossible:
 
 
 @dataclass(frozen=True, slots=True)
+class Undecided:
+    """The task could start, but is to be skipped unless its `when` holds: `decide_task`, or
+    `skip_task`."""
+
+    task_id: UUID
+    run_id: UUID
+    definition_id: str
+    workflow_id: str
+    version: int
+    follows_skipped: bool
+    """All that it depends on was skipped, and so is this."""
+    input: Any
+    tasks: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Void:
     """Nothing to do here any more: drop the message."""
 
 
-Answer = Claimed | Settled | Elsewhere | MustWait | Impossible | Void
+Answer = Claimed | Settled | Elsewhere | MustWait | Impossible | Undecided | Void
 
 
 def _nobody_ahead(task: str, agent: str) -> str:
@@ -169,11 +192,12 @@ def simple_claim(
     return f"""next AS (
     UPDATE tasks t SET {_start(generation)}, agent_id = a.agent_id
     FROM {source}, runs r, {agent} a
-    WHERE t.id = {task} AND t.kind = 'agent' AND {state}
+    WHERE t.id = {task} AND t.kind = 'agent' AND NOT t.undecided AND {state}
       AND r.id = t.run_id AND {RUN_OPEN} AND {fits} AND {guard}
     RETURNING t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id,
               t.index AS item_index, t.item, t.is_sink, t.agent_id, t.attempt, t.timeout_seconds,
-              t.deadline_at, t.lease_expires_at, now() AS started_at, t.reads, r.workflow_id,
+              t.deadline_at, t.lease_expires_at, now() AS started_at, t.reads, t.overrides,
+              r.workflow_id,
               r.version, r.generation,
               r.agent_id IS NOT NULL AND t.position = 0 AS merges_input
 ), begun AS (
@@ -210,7 +234,8 @@ def _first_claim(
 WITH {before} starting AS (
     UPDATE runs r SET status = 'running', started_at = now()
     FROM tasks t, {agent} a
-    WHERE t.id = :task_id AND t.kind = 'agent' AND {state} AND r.id = t.run_id
+    WHERE t.id = :task_id AND t.kind = 'agent' AND NOT t.undecided AND {state}
+      AND r.id = t.run_id
       AND {still("queued", "r")} AND {RUN_OPEN} AND {fits} AND {dependencies_over()}
     RETURNING r.id
 ), {
@@ -266,10 +291,13 @@ WITH t AS MATERIALIZED (
         CASE t.reason
             WHEN 'retry' THEN t.wake_at <= now() OR t.woken_at IS NOT NULL
             WHEN 'children' THEN true
+            WHEN 'approval' THEN t.wake_at <= now() OR t.woken_at IS NOT NULL
+            WHEN 'delay' THEN t.wake_at <= now() OR t.woken_at IS NOT NULL
             WHEN 'max_parallel' THEN false
+            WHEN 'paused' THEN false
             WHEN 'remote' THEN false
             ELSE t.not_before IS NULL OR t.not_before <= now()
-        END) AND (t.items IS NULL OR {ITEMS_OVER})
+        END) AND (t.items IS NULL OR {ITEMS_OVER}) AND NOT t.undecided
 ), wanted AS (
     SELECT a.agent_id, a.capacity, a.capabilities, 0 AS place,
            a.agent_id IS NOT DISTINCT FROM ready.preferred_agent_id AS preferred,
@@ -348,7 +376,14 @@ WITH t AS MATERIALIZED (
 SELECT t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index AS item_index,
        t.item, t.items IS NOT NULL AS expanded, t.is_sink, t.merges_input, t.workflow_id, t.version,
        t.generation, t.timeout_seconds, t.status, t.visit_generation, t.wanted_agent_id, t.run_open,
-       over.dependencies,
+       over.dependencies, t.overrides, t.decision, t.undecided,
+       t.depends_on <> '{{}}' AND NOT EXISTS (
+           SELECT FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.status <> 'skipped')
+           AS follows_skipped,
+       CASE WHEN t.child_run_id IS NOT NULL THEN (
+           SELECT jsonb_build_object('runId', c.id, 'status', c.status, 'output', c.output,
+                                     'error', c.error)
+           FROM runs c WHERE c.id = t.child_run_id) END AS child,
        claimed.id IS NOT NULL OR mine.held AS claimed,
        coalesce(claimed.attempt, t.attempt) AS attempt,
        coalesce(claimed.agent_id, t.agent_id) AS agent_id,
@@ -362,9 +397,9 @@ SELECT t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index 
                  preferred DESC, place, agent_id
         LIMIT 1) AS candidate,
        EXISTS (SELECT FROM wanted) AS is_known,
-       CASE WHEN claimed.id IS NOT NULL OR mine.held
+       CASE WHEN claimed.id IS NOT NULL OR mine.held OR t.undecided
             THEN (SELECT input FROM runs WHERE id = t.run_id) END AS input,
-       CASE WHEN (claimed.id IS NOT NULL OR mine.held) AND t.reads <> '{{}}'
+       CASE WHEN (claimed.id IS NOT NULL OR mine.held OR t.undecided) AND t.reads <> '{{}}'
             THEN (SELECT jsonb_object_agg(d.definition_id, jsonb_build_object(
                       'output', d.output, 'status', d.status, 'error', d.error))
                   FROM tasks d WHERE d.run_id = t.run_id AND d.index IS NULL
@@ -402,6 +437,8 @@ def claim_task(tx: Tx, visit: Visit, *, worker: str, lease_seconds: float) -> An
         return Settled(row.generation)
     if row.ready and row.chosen:
         return None
+    if row.undecided and row.dependencies and row.status != "running":
+        return Undecided(**{name: getattr(row, name) for name in Undecided.__slots__})
     return Elsewhere() if row.visit_generation > visit.generation else _refused(row)
 
 
@@ -410,6 +447,7 @@ def simply_claimed(
 ) -> Claimed:
     """Return what `simple_claim` claimed."""
     given = {"expanded": False, "has_slot": has_slot, "input": input, "tasks": tasks}
+    given |= {"decision": None, "child": None}
     named = {name: getattr(row, name) for name in Claimed.__slots__ if name not in given}
     return Claimed(**named, **given)
 

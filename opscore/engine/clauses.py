@@ -3,7 +3,7 @@
 from opscore import models
 from opscore.config import AGENTS_QUEUE, IO_QUEUE
 from opscore.models import listed
-from opscore.states import TASK_ENDED, AgentState
+from opscore.states import RUN_ENDED, TASK_ENDED, AgentState
 
 DEADLINE_GRACE_SECONDS = 5
 """The worker ends an attempt at its timeout; only when it could not does the deadline come."""
@@ -23,10 +23,18 @@ BUSY_LOOK_AGAIN_SECONDS = 300
 ENDED = listed(TASK_ENDED)
 HELD = "max_concurrent_runs"
 """The reason of a queued run that waits until fewer of its workflow are under way."""
+DUE = "start_at"
+"""The reason of a queued run that is to begin later."""
 RUN_OPEN = (  # see `still`
     "(coalesce(r.status) IN ('queued', 'running') AND r.cancel_requested_at IS NULL"
-    f" AND r.error IS NULL AND r.reason IS DISTINCT FROM '{HELD}')"
+    " AND r.error IS NULL AND r.reason IS NULL)"
 )
+"""Tasks of it may start."""
+RUN_ALIVE = (
+    "(coalesce(r.status) IN ('queued', 'running', 'paused') AND r.cancel_requested_at IS NULL"
+    " AND r.error IS NULL)"
+)
+"""It is not ending: it may be paused, or wait for its turn."""
 
 
 def dependencies_over(row: str = "t", *, one_by_one: bool = False) -> str:
@@ -54,8 +62,11 @@ WAITS = f"({still('pending')} OR {still('waiting')} AND t.reason <> 'remote')"
 """Nobody is at it."""
 ATTEMPTED = f"({still('running')} OR {IS_ABROAD})"
 """Its attempt is not over: a worker is at it, or the agent behind HTTP that accepted it."""
-ITEMS_OVER = f"""NOT EXISTS (
-    SELECT FROM tasks c WHERE c.parent_id = t.id AND c.status NOT IN {ENDED})"""
+ITEMS_OVER = f"""(NOT EXISTS (
+    SELECT FROM tasks c WHERE c.parent_id = t.id AND c.status NOT IN {ENDED})
+    AND NOT EXISTS (
+    SELECT FROM runs c WHERE c.id = t.child_run_id AND c.status NOT IN {listed(RUN_ENDED)}))"""
+"""So is the run of its sub-workflow."""
 END = ""
 """The definition id of the implicit end; no task of a definition can have it."""
 WAKE_AT = """to_char(wake_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""

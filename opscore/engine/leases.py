@@ -29,7 +29,8 @@ WITH mine AS MATERIALIZED (
     UPDATE slots s SET lease_expires_at = renewed.lease_expires_at FROM renewed
     WHERE s.holder = renewed.id AND s.attempt = renewed.attempt
 )
-SELECT renewed.id, r.cancel_requested_at IS NOT NULL AS cancelled
+SELECT renewed.id, r.cancel_requested_at IS NOT NULL
+       OR coalesce(r.error ->> 'code' = 'deadline_exceeded', false) AS cancelled
 FROM renewed JOIN runs r ON r.id = renewed.run_id
 """,
 )
@@ -38,7 +39,8 @@ FROM renewed JOIN runs r ON r.id = renewed.run_id
 def renew_leases(tx: Tx, held: Mapping[UUID, int], lease_seconds: float) -> dict[UUID, bool]:
     """Extend the leases of these attempts (task id -> attempt), never beyond their deadline.
 
-    Returns task id -> whether its run was cancelled; an attempt that is missing was lost.
+    Returns task id -> whether nobody wants its result any more: its run was cancelled, or is over
+    its deadline. An attempt that is missing was lost.
     """
     if not held:
         return {}

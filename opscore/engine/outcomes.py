@@ -32,6 +32,7 @@ from opscore.engine.clauses import (
     LEAST_REST_SECONDS,
     LONGEST_REST_SECONDS,
     MINE,
+    RUN_ALIVE,
     RUN_OPEN,
     WAITS,
     WAKE_AT,
@@ -47,7 +48,7 @@ from opscore.engine.waits import Woken, as_woken
 from opscore.graph import Node
 from opscore.models import Run, Task
 from opscore.slots import ITEMS
-from opscore.states import Reason
+from opscore.states import RUN_ENDED, Reason, TaskStatus
 
 # --- Finishing -----------------------------------------------------------------------------------
 
@@ -77,6 +78,8 @@ class Finished:
     """A newer canvas's visit that came meanwhile: publish it, so that its canvas goes on."""
     frees: str | None = None
     """The workflow whose next run may begin: call `release_runs`."""
+    parent_task_id: UUID | None = None
+    """The task that ran this run as its sub-workflow: call `wake_parent`."""
     next: Claimed | None = None
     """Who comes next here, claimed in the same breath: by the visit that was to follow, or as the
     first in line for the freed slot."""
@@ -157,6 +160,10 @@ SELECT {answer}
 
 
 _BRIEF = "cast(:error AS jsonb) - 'traceback'"
+_CONCERNS = """
+       CASE WHEN gone.is_sink AND r.max_concurrent IS NOT NULL THEN r.workflow_id END AS frees,
+       CASE WHEN gone.is_sink THEN r.parent_task_id END AS parent_task_id"""
+"""Whom else the end of the run concerns."""
 _CAN_TAKE = f"""cast(:takes AS boolean) AND mine.stays AND t.timeout_seconds <= :within
       AND t.message #>> '{{options,task_id}}' = cast(t.id AS text)  -- it can be gone on with
       AND ({still("running", "r")} OR r.id IN (SELECT id FROM opening))"""
@@ -195,8 +202,8 @@ _COMPLETE = {
     "guard": MINE,
     "attempt": "status = 'completed'",
     "event": "'task.completed', jsonb_build_object('attempt', attempt)",
-    "answer": """gone.message AS saved, gone.ends_run, r.generation AS run_generation,
-       CASE WHEN gone.is_sink AND r.max_concurrent IS NOT NULL THEN r.workflow_id END AS frees
+    "answer": f"""gone.message AS saved, gone.ends_run, r.generation AS run_generation,
+       {_CONCERNS}
     FROM gone JOIN runs r ON r.id = gone.run_id""",
     "freed": "",
 }
@@ -214,7 +221,7 @@ _HAND_OVER = _COMPLETE | {
     "then_told": f"""UNION ALL SELECT id, NULL, 'run.started', '{{}}' FROM starting
     {NEXT_STARTED}""",
     "answer": f"""gone.message AS saved, gone.ends_run, r.generation AS run_generation,
-       CASE WHEN gone.is_sink AND r.max_concurrent IS NOT NULL THEN r.workflow_id END AS frees,
+       {_CONCERNS},
        next.*, line.message AS next_message, next_run.input, {read_by("next")},
        {", ".join(f"woken.{name} AS woken_{name}" for name in Woken.__slots__)}
     FROM gone JOIN runs r ON r.id = gone.run_id LEFT JOIN woken ON NOT woken.is_out
@@ -227,7 +234,8 @@ _SETTLED = f""", settled AS (
     SET status = CASE WHEN cast(:run_error AS jsonb) IS NULL THEN 'completed' ELSE 'failed' END,
         output = :run_output, error = :run_error, finished_at = now()
     FROM gone
-    WHERE r.id = gone.run_id AND {{ends}} AND {still("running", "r")} AND {RUN_OPEN}
+    WHERE r.id = gone.run_id AND {{ends}} AND coalesce(r.status) IN ('running', 'paused')
+      AND {RUN_ALIVE}
     RETURNING r.id, r.status
 )"""
 _RUN_ENDED = "UNION ALL SELECT id, NULL, 'run.' || status, '{}' FROM settled"
@@ -315,7 +323,13 @@ def complete_attempt(
     if row is None:
         return _repeated(tx, claimed, take)
     if not claimed.has_slot:
-        return Finished(row.run_generation, row.ends_run, message=row.saved, frees=row.frees)
+        return Finished(
+            row.run_generation,
+            row.ends_run,
+            message=row.saved,
+            frees=row.frees,
+            parent_task_id=row.parent_task_id,
+        )
     following = None
     if row.task_id is not None:
         following = simply_claimed(row, row.input, row.tasks, has_slot=True)
@@ -324,6 +338,7 @@ def complete_attempt(
         row.ends_run,
         message=row.saved,
         frees=row.frees,
+        parent_task_id=row.parent_task_id,
         next=following,
         next_message=row.next_message,
         woken=tuple(as_woken([row], "woken_") if row.woken_task_id is not None else ()),
@@ -533,7 +548,7 @@ _END_TASK = Prepared(
         source="FROM runs r",
         after=_SETTLED.format(ends="gone.status = 'failed' AND gone.goes_on AND gone.is_sink"),
         then_told=_RUN_ENDED,
-        answer=f"""gone.*, r.generation, {RUN_OPEN} AS run_open
+        answer=f"""gone.*, r.generation, {RUN_ALIVE} AS run_alive, {_CONCERNS}
         FROM gone JOIN runs r ON r.id = gone.run_id""",
         freed=_freed(f"{_LET_GO}, {_RESTED}"),
     ),
@@ -572,10 +587,30 @@ def end_task(
     ).first()
     if row is None:
         return None
-    failed_run = row.status == "failed" and not row.goes_on
-    if failed_run and row.run_open and error is not None:
+    failed_run = row.status == "failed" and not (row.goes_on and _is_tolerated(tx, row))
+    if failed_run and row.run_alive and error is not None:
         _fail_run(tx, row, error)
-    return Finished(row.generation, row.ends_run or failed_run, failed_run, row.message)
+    return Finished(
+        row.generation,
+        row.ends_run or failed_run,
+        failed_run,
+        row.message,
+        row.frees,
+        row.parent_task_id,
+    )
+
+
+_EXCEEDED = Prepared(
+    """
+SELECT 1 FROM tasks p WHERE p.id = :parent_id AND NOT p.goes_on AND p.tolerates < (
+    SELECT count(*) FROM tasks c WHERE c.parent_id = p.id AND c.status = 'failed')
+"""
+)
+
+
+def _is_tolerated(tx: Tx, row: Row[Any]) -> bool:
+    """Tell whether a `forEach` may lose this item too; the caller holds the run's lock."""
+    return row.parent_id is None or _EXCEEDED(tx, {"parent_id": row.parent_id}).first() is None
 
 
 def lock_run(tx: Tx, run_id: UUID) -> None:
@@ -639,6 +674,8 @@ def _fail_run(tx: Tx, row: Row[Any], error: dict[str, Any]) -> None:
     """Mark the run as failing and cancel what has not started; the caller holds the run's lock."""
     if row.parent_id is not None:
         sentence = f"Item {row.item_index} failed: {error['message']}"
+        if row.goes_on:
+            sentence = f"More items failed than forEach.tolerate allows. {sentence}"
         item = {"code": "item_failed", "message": sentence}
         _FAIL_PARENT(tx, {"task_id": row.parent_id, "error": item})
     brief = {
@@ -659,8 +696,35 @@ def close_tasks(tx: Tx, run_id: UUID, reason: str) -> None:
     """
     while _CLOSE(tx, {"run_id": run_id, "reason": reason}):
         pass
+    for child in _OPEN_CHILDREN(tx, {"run_id": run_id}).scalars():
+        request_cancel(tx, child, "parent")
 
 
+def request_cancel(tx: Tx, run_id: UUID, by: str | None) -> None:
+    """Have a run end as cancelled: what has not started of it never will."""
+    _REQUEST_CANCEL(tx, {"run_id": run_id, "by": by})
+    close_tasks(tx, run_id, "run_cancelled")
+
+
+_OPEN_CHILDREN = Prepared(
+    f"""
+SELECT c.id FROM tasks t JOIN runs c ON c.parent_task_id = t.id
+WHERE t.run_id = :run_id AND t.child_run_id IS NOT NULL
+  AND c.status NOT IN {models.listed(RUN_ENDED)}
+FOR NO KEY UPDATE OF c
+"""
+)
+_REQUEST_CANCEL = Prepared(
+    """
+WITH asked AS (
+    UPDATE runs r SET cancel_requested_at = now()
+    WHERE r.id = :run_id AND r.cancel_requested_at IS NULL RETURNING r.id
+)
+INSERT INTO events (run_id, type, data)
+SELECT id, 'run.cancel_requested', jsonb_strip_nulls(jsonb_build_object('by', cast(:by AS text)))
+FROM asked
+""",
+)
 _RELEASE = Prepared(
     leave(
         """status = 'waiting', reason = :reason, waits = waits + 1, woken_at = NULL,
@@ -775,7 +839,7 @@ _EXPAND = Prepared(
     f"""
 WITH expanded AS (
     UPDATE tasks t
-    SET status = 'waiting', reason = 'children', items = :count,
+    SET status = 'waiting', reason = 'children', items = :count, tolerates = :tolerates,
         message = coalesce(t.message, :message),
         lease_expires_at = NULL, deadline_at = NULL, wake_at = NULL, woken_at = NULL
     WHERE t.id = :task_id AND t.attempt = :attempt AND {still("running")} AND NOT t.ends_run
@@ -785,12 +849,13 @@ WITH expanded AS (
         depends_on, successors, reads, wanted_agent_id, wanted_capability, preferred_agent_id,
         fallback, line_agent_id, queue,
         timeout_seconds, max_attempts, retry_backoff, retry_max_backoff, busy_backoff,
-        busy_max_backoff, max_wait_seconds, goes_on, priority, status, reason)
-    SELECT i.id, e.run_id, e.definition_id, 'agent', e.position, e.id, i.index - 1, i.item, '{{}}',
-        '{{}}', e.reads, e.wanted_agent_id, e.wanted_capability, e.preferred_agent_id,
+        busy_max_backoff, max_wait_seconds, goes_on, overrides, priority, status, reason)
+    SELECT i.id, e.run_id, e.definition_id, e.item_kind, e.position, e.id, i.index - 1, i.item,
+        '{{}}', '{{}}', e.reads, e.wanted_agent_id, e.wanted_capability, e.preferred_agent_id,
         e.fallback, e.line_agent_id, e.queue,
         e.timeout_seconds, e.max_attempts, e.retry_backoff, e.retry_max_backoff, e.busy_backoff,
-        e.busy_max_backoff, e.max_wait_seconds, e.goes_on, e.priority,
+        e.busy_max_backoff, e.max_wait_seconds, e.goes_on OR e.tolerates IS NOT NULL, e.overrides,
+        e.priority,
         CASE WHEN i.index <= coalesce(e.max_parallel, i.index) THEN 'pending' ELSE 'waiting' END,
         CASE WHEN i.index <= coalesce(e.max_parallel, i.index) THEN NULL ELSE 'max_parallel' END
     FROM expanded e,
@@ -813,12 +878,17 @@ SELECT id, timeout_seconds, queue FROM items WHERE status = 'pending' ORDER BY i
 
 
 def expand_task(
-    tx: Tx, claimed: Claimed, values: Sequence[Any], message: dict[str, Any]
+    tx: Tx,
+    claimed: Claimed,
+    values: Sequence[Any],
+    message: dict[str, Any],
+    tolerates: int | None = None,
 ) -> list[Node] | None:
     """Write a row per item and park the `forEach` until they are over.
 
-    Returns the items to visit now: all of them, or the first `maxParallel`;
-    None when the attempt is no longer this worker's or the run ends.
+    If it `tolerates` that some items fail it fails with the next, else `onFailure` decides. Returns
+    the items to visit now: all of them, or the first `maxParallel`; None when the attempt is no
+    longer this worker's or the run ends.
     """
     rows = _EXPAND(
         tx,
@@ -826,6 +896,7 @@ def expand_task(
             "task_id": claimed.task_id,
             "attempt": claimed.attempt,
             "count": len(values),
+            "tolerates": tolerates,
             "ids": [uuid7() for _ in values],
             "values": list(values),
             "message": message,
@@ -834,10 +905,11 @@ def expand_task(
     return [Node(row.id, frozenset(), row.timeout_seconds, row.queue) for row in rows] or None
 
 
-def item_outputs(tx: Tx, task_id: UUID) -> list[Any]:
-    """Return the outputs of an expanded `forEach`'s items, in item order."""
-    query = select(Task.output).where(Task.parent_id == task_id).order_by(Task.index)
-    return list(tx.execute(query).scalars())
+def item_outputs(tx: Tx, task_id: UUID) -> tuple[list[Any], int]:
+    """Return the outputs of an expanded `forEach`'s items, in item order, and how many failed."""
+    query = select(Task.output, Task.status).where(Task.parent_id == task_id).order_by(Task.index)
+    rows = tx.execute(query).all()
+    return [row.output for row in rows], sum(row.status == TaskStatus.FAILED for row in rows)
 
 
 # --- What an attempt says while it runs ----------------------------------------------------------

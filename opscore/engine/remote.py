@@ -11,7 +11,7 @@ from uuid import UUID
 
 from opscore.db import Prepared, Tx
 from opscore.engine.claims import Claimed, Failure, read_by
-from opscore.engine.clauses import ATTEMPTED, IS_ABROAD, RUN_OPEN, still
+from opscore.engine.clauses import ATTEMPTED, IS_ABROAD, RUN_ALIVE, still
 from opscore.engine.outcomes import Fenced, Finished, Parked, abandon_attempt, hand_back
 
 _AWAIT = Prepared(
@@ -74,7 +74,8 @@ _OPEN = Prepared(
 SELECT t.id AS task_id, t.run_id, t.attempt, t.kind, t.definition_id, t.parent_id,
        t.index AS item_index, t.item, false AS merges_input, false AS expanded, t.is_sink,
        t.agent_id, true AS has_slot, r.workflow_id, r.version, r.generation, t.timeout_seconds,
-       t.deadline_at, r.input, {read_by("t")}, t.claim_token, a.require_token
+       t.deadline_at, t.overrides, NULL AS decision, NULL AS child, r.input, {read_by("t")},
+       t.claim_token, a.require_token
 FROM tasks t JOIN runs r ON r.id = t.run_id JOIN agents a ON a.agent_id = t.agent_id
 WHERE t.id = :task_id AND {ATTEMPTED} AND a.kind = 'remote' AND a.deregistered_at IS NULL
 """
@@ -119,7 +120,7 @@ WITH alive AS (
     FROM agents a, runs r
     WHERE t.id = :task_id AND t.attempt = :attempt AND {ATTEMPTED}
       AND t.lease_expires_at > now() AND a.agent_id = t.agent_id AND r.id = t.run_id
-    RETURNING t.id, t.agent_id, t.attempt, t.lease_expires_at, NOT {RUN_OPEN} AS is_ending
+    RETURNING t.id, t.agent_id, t.attempt, t.lease_expires_at, NOT {RUN_ALIVE} AS is_ending
 ), kept AS (
     UPDATE slots s SET lease_expires_at = alive.lease_expires_at FROM alive
     WHERE s.pool = alive.agent_id AND s.holder = alive.id AND s.attempt = alive.attempt

@@ -1,17 +1,19 @@
 """Runs as a whole: submitted, cancelled, settled, and published again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import Row, select
 from uuid6 import uuid7
 
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE
 from opscore.db import Prepared, Tx
 from opscore.definition import Definition, TaskSpec
 from opscore.engine.clauses import (
+    DUE,
     END,
     ENDED,
     HAND_ON,
@@ -21,7 +23,7 @@ from opscore.engine.clauses import (
     free_slots,
     still,
 )
-from opscore.engine.outcomes import close_tasks
+from opscore.engine.outcomes import request_cancel
 from opscore.errors import AgentNotFound, InvalidRequest, RunFinished, RunNotFound
 from opscore.expressions import Template
 from opscore.graph import Canvas, Node, build
@@ -37,6 +39,8 @@ _TASK_COLUMNS = {
     "id": "uuid",
     "definition_id": "text",
     "kind": "text",
+    "item_kind": "text",
+    "undecided": "boolean",
     "position": "int",
     "max_parallel": "int",
     "depends_on": "uuid[]",
@@ -69,14 +73,21 @@ _SUBMIT = Prepared(
     f"""
 WITH run AS (
     INSERT INTO runs (id, workflow_id, version, agent_id, input, labels, priority, request_id,
-                      max_concurrent, reason)
+                      max_concurrent, parent_task_id, depth, rerun_of, start_at, deadline_at,
+                      reason)
     VALUES (:run_id, :workflow_id, :version, :agent_id, :input, :labels, :priority, :request_id,
-            cast(:max_concurrent AS int),
-            CASE WHEN cast(:max_concurrent AS int) IS NOT NULL THEN '{HELD}' END)
+            cast(:max_concurrent AS int), :parent_task_id, :depth, :rerun_of, :start_at,
+            coalesce(:deadline_at, greatest(cast(:start_at AS timestamptz), now())
+                                   + make_interval(secs => :deadline_seconds)),
+            CASE WHEN cast(:start_at AS timestamptz) > now() THEN '{DUE}'
+                 WHEN cast(:max_concurrent AS int) IS NOT NULL THEN '{HELD}' END)
     RETURNING *
 ), told AS (
     INSERT INTO events (run_id, type, data)
-    SELECT id, 'run.queued', jsonb_build_object('version', version) FROM run
+    SELECT id, 'run.queued', jsonb_strip_nulls(jsonb_build_object(
+        'version', version, 'by', cast(:by AS text), 'rerunOf', rerun_of,
+        'parentTaskId', parent_task_id))
+    FROM run
 ), written AS (
     INSERT INTO tasks (run_id, priority, preferred_agent_id, queue, {", ".join(_TASK_COLUMNS)})
     SELECT run.id, run.priority, run.agent_id,
@@ -106,34 +117,49 @@ class Plan:
     """The canvas, if it was drawn already and what lies beyond it is held back."""
     limited: str | None = None
     """The workflow, if the run waits for its turn among the runs of it: see `release_runs`."""
+    is_due: bool = True
+    """False of a run that begins later: see `begin_due_runs`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """What a run is to be, beside its workflow."""
+
+    input: Any
+    agent_id: str | None = None
+    """The agent it was triggered for: it runs the tasks that name nobody, and is preferred where it
+    has the capability asked for; the input is then merged over the first task's parameters."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    priority: int = 1
+    request_id: str | None = None
+    by: str | None = None
+    """Who submits it."""
+    start_at: datetime | None = None
+    deadline_at: datetime | None = None
+    deadline_seconds: float | None = None
+    """Each instead of what the definition's `deadlineSeconds` says."""
+    rerun_of: UUID | None = None
+    parent_task_id: UUID | None = None
+    depth: int = 0
 
 
 def submit_run(
-    tx: Tx,
-    stored: StoredWorkflow,
-    *,
-    input: Any,
-    agent_id: str | None = None,
-    labels: Mapping[str, str] | None = None,
-    priority: int = 1,
-    request_id: str | None = None,
+    tx: Tx, stored: StoredWorkflow, submission: Submission, run_id: UUID | None = None
 ) -> Plan:
     """Write a run, all its tasks and the event, in one statement. Once it commits, the run is
     accepted.
 
-    `agent_id` is the agent it was triggered for: it runs the tasks that name nobody, and is
-    preferred where it has the capability asked for; the input is then merged over the first task's
-    parameters.
-
     Raises:
         InvalidInput: the input breaks the workflow's inputSchema.
-        InvalidRequest: a task names neither agent nor capability and there is no `agent_id`.
+        InvalidRequest: a task names neither agent nor capability and there is no `agent_id`; or a
+            moment is over that is to come.
         AgentNotFound: no agent is registered as `agent_id`.
     """
-    definition = stored.definition
-    definition.check_input(input)
+    definition, agent_id = stored.definition, submission.agent_id
+    definition.check_input(submission.input)
+    _check_moments(tx, submission)
     _check_agents(tx, definition, agent_id)
-    run_id = uuid7()
+    run_id = run_id or uuid7()
     tasks = _task_rows(definition, agent_id)
     nodes = tuple(
         Node(row["id"], frozenset(row["depends_on"]), row["timeout_seconds"], row["queue"])
@@ -144,15 +170,13 @@ def submit_run(
     abroad = _SUBMIT(
         tx,
         {
+            **{name: getattr(submission, name) for name in _AS_SUBMITTED},
             "run_id": run_id,
             "workflow_id": stored.workflow_id,
             "version": stored.version,
-            "agent_id": agent_id,
-            "input": input,
-            "labels": dict(labels or {}),
-            "priority": priority,
-            "request_id": request_id,
+            "labels": dict(submission.labels),
             "max_concurrent": definition.max_concurrent_runs,
+            "deadline_seconds": submission.deadline_seconds or definition.deadline_seconds,
             "tasks": [_in_json(row) for row in tasks],
         },
     )
@@ -160,7 +184,32 @@ def submit_run(
         remote = set(abroad.scalars())
         nodes = tuple(replace(n, queue=IO_QUEUE) if n.id in remote else n for n in nodes)
     limited = None if definition.max_concurrent_runs is None else stored.workflow_id
-    return Plan(run_id, 1, request_id, nodes, drawn=drawn, limited=limited)
+    is_due = submission.start_at is None
+    request_id = submission.request_id
+    return Plan(run_id, 1, request_id, nodes, drawn=drawn, limited=limited, is_due=is_due)
+
+
+_AS_SUBMITTED = (
+    *("input", "agent_id", "priority", "request_id", "by", "start_at", "deadline_at"),
+    *("rerun_of", "parent_task_id", "depth"),
+)
+_NOW = Prepared("SELECT now()")
+
+
+def _check_moments(tx: Tx, submission: Submission) -> None:
+    """Refuse a start or a deadline that is over, and a deadline before the start."""
+    start, deadline = submission.start_at, submission.deadline_at
+    if start is None and deadline is None:
+        return
+    (now,) = _NOW(tx).scalars()
+    faults: dict[str, list[str]] = {}
+    if start is not None and start <= now:
+        faults["/startAt"] = ["This moment is over; leave startAt out to start at once."]
+    if deadline is not None and deadline <= max(now, start or now):
+        after = "startAt" if start is not None and start > now else "now"
+        faults["/deadlineAt"] = [f"A run cannot be over before it starts; name one after {after}."]
+    if faults:
+        raise InvalidRequest(faults)
 
 
 def _in_json(row: dict[str, Any]) -> dict[str, Any]:
@@ -195,19 +244,22 @@ def _check_agents(tx: Tx, definition: Definition, agent_id: str | None) -> None:
 
 
 def _task_rows(definition: Definition, agent_id: str | None) -> list[dict[str, Any]]:
-    """Return the rows of a run's tasks; with several leaves an implicit end joins them."""
+    """Return the rows of a run's tasks; with several leaves an implicit end joins them.
+
+    So it does if the only leaf may be skipped: the run's last task always does something.
+    """
     specs = list(definition.tasks)
-    if len(definition.leaves) > 1:
+    if len(definition.leaves) > 1 or definition.task(definition.leaves[0]).may_be_skipped:
         nothing = Template.compile({}, "", Faults())
-        specs.append(TaskSpec(END, None, None, None, nothing, definition.leaves))
+        specs.append(TaskSpec(END, None, None, None, nothing, definition.leaves, type="end"))
     ids = {spec.id: uuid7() for spec in specs}
     after: dict[str, list[UUID]] = {spec.id: [] for spec in specs}
     for spec in specs:
         for name in spec.depends_on:
             after[name].append(ids[spec.id])
     rows = [_task_row(spec, position, ids, after[spec.id]) for position, spec in enumerate(specs)]
-    for row in rows:
-        if row["wanted_agent_id"] is None and row["wanted_capability"] is None:
+    for row, spec in zip(rows, specs, strict=True):
+        if spec.type == "agent" and spec.agent_id is None and spec.capability is None:
             row["wanted_agent_id"] = agent_id
         row["line_agent_id"] = row["wanted_agent_id"]
         if not row["successors"]:
@@ -232,8 +284,10 @@ def _task_row(
     return {
         "id": ids[spec.id],
         "definition_id": spec.id,
-        "queue": CONTROL_QUEUE if spec.id == END else AGENTS_QUEUE,
-        "kind": "end" if spec.id == END else "agent" if each is None else "for_each",
+        "queue": AGENTS_QUEUE if spec.type == "agent" else CONTROL_QUEUE,
+        "kind": spec.type if each is None else "for_each",
+        "item_kind": spec.type if each else None,
+        "undecided": spec.may_be_skipped,
         "position": position,
         "max_parallel": each.max_parallel if each else None,
         "depends_on": [ids[name] for name in spec.depends_on],
@@ -257,17 +311,30 @@ def _task_row(
 # --- Cancelling and settling ---------------------------------------------------------------------
 
 
-def cancel_run(tx: Tx, run_id: UUID) -> None:
+def cancel_run(tx: Tx, run_id: UUID, by: str | None = None) -> None:
     """Cancel a run: no task of it starts once this commits; running attempts are told.
 
-    Call `settle_run` after the commit. Asking again while it ends changes nothing.
+    So are the runs of its sub-workflows. Call `settle_run` after the commit. Asking again while it
+    ends changes nothing.
+
+    Raises:
+        RunNotFound: there is no such run.
+        RunFinished: it is over already.
+    """
+    row = open_run(tx, run_id)
+    if row.cancel_requested_at is None:
+        request_cancel(tx, run_id, by)
+
+
+def open_run(tx: Tx, run_id: UUID) -> Row[Any]:
+    """Return what a control needs to know of a run that is not over, and lock it.
 
     Raises:
         RunNotFound: there is no such run.
         RunFinished: it is over already.
     """
     row = tx.execute(
-        select(Run.status, Run.cancel_requested_at)
+        select(Run.status, Run.cancel_requested_at, Run.error, Run.started_at)
         .where(Run.id == run_id)
         .with_for_update(key_share=True)
     ).one_or_none()
@@ -275,46 +342,46 @@ def cancel_run(tx: Tx, run_id: UUID) -> None:
         raise RunNotFound(run_id=run_id)
     if row.status in RUN_ENDED:
         raise RunFinished(status=row.status)
-    if row.cancel_requested_at is None:
-        _REQUEST_CANCEL(tx, {"run_id": run_id})
-        close_tasks(tx, run_id, "run_cancelled")
+    return row
 
 
-_REQUEST_CANCEL = Prepared(
-    """
-WITH asked AS (
-    UPDATE runs r SET cancel_requested_at = now() WHERE r.id = :run_id RETURNING r.id
-)
-INSERT INTO events (run_id, type) SELECT id, 'run.cancel_requested' FROM asked
-""",
-)
 _SETTLE = Prepared(
     f"""
 WITH settled AS (
     UPDATE runs r
     SET status = CASE WHEN r.cancel_requested_at IS NULL THEN 'failed' ELSE 'cancelled' END,
-        reason = nullif(r.reason, '{HELD}'), finished_at = now()
-    WHERE r.id = :run_id AND r.status IN ('queued', 'running')
+        reason = NULL, finished_at = now()
+    WHERE r.id = :run_id AND r.status IN ('queued', 'running', 'paused')
       AND (r.error IS NOT NULL OR r.cancel_requested_at IS NOT NULL)
       AND NOT EXISTS (SELECT FROM tasks t WHERE t.run_id = r.id AND t.status NOT IN {ENDED})
-    RETURNING r.id, r.status, r.error
+    RETURNING r.id, r.status, r.error, r.parent_task_id
+), told AS (
+    INSERT INTO events (run_id, type, data)
+    SELECT id, 'run.' || status, jsonb_strip_nulls(jsonb_build_object('error', error)) FROM settled
 )
-INSERT INTO events (run_id, type, data)
-SELECT id, 'run.' || status, jsonb_strip_nulls(jsonb_build_object('error', error)) FROM settled
-RETURNING run_id
+SELECT parent_task_id FROM settled
 """,
 )
 
 
-def settle_run(tx: Tx, run_id: UUID) -> bool:
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A run that ended just now."""
+
+    parent_task_id: UUID | None
+    """The task that ran it as its sub-workflow: call `wake_parent`."""
+
+
+def settle_run(tx: Tx, run_id: UUID) -> Ended | None:
     """End a run that fails or is cancelled once nothing of it runs any more."""
-    return _SETTLE(tx, {"run_id": run_id}).first() is not None
+    row = _SETTLE(tx, {"run_id": run_id}).first()
+    return None if row is None else Ended(row.parent_task_id)
 
 
 _ENDING = Prepared(
     f"""
-SELECT r.id FROM runs r WHERE r.status IN ('queued', 'running') AND (r.error IS NOT NULL OR
-r.cancel_requested_at IS NOT NULL)
+SELECT r.id FROM runs r WHERE r.status IN ('queued', 'running', 'paused')
+  AND (r.error IS NOT NULL OR r.cancel_requested_at IS NOT NULL)
   AND NOT EXISTS (SELECT FROM tasks t WHERE t.run_id = r.id AND t.status NOT IN {ENDED})
 LIMIT :limit
 """

@@ -84,7 +84,8 @@ WITH before AS (
         wake_at = CASE WHEN :busy THEN now() + make_interval(secs =>
             {backoff("t.busy_backoff", "t.busy_max_backoff", "t.waits")}) END,
         woken_at = NULL, kept_until = NULL, not_before = NULL
-    WHERE t.id = :task_id AND {WAITS} AND t.visit_generation <= :generation
+    WHERE t.id = :task_id AND {WAITS} AND t.reason IS DISTINCT FROM 'paused'
+      AND t.visit_generation <= :generation
     RETURNING t.id, t.run_id, t.wake_at, t.waiting_since, t.max_wait_seconds
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
@@ -270,6 +271,8 @@ WITH due AS MATERIALIZED (
     SELECT t.id, CASE t.reason
         WHEN 'dependencies' THEN {dependencies_over()}
         WHEN 'children' THEN {ITEMS_OVER}
+        WHEN 'approval' THEN true
+        WHEN 'delay' THEN true
         -- Whoever stands in the line of an agent that is away goes to another, or is told so.
         WHEN 'agent_busy' THEN coalesce(t.not_before <= now(), false)
             OR EXISTS (SELECT FROM agents a WHERE {_WANTED} AND {is_open()}
@@ -483,7 +486,7 @@ WHERE t.id IN (
       AND CASE WHEN t.reason IN {models.IN_LINE}
                THEN coalesce({_NOT_FIRST}, sent.at < {_LONG_AGO}) ELSE {_LOST} END
     ORDER BY t.id LIMIT :limit FOR NO KEY UPDATE OF t SKIP LOCKED)
-  AND {still("waiting")} AND r.id = t.run_id
+  AND {still("waiting")} AND r.id = t.run_id AND {RUN_OPEN}
 RETURNING {WOKEN}
 """
 )

@@ -10,11 +10,12 @@ from flask import url_for
 from opscore import agents, queries, reports
 from opscore.db import Tx
 from opscore.definition import parse
-from opscore.engine import submit_run
+from opscore.engine import Submission, submit_run
 from opscore.errors import InvalidDefinition
 from opscore.reports import Accepted, Reporter
 from opscore.workflows import StoredWorkflow, create_workflow, find_workflow
 from web import pages
+from web.auth import principal
 from web.current import database, dispatcher
 from web.errors import Refused
 from web.openapi import PREFIX, Answers, Blueprint
@@ -144,9 +145,12 @@ def trigger(wanted: dict[str, Any], agent_id: str) -> Any:
     with database().transaction() as tx:
         stored = _triggered_workflow(tx, wanted)
         given = wanted["initial_payload"] or {}
-        submission = submit_run(tx, stored, input=given, agent_id=agent_id, request_id=request_id())
-    dispatcher().publish(submission)
-    return _triggered(submission.run_id, stored)
+        submission = Submission(
+            input=given, agent_id=agent_id, request_id=request_id(), by=principal()
+        )
+        plan = submit_run(tx, stored, submission)
+    dispatcher().publish(plan)
+    return _triggered(plan.run_id, stored)
 
 
 def _triggered_workflow(tx: Tx, wanted: dict[str, Any]) -> StoredWorkflow:

@@ -1,14 +1,15 @@
-"""Runs: submit them, follow them, cancel them."""
+"""Runs: submit them, follow them, and what operators do with them."""
 
 from typing import Any
 from uuid import UUID
 
 from flask import url_for
 
-from opscore import queries
-from opscore.engine import cancel_run, settle_run, submit_run
+from opscore import engine, queries
+from opscore.engine import Plan, Submission
 from opscore.workflows import find_workflow
 from web import pages
+from web.auth import principal
 from web.current import database, dispatcher, parts
 from web.openapi import PREFIX, Answers, Blueprint
 from web.requests import request_id
@@ -17,6 +18,7 @@ from web.schemas import (
     TASK_FILTERS,
     EventArguments,
     EventPage,
+    RetryArguments,
     Run,
     RunArguments,
     RunDetail,
@@ -33,6 +35,9 @@ RUNS = pages.page_arguments(pages.moment, pages.uuid, **RUN_FILTERS)
 TASKS = pages.page_arguments(pages.number, pages.number, **TASK_FILTERS)
 SUBMITTED = Answers(schema=Run, status=202, has_location=True, about="The run will be executed.")
 CANCELLED = Answers(schema=Run, status=202, about="Nothing of it starts any more.")
+PAUSED = Answers(schema=Run, status=202, about="Nothing of it starts until it is resumed.")
+GOES_ON = Answers(schema=Run, status=202, about="It goes on.")
+RETRY = {"parameters": {"fetch": {"url": "https://example.com/again"}}}
 SUBMIT = {"workflowId": "report", "input": {"topic": "queues"}, "labels": {"team": "support"}}
 
 
@@ -40,13 +45,17 @@ SUBMIT = {"workflowId": "report", "input": {"topic": "queues"}, "labels": {"team
 def submit(wanted: dict[str, Any]) -> Any:
     """Submit a run of a workflow."""
     workflow_id, version = wanted.pop("workflow_id"), wanted.pop("version")
+    submission = Submission(request_id=request_id(), by=principal(), **wanted)
     with database().autocommit() as tx:
-        stored = find_workflow(tx, workflow_id, version)
-        submission = submit_run(tx, stored, request_id=request_id(), **wanted)
-    dispatcher().publish(submission)
+        plan = engine.submit_run(tx, find_workflow(tx, workflow_id, version), submission)
+    return _submitted(plan)
+
+
+def _submitted(plan: Plan) -> Any:
+    dispatcher().publish(plan)
     with database().autocommit() as tx:
-        run = queries.get_run(tx, submission.run_id)
-    return run, 202, {"Location": url_for(".get_one", run_id=submission.run_id)}
+        run = queries.get_run(tx, plan.run_id)
+    return run, 202, {"Location": url_for(".get_one", run_id=plan.run_id)}
 
 
 @blueprint.operation("GET", "", Answers(schema=pages.page_of(RunSummary)), query=RUNS)
@@ -90,7 +99,51 @@ def get_events(wanted: dict[str, Any], run_id: UUID) -> Any:
 def cancel(run_id: UUID) -> Any:
     """Cancel a run; asking again while it ends changes nothing."""
     with database().transaction() as tx:
-        cancel_run(tx, run_id)
+        engine.cancel_run(tx, run_id, principal())
+    dispatcher().follow_end(run_id)
+    return _as_it_is(run_id)
+
+
+@blueprint.operation("POST", "/<run:run_id>/pause", PAUSED, problems=[409])
+def pause(run_id: UUID) -> Any:
+    """Pause a run: what runs goes on and ends, nothing new starts. Pausing twice is once."""
     with database().transaction() as tx:
-        settle_run(tx, run_id)
+        engine.pause_run(tx, run_id, principal())
+    return _as_it_is(run_id)
+
+
+@blueprint.operation("POST", "/<run:run_id>/resume", GOES_ON, problems=[409])
+def resume(run_id: UUID) -> Any:
+    """Let a paused run go on."""
+    with database().transaction() as tx:
+        plans = engine.resume_run(tx, run_id, principal())
+    return _goes_on(run_id, plans)
+
+
+@blueprint.operation(
+    "POST", "/<run:run_id>/retry", GOES_ON, body=RetryArguments, example=RETRY, problems=[409]
+)
+def retry(wanted: dict[str, Any], run_id: UUID) -> Any:
+    """Have what failed of a failed run tried again; what is finished stays as it is."""
+    with database().transaction() as tx:
+        plans = engine.retry_run(tx, run_id, wanted["parameters"], principal())
+    return _goes_on(run_id, plans)
+
+
+@blueprint.operation("POST", "/<run:run_id>/rerun", SUBMITTED)
+def rerun(run_id: UUID) -> Any:
+    """Submit another run of the same version, with the same input, labels and priority."""
+    with database().transaction() as tx:
+        plan = engine.rerun(tx, run_id, request_id=request_id(), by=principal())
+    return _submitted(plan)
+
+
+def _goes_on(run_id: UUID, plans: list[Plan]) -> Any:
+    for plan in plans:
+        dispatcher().publish(plan)
+    return _as_it_is(run_id)
+
+
+def _as_it_is(run_id: UUID) -> Any:
+    with database().autocommit() as tx:
         return queries.get_run(tx, run_id), 202

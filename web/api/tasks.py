@@ -4,14 +4,19 @@ from typing import Any
 from uuid import UUID
 
 from opscore import queries, reports
+from opscore.engine import decide_approval
 from opscore.reports import Reporter
+from web.auth import principal
 from web.current import database, dispatcher
 from web.openapi import PREFIX, Answers, Blueprint
-from web.schemas import Accepted, Attempt, Heartbeat, Proof, TaskDetail, TaskResult
+from web.schemas import Accepted, Attempt, Comment, Heartbeat, Proof, TaskDetail, TaskResult
 
 blueprint = Blueprint(
     "tasks", __name__, url_prefix=f"{PREFIX}/tasks", description="Units of work of a run."
 )
+DECIDED = Answers(schema=TaskDetail, status=202, about="The run goes on with it.")
+NOT_ASKED = {409: "It is no approval, is not asked for yet, or is over."}
+COMMENT = {"comment": "Looks good."}
 ATTEMPT = "/<task:task_id>/attempts/<int(max=2147483647):number>"
 TOKEN = "0b4b5b4e-9a0c-4d27-9c53-1f0f3f6f6c11"
 RESULT = {"opscore_attempt_token": TOKEN, "status": "completed", "result": {"words": 120}}
@@ -33,6 +38,35 @@ def get_attempt(task_id: UUID, number: int) -> Any:
     """Get one attempt at a task: its log, its progress, its error with traceback."""
     with database().autocommit() as tx:
         return queries.get_attempt(tx, task_id, number)
+
+
+@blueprint.operation(
+    "POST",
+    "/<task:task_id>/approve",
+    DECIDED,
+    body=Comment,
+    example=COMMENT,
+    problems=NOT_ASKED,
+)
+def approve(wanted: dict[str, Any], task_id: UUID) -> Any:
+    """Say yes to an approval: the task completes."""
+    return _decide(task_id, True, wanted["comment"])
+
+
+@blueprint.operation(
+    "POST", "/<task:task_id>/reject", DECIDED, body=Comment, example=COMMENT, problems=NOT_ASKED
+)
+def reject(wanted: dict[str, Any], task_id: UUID) -> Any:
+    """Say no to an approval: the task fails as `rejected`, and its `onFailure` decides."""
+    return _decide(task_id, False, wanted["comment"])
+
+
+def _decide(task_id: UUID, approved: bool, comment: str | None) -> Any:
+    with database().transaction() as tx:
+        woken = decide_approval(tx, task_id, approved=approved, comment=comment, by=principal())
+    dispatcher().wake(woken)
+    with database().autocommit() as tx:
+        return queries.get_task(tx, task_id), 202
 
 
 @blueprint.operation(

@@ -1,0 +1,343 @@
+"""What operators and clocks do with a run: pause and resume it, have what failed tried again, begin
+it when it is due, end it at its deadline."""
+
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import select
+
+from opscore.db import Prepared, Tx
+from opscore.engine.clauses import DUE, HELD, RUN_ALIVE, still
+from opscore.engine.outcomes import close_tasks, lock_run
+from opscore.engine.runs import Plan, Submission, open_run, plan_run, submit_run
+from opscore.errors import InvalidRequest, RunEnding, RunNotFailed, RunNotFound, RunNotPaused
+from opscore.models import RUN_STATUS, Run, listed
+from opscore.slots import ITEMS
+from opscore.states import RUN_ENDED, RunStatus
+from opscore.workflows import find_workflow
+
+# --- Pausing -------------------------------------------------------------------------------------
+
+_PAUSE = Prepared(
+    f"""
+WITH paused AS (
+    UPDATE runs r SET status = 'paused'
+    WHERE r.id = :run_id AND r.status IN ('queued', 'running') AND {RUN_ALIVE}
+    RETURNING r.id
+), told AS (
+    INSERT INTO events (run_id, type, data)
+    SELECT id, 'run.paused', jsonb_strip_nulls(jsonb_build_object('by', cast(:by AS text)))
+    FROM paused
+)
+SELECT id FROM paused
+"""
+)
+_HELD_UP = """t.status = 'pending' OR t.status = 'waiting'
+    AND t.reason IN ('agent_busy', 'agent_unavailable', 'dependencies', 'retry')"""
+_HOLD_UP = Prepared(
+    f"""
+UPDATE tasks t
+SET status = 'waiting', reason = 'paused', waits = 0, waiting_since = NULL, woken_at = NULL,
+    wake_at = NULL, kept_until = NULL,
+    not_before = CASE WHEN t.reason = 'retry' THEN t.wake_at ELSE t.not_before END
+WHERE t.id IN (SELECT t.id FROM tasks t WHERE t.run_id = :run_id AND ({_HELD_UP})
+               ORDER BY t.id FOR NO KEY UPDATE)
+  AND (coalesce(t.status) = 'pending' OR {still("waiting")}
+       AND t.reason IN ('agent_busy', 'agent_unavailable', 'dependencies', 'retry'))
+RETURNING t.id
+"""
+)
+_STRAYS = Prepared(
+    f"""
+SELECT r.id FROM runs r
+WHERE {RUN_STATUS} = 'paused' AND EXISTS (
+    SELECT FROM tasks t WHERE t.run_id = r.id AND ({_HELD_UP}) OFFSET 0)
+LIMIT :limit
+"""
+)
+_CHILDREN = Prepared(
+    f"""
+SELECT c.id FROM tasks t JOIN runs c ON c.parent_task_id = t.id
+WHERE t.run_id = :run_id AND t.child_run_id IS NOT NULL
+  AND c.status NOT IN {listed(RUN_ENDED)} AND (c.status = 'paused') = :paused
+  AND c.cancel_requested_at IS NULL AND c.error IS NULL
+FOR NO KEY UPDATE OF c
+"""
+)
+
+
+def pause_run(tx: Tx, run_id: UUID, by: str | None = None) -> None:
+    """Start nothing more of a run, nor of its sub-workflows, until it is resumed.
+
+    What runs goes on and ends. Pausing twice changes nothing.
+
+    Raises:
+        RunNotFound
+        RunFinished: it is over already.
+        RunEnding: it was cancelled, or it failed and waits for what still runs.
+    """
+    row = open_run(tx, run_id)
+    if row.status == RunStatus.PAUSED:
+        return
+    if _PAUSE(tx, {"run_id": run_id, "by": by}).first() is None:
+        raise RunEnding
+    # Repeated for those that a `forEach` wrote, or released, at this moment.
+    while _HOLD_UP(tx, {"run_id": run_id}):
+        pass
+    for child in _CHILDREN(tx, {"run_id": run_id, "paused": False}).scalars():
+        pause_run(tx, child, "parent")
+
+
+def hold_up_strays(tx: Tx, limit: int) -> None:
+    """Hold up what came to wait after its run was paused, such as an attempt that failed."""
+    for run_id in _STRAYS(tx, {"limit": limit}).scalars():
+        _HOLD_UP(tx, {"run_id": run_id})
+
+
+_RESUME = Prepared(
+    f"""
+WITH resumed AS (
+    UPDATE runs r
+    SET status = CASE WHEN r.started_at IS NULL THEN 'queued' ELSE 'running' END,
+        generation = r.generation + 1, generation_at = now()
+    WHERE r.id = :run_id AND r.status = 'paused' AND {RUN_ALIVE}
+    RETURNING r.id, r.generation, r.reason, r.workflow_id
+), told AS (
+    INSERT INTO events (run_id, type, data)
+    SELECT id, 'run.resumed', jsonb_strip_nulls(jsonb_build_object(
+        'by', cast(:by AS text), 'generation', generation))
+    FROM resumed
+)
+SELECT reason, workflow_id FROM resumed
+"""
+)
+_LET_GO_ON = Prepared(
+    f"""
+UPDATE tasks t
+SET status = CASE WHEN t.not_before > now() THEN 'waiting' ELSE 'pending' END,
+    reason = CASE WHEN t.not_before > now() THEN 'retry' END,
+    wake_at = CASE WHEN t.not_before > now() THEN t.not_before END,
+    not_before = NULL
+WHERE t.run_id = :run_id AND {still("waiting")} AND t.reason = 'paused'
+"""
+)
+
+
+def resume_run(tx: Tx, run_id: UUID, by: str | None = None) -> list[Plan]:
+    """Let a paused run go on, and its sub-workflows; publish the plans after the commit.
+
+    Raises:
+        RunNotFound
+        RunFinished: it is over already.
+        RunNotPaused
+    """
+    open_run(tx, run_id)
+    row = _RESUME(tx, {"run_id": run_id, "by": by}).first()
+    if row is None:
+        raise RunNotPaused
+    _LET_GO_ON(tx, {"run_id": run_id})
+    plans = _published(tx, run_id, row)
+    for child in _CHILDREN(tx, {"run_id": run_id, "paused": True}).scalars():
+        plans += resume_run(tx, child, "parent")
+    return plans
+
+
+def _published(tx: Tx, run_id: UUID, row: Any) -> list[Plan]:
+    """Return what is to be published of a run that goes on: all of it, or whoever's turn it is."""
+    if row.reason is not None:
+        return [Plan(run_id, 0, None, (), limited=row.workflow_id, is_due=row.reason != DUE)]
+    plan = plan_run(tx, run_id)
+    return [] if plan is None else [plan]
+
+
+# --- Trying again --------------------------------------------------------------------------------
+
+_RETRY_RUN = Prepared(
+    f"""
+WITH reopened AS (
+    UPDATE runs r
+    SET status = 'queued', error = NULL, output = NULL, started_at = NULL, finished_at = NULL,
+        generation = r.generation + 1, generation_at = now(),
+        deadline_at = now() + (r.deadline_at - coalesce(r.start_at, r.created_at)), start_at = NULL,
+        reason = CASE WHEN r.max_concurrent IS NOT NULL THEN '{HELD}' END
+    WHERE r.id = :run_id AND r.status = 'failed'
+    RETURNING r.id, r.generation, r.reason, r.workflow_id
+), told AS (
+    INSERT INTO events (run_id, type, data)
+    SELECT id, 'run.retried', jsonb_strip_nulls(jsonb_build_object(
+        'by', cast(:by AS text), 'generation', generation,
+        'parameters', nullif(cast(:overrides AS jsonb), '{{}}')))
+    FROM reopened
+)
+SELECT reason, workflow_id FROM reopened
+""",
+    json=("overrides",),
+)
+_AGAIN = """t.run_id = :run_id AND (t.status = 'cancelled' OR t.status = 'failed' AND (
+    NOT t.goes_on OR EXISTS (SELECT FROM tasks p WHERE p.id = t.parent_id
+                             AND p.status IN ('failed', 'cancelled'))))"""
+_FAILED_CHILDREN = Prepared(
+    f"""
+SELECT c.id FROM tasks t JOIN runs c ON c.id = t.child_run_id
+WHERE {_AGAIN} AND c.status = 'failed'
+FOR NO KEY UPDATE OF c
+"""
+)
+_REOPEN = Prepared(
+    f"""
+WITH again AS MATERIALIZED (
+    SELECT t.id, t.kind, t.items, t.parent_id, t.max_parallel,
+           t.child_run_id = ANY (cast(:children AS uuid[])) AS has_child,
+           row_number() OVER (PARTITION BY t.parent_id ORDER BY t.index) AS place,
+           (SELECT p.max_parallel FROM tasks p WHERE p.id = t.parent_id) AS most
+    FROM tasks t WHERE {_AGAIN}
+), places AS (
+    INSERT INTO slots (pool, number, holder)
+    SELECT '{ITEMS}' || parent_id, place, id FROM again WHERE place <= most
+)
+UPDATE tasks t
+SET status = CASE WHEN waits_for IS NULL THEN 'pending' ELSE 'waiting' END, reason = waits_for,
+    error = NULL, output = NULL, finished_at = NULL, ends_run = false, tries = 0, lost = 0,
+    waits = 0, waiting_since = NULL, wake_at = NULL, woken_at = NULL, kept_until = NULL,
+    not_before = NULL, message = NULL, decision = NULL,
+    items = CASE WHEN waits_for = 'children' THEN t.items END,
+    child_run_id = CASE WHEN waits_for = 'children' THEN t.child_run_id END,
+    overrides = coalesce(t.overrides, '{{}}')
+        || coalesce(cast(:overrides AS jsonb) -> t.definition_id, '{{}}')
+FROM again CROSS JOIN LATERAL (SELECT CASE
+    WHEN again.kind = 'for_each' AND again.items IS NOT NULL THEN 'children'
+    WHEN again.has_child THEN 'children'
+    WHEN again.place > again.most THEN 'max_parallel' END AS waits_for) AS next
+WHERE t.id = again.id
+""",
+    json=("overrides",),
+)
+
+
+def retry_run(
+    tx: Tx,
+    run_id: UUID,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    by: str | None = None,
+) -> list[Plan]:
+    """Have what failed of a failed run tried again, and what was cancelled for it.
+
+    Finished tasks keep their outputs. `overrides` (definition id -> parameters) are merged over the
+    parameters of tasks that are tried again. The run of a sub-workflow that failed is itself tried
+    again. Publish the plans after the commit.
+
+    Raises:
+        RunNotFound
+        RunNotFailed
+        InvalidRequest: `overrides` names a task that is not tried again.
+    """
+    status = tx.execute(
+        select(Run.status).where(Run.id == run_id).with_for_update(key_share=True)
+    ).scalar()
+    if status is None:
+        raise RunNotFound(run_id=run_id)
+    if status != RunStatus.FAILED:
+        raise RunNotFailed(status=status)
+    _check_overrides(tx, run_id, overrides or {})
+    children = list(_FAILED_CHILDREN(tx, {"run_id": run_id}).scalars())
+    plans = [plan for child in children for plan in retry_run(tx, child, by="parent")]
+    given = {"run_id": run_id, "overrides": dict(overrides or {})}
+    _REOPEN(tx, given | {"children": children})
+    return _published(tx, run_id, _RETRY_RUN(tx, given | {"by": by}).first()) + plans
+
+
+def _check_overrides(tx: Tx, run_id: UUID, overrides: Mapping[str, Mapping[str, Any]]) -> None:
+    if not overrides:
+        return
+    tried = _TRIED(tx, {"run_id": run_id}).scalars()
+    sentence = f"Only what is tried again can get other parameters: {', '.join(sorted(tried))}."
+    if faults := {f"/parameters/{name}": [sentence] for name in set(overrides) - set(tried)}:
+        raise InvalidRequest(faults)
+
+
+_TRIED = Prepared(
+    f"""
+SELECT DISTINCT t.definition_id FROM tasks t
+WHERE {_AGAIN} AND t.kind IN ('agent', 'workflow', 'for_each')
+"""
+)
+
+
+def rerun(tx: Tx, run_id: UUID, *, request_id: str | None = None, by: str | None = None) -> Plan:
+    """Submit another run of the same version with the same input, labels and priority.
+
+    Raises:
+        RunNotFound
+        AgentNotFound: the agent that it was triggered for is not registered any more.
+    """
+    run = tx.execute(select(Run).where(Run.id == run_id)).one_or_none()
+    if run is None:
+        raise RunNotFound(run_id=run_id)
+    stored = find_workflow(tx, run.workflow_id, run.version)
+    submission = Submission(
+        input=run.input,
+        agent_id=run.agent_id,
+        labels=run.labels,
+        priority=run.priority,
+        request_id=request_id,
+        by=by,
+        rerun_of=run_id,
+    )
+    return submit_run(tx, stored, submission)
+
+
+# --- Clocks --------------------------------------------------------------------------------------
+
+_BEGIN_DUE = Prepared(
+    f"""
+WITH due AS (
+    SELECT id FROM runs WHERE status = 'queued' AND reason = '{DUE}' AND start_at <= now()
+    ORDER BY start_at LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE runs r
+SET reason = CASE WHEN r.max_concurrent IS NOT NULL THEN '{HELD}' END, generation_at = now()
+FROM due WHERE r.id = due.id AND {still("queued", "r")} AND r.reason = '{DUE}'
+RETURNING r.id, r.reason, r.workflow_id
+"""
+)
+_OVERDUE = Prepared(
+    f"""
+SELECT r.id FROM runs r
+WHERE r.deadline_at < now() AND NOT r.status IN {listed(RUN_ENDED)} AND {RUN_ALIVE}
+ORDER BY r.deadline_at LIMIT :limit
+"""
+)
+_FAIL_OVERDUE = Prepared(
+    f"""
+UPDATE runs r SET error = jsonb_build_object(
+    'code', 'deadline_exceeded', 'message', 'The run was not over at its deadline.')
+WHERE r.id = :run_id AND r.deadline_at < now() AND {RUN_ALIVE}
+RETURNING r.id
+"""
+)
+
+
+def begin_due_runs(tx: Tx, limit: int) -> list[Plan]:
+    """Let runs begin whose `startAt` has come; publish the plans."""
+    plans = []
+    for row in _BEGIN_DUE(tx, {"limit": limit}):
+        plans += _published(tx, row.id, row)
+    return plans
+
+
+def overdue_runs(tx: Tx, limit: int) -> list[UUID]:
+    """Return the runs that are not over at their deadline."""
+    return _OVERDUE(tx, {"limit": limit}).scalars()
+
+
+def fail_overdue_run(tx: Tx, run_id: UUID) -> bool:
+    """Begin to fail a run that is not over at its deadline; what runs of it is told to stop.
+
+    Call `settle_run` after the commit.
+    """
+    lock_run(tx, run_id)
+    if _FAIL_OVERDUE(tx, {"run_id": run_id}).first() is None:
+        return False
+    close_tasks(tx, run_id, "deadline_exceeded")
+    return True

@@ -1,0 +1,228 @@
+"""What no agent does: branches, approvals, delays and sub-workflows.
+
+Each is claimed like any other task, says what it waits for, and waits without a worker; a visit
+wakes it when that has come, and finishes it.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import select
+from uuid6 import uuid7
+
+from opscore.db import Prepared, Tx
+from opscore.engine.claims import Claimed
+from opscore.engine.clauses import MINE, RUN_ALIVE, RUN_OPEN, WAITS, WAKE_AT, WOKEN, still
+from opscore.engine.outcomes import Finished, leave
+from opscore.engine.runs import Plan, Submission, submit_run
+from opscore.engine.waits import Woken, as_woken
+from opscore.errors import ApprovalRefused, OpsCoreError, TaskNotFound
+from opscore.models import Run, Task
+from opscore.states import Reason
+from opscore.workflows import StoredWorkflow
+
+# --- Branches ------------------------------------------------------------------------------------
+
+_UNDECIDED = f"t.id = :task_id AND t.undecided AND {WAITS}"
+_DECIDE = Prepared(f"UPDATE tasks t SET undecided = false WHERE {_UNDECIDED} RETURNING id")
+_SKIP = Prepared(
+    f"""
+WITH skipped AS (
+    UPDATE tasks t
+    SET status = 'skipped', reason = :reason, finished_at = now(), undecided = false,
+        wake_at = NULL, woken_at = NULL
+    FROM runs r WHERE {_UNDECIDED} AND r.id = t.run_id AND {RUN_OPEN}
+    RETURNING t.id, t.run_id, t.message, r.generation
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, id, 'task.skipped', jsonb_build_object('reason', cast(:reason AS text))
+    FROM skipped
+)
+SELECT message, generation FROM skipped
+"""
+)
+
+
+def decide_task(tx: Tx, task_id: UUID) -> None:
+    """Note that a task is to run: its `when` holds, or it has none."""
+    _DECIDE(tx, {"task_id": task_id})
+
+
+def skip_task(tx: Tx, task_id: UUID, reason: str) -> Finished | None:
+    """Skip a task; None if it moved, or its run takes no tasks now."""
+    row = _SKIP(tx, {"task_id": task_id, "reason": reason}).first()
+    return None if row is None else Finished(row.generation, message=row.message)
+
+
+# --- Waiting -------------------------------------------------------------------------------------
+
+_BEGIN_WAIT = Prepared(
+    leave(
+        """status = 'waiting', reason = :reason, items = 0, woken_at = NULL,
+        message = coalesce(t.message, :message),
+        wake_at = coalesce(:until, now() + make_interval(secs => :seconds))""",
+        f"{MINE} AND NOT t.ends_run",
+        "status = 'cancelled'",
+        f"""'task.waiting', jsonb_build_object(
+            'reason', cast(:reason AS text), 'wakeAt', {WAKE_AT})""",
+        freed="",
+    ),
+    json=("message",),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """What a task waits for, until a moment or for so many seconds; neither: without limit."""
+
+    reason: Reason
+    seconds: float | None = None
+    until: datetime | None = None
+
+
+def begin_wait(tx: Tx, claimed: Claimed, wait: Wait, message: dict[str, Any]) -> bool:
+    """Let a claimed task wait, with its visit saved; False if the attempt is over or its run ends.
+
+    When the time is over it is claimed once more, as `expanded`.
+    """
+    parameters = {
+        "task_id": claimed.task_id,
+        "attempt": claimed.attempt,
+        "reason": str(wait.reason),
+        "seconds": wait.seconds,
+        "until": wait.until,
+        "message": message,
+    }
+    return _BEGIN_WAIT(tx, parameters).first() is not None
+
+
+# --- Approvals -----------------------------------------------------------------------------------
+
+_APPROVE = Prepared(
+    f"""
+WITH decided AS (
+    UPDATE tasks t SET decision = :decision, woken_at = now(), wake_at = NULL
+    FROM runs r
+    WHERE t.id = :task_id AND {still("waiting")} AND t.reason = 'approval' AND t.decision IS NULL
+      AND (t.wake_at IS NULL OR t.wake_at > now()) AND r.id = t.run_id AND {RUN_ALIVE}
+    RETURNING {WOKEN}
+), told AS (
+    INSERT INTO events (run_id, task_id, type, data)
+    SELECT run_id, task_id, :type, jsonb_strip_nulls(jsonb_build_object(
+        'by', cast(:decision AS jsonb) -> 'principal',
+        'comment', cast(:decision AS jsonb) -> 'comment'))
+    FROM decided
+)
+SELECT * FROM decided
+""",
+    json=("decision",),
+)
+
+
+def decide_approval(
+    tx: Tx, task_id: UUID, *, approved: bool, comment: str | None, by: str
+) -> list[Woken]:
+    """Record what somebody says of an approval; its visit, to be sent after the commit, ends it.
+
+    Raises:
+        TaskNotFound
+        ApprovalRefused: it is no approval, is not asked for yet, or is decided.
+    """
+    decision = {"approved": approved, "comment": comment, "principal": by}
+    type = "task.approved" if approved else "task.rejected"
+    woken = as_woken(_APPROVE(tx, {"task_id": task_id, "decision": decision, "type": type}))
+    if not woken:
+        raise _why_refused(tx, task_id)
+    return woken
+
+
+def _why_refused(tx: Tx, task_id: UUID) -> OpsCoreError:
+    query = (
+        select(Task.kind, Task.status, Task.reason, Task.decision, Run.status.label("run_status"))
+        .join(Run, Run.id == Task.run_id)
+        .where(Task.id == task_id, Task.kind != "end")
+    )
+    row = tx.execute(query).one_or_none()
+    if row is None:
+        return TaskNotFound(task_id=task_id)
+    if row.kind != "approval":
+        return ApprovalRefused("The task is no approval.")
+    if row.decision is not None:
+        said = "approved" if row.decision["approved"] else "rejected"
+        return ApprovalRefused(f"It was {said} already, by {row.decision['principal']}.")
+    if row.status in ("pending", "waiting") and row.reason != Reason.APPROVAL:
+        return ApprovalRefused("It is not asked for yet: what it depends on is not over.")
+    return ApprovalRefused(f"It is over: its status is {row.status}, its run's {row.run_status}.")
+
+
+# --- Sub-workflows -------------------------------------------------------------------------------
+
+MAX_DEPTH = 8
+"""Runs that may stand below each other, the first included."""
+_BEGIN_CHILD = Prepared(
+    leave(
+        """status = 'waiting', reason = 'children', items = 0, woken_at = NULL, wake_at = NULL,
+        message = coalesce(t.message, :message), child_run_id = :run_id""",
+        f"{MINE} AND NOT t.ends_run",
+        "status = 'cancelled'",
+        """'task.waiting', jsonb_build_object(
+            'reason', 'children', 'childRunId', cast(:run_id AS text))""",
+        freed="",
+    ),
+    json=("message",),
+)
+_ANCESTORS = Prepared(
+    """
+WITH RECURSIVE line AS (
+    SELECT id, workflow_id, depth, parent_task_id, priority, labels, request_id FROM runs
+    WHERE id = :run_id
+    UNION ALL
+    SELECT r.id, r.workflow_id, r.depth, r.parent_task_id, r.priority, r.labels, r.request_id
+    FROM line JOIN tasks t ON t.id = line.parent_task_id JOIN runs r ON r.id = t.run_id
+)
+SELECT * FROM line ORDER BY depth DESC
+"""
+)
+
+
+class CannotNest(OpsCoreError):
+    """The workflow {workflow_id!r} cannot run below itself, nor {most} runs below each other."""
+
+    code = "cannot_nest"
+
+
+def begin_child(
+    tx: Tx,
+    claimed: Claimed,
+    stored: StoredWorkflow,
+    input: Any,
+    message: dict[str, Any],
+    deadline_seconds: float | None,
+) -> Plan | None:
+    """Start the run of a sub-workflow and let its task wait for it, all in this transaction.
+
+    None if the attempt is over or its run ends. Publish the plan after the commit.
+
+    Raises:
+        CannotNest
+        InvalidInput, InvalidRequest: the run cannot be submitted; as for `submit_run`.
+    """
+    above = list(_ANCESTORS(tx, {"run_id": claimed.run_id}))
+    if len(above) >= MAX_DEPTH or stored.workflow_id in {run.workflow_id for run in above}:
+        raise CannotNest(workflow_id=stored.workflow_id, most=MAX_DEPTH + 1)
+    submission = Submission(
+        input=input,
+        labels=above[0].labels,
+        priority=above[0].priority,
+        request_id=above[0].request_id,
+        deadline_seconds=deadline_seconds,
+        parent_task_id=claimed.task_id,
+        depth=len(above),
+    )
+    run_id = uuid7()
+    mine = {"task_id": claimed.task_id, "attempt": claimed.attempt}
+    if _BEGIN_CHILD(tx, mine | {"run_id": run_id, "message": message}).first() is None:
+        return None
+    return submit_run(tx, stored, submission, run_id)
