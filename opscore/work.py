@@ -156,14 +156,12 @@ def accident(error: Exception) -> Failure:
 def _run_output(claimed: Claimed, definition: Definition, output: Any) -> Any:
     """Make the run's output: of its expression, else of the outputs of the last tasks."""
     tasks = dict(claimed.tasks or {})
-    if claimed.kind == "end":
-        output = tasks[definition.leaves[0]]["output"]
-    else:
+    if claimed.kind != "end":
         done = {"output": output, "status": "completed", "error": None}
         tasks[claimed.definition_id] = done
     if definition.output is None:
         if len(definition.leaves) == 1:
-            return output
+            return tasks[definition.leaves[0]]["output"]
         return {leaf: tasks[leaf]["output"] for leaf in definition.leaves}
     rendered = definition.output.render(_scope(claimed) | {"tasks": tasks})
     _check(rendered, "The run's output")

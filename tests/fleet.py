@@ -53,6 +53,18 @@ def fails_until(parameters: Parameters, context: Context) -> Any:
     return context.attempt
 
 
+@agent("fails-if")
+def fails_if(parameters: Parameters, context: Context) -> Any:
+    if parameters["fails"]:
+        raise ValueError("it was told to")
+    return parameters["value"]
+
+
+@agent("broken")
+def broken(parameters: Parameters, context: Context) -> Any:
+    raise ValueError("it always does")
+
+
 @agent("asks-later")
 def asks_later(parameters: Parameters, context: Context) -> Any:
     if context.attempt == 1:

@@ -234,7 +234,7 @@ _SETTLED = f""", settled AS (
     SET status = CASE WHEN cast(:run_error AS jsonb) IS NULL THEN 'completed' ELSE 'failed' END,
         output = :run_output, error = :run_error, finished_at = now()
     FROM gone
-    WHERE r.id = gone.run_id AND {{ends}} AND coalesce(r.status) IN ('running', 'paused')
+    WHERE r.id = gone.run_id AND coalesce(r.status) IN ('running', 'paused')
       AND {RUN_ALIVE}
     RETURNING r.id, r.status
 )"""
@@ -250,7 +250,7 @@ def _last(leaving: Mapping[str, str]) -> Prepared:
     ending = {
         "before": run + leaving.get("before", ""),
         "source": "FROM run",
-        "after": _SETTLED.format(ends="true"),
+        "after": _SETTLED,
         "then_told": _RUN_ENDED + " " + leaving.get("then_told", ""),
     }
     return Prepared(
@@ -546,17 +546,11 @@ _END_TASK = Prepared(
         error = :error""",
         f"'task.' || status, jsonb_build_object('attempt', attempt, 'error', {_BRIEF})",
         source="FROM runs r",
-        after=_SETTLED.format(ends="gone.status = 'failed' AND gone.goes_on AND gone.is_sink"),
-        then_told=_RUN_ENDED,
-        answer=f"""gone.*, r.generation, {RUN_ALIVE} AS run_alive, {_CONCERNS}
+        answer=f"""gone.*, r.generation, {RUN_ALIVE} AS run_alive
         FROM gone JOIN runs r ON r.id = gone.run_id""",
         freed=_freed(f"{_LET_GO}, {_RESTED}"),
     ),
-    json_or_null=(
-        "error",
-        "run_output",
-        "run_error",
-    ),
+    json_or_null=("error",),
 )
 
 
@@ -570,8 +564,7 @@ def end_task(
 ) -> Finished | None:
     """Fail a task for good and, unless it goes on, begin to fail its run.
 
-    Without an error the task is given up with a run that is ending already. A sink that goes on
-    completes the run, which then has no output.
+    Without an error the task is given up with a run that is ending already.
     """
     lock_run(tx, run_id)
     row = _END_TASK(
@@ -581,8 +574,6 @@ def end_task(
             "error": error,
             "attempt": attempt,
             "rests": error is not None and error["code"] in _AGENT_IS_AWAY,
-            "run_output": None,
-            "run_error": None,
         },
     ).first()
     if row is None:
@@ -590,14 +581,7 @@ def end_task(
     failed_run = row.status == "failed" and not (row.goes_on and _is_tolerated(tx, row))
     if failed_run and row.run_alive and error is not None:
         _fail_run(tx, row, error)
-    return Finished(
-        row.generation,
-        row.ends_run or failed_run,
-        failed_run,
-        row.message,
-        row.frees,
-        row.parent_task_id,
-    )
+    return Finished(row.generation, row.ends_run or failed_run, failed_run, row.message)
 
 
 _EXCEEDED = Prepared(

@@ -246,10 +246,11 @@ def _check_agents(tx: Tx, definition: Definition, agent_id: str | None) -> None:
 def _task_rows(definition: Definition, agent_id: str | None) -> list[dict[str, Any]]:
     """Return the rows of a run's tasks; with several leaves an implicit end joins them.
 
-    So it does if the only leaf may be skipped: the run's last task always does something.
+    So it does if the only leaf may be skipped, or fail and the run go on: whatever becomes of the
+    tasks, the run's last one completes.
     """
     specs = list(definition.tasks)
-    if len(definition.leaves) > 1 or definition.task(definition.leaves[0]).may_be_skipped:
+    if len(definition.leaves) > 1 or _may_leave_nothing(definition.task(definition.leaves[0])):
         nothing = Template.compile({}, "", Faults())
         specs.append(TaskSpec(END, None, None, None, nothing, definition.leaves, type="end"))
     ids = {spec.id: uuid7() for spec in specs}
@@ -268,6 +269,10 @@ def _task_rows(definition: Definition, agent_id: str | None) -> list[dict[str, A
                 {*row["reads"], *output_reads(definition)} - {row["definition_id"]}
             )
     return rows
+
+
+def _may_leave_nothing(leaf: TaskSpec) -> bool:
+    return leaf.may_be_skipped or leaf.on_failure == "continue"
 
 
 def output_reads(definition: Definition) -> frozenset[str]:
