@@ -99,6 +99,7 @@ class Job:
     order: Order
     asked: int = 0
     is_working: bool = False
+    is_wanted: bool = True
     result: Json | None = None
 
 
@@ -145,6 +146,13 @@ class Agent:
             job.order, job.asked = order, job.asked + 1
         return self.answer(job)
 
+    def drop(self, body: Json) -> Answer:
+        """Stop what nobody wants any more; any answer will do."""
+        job = self.jobs.get(body["opscore_task_id"])
+        if job is not None and job.order.token == body["opscore_attempt_token"]:
+            job.is_wanted = False
+        return Answer(200, {"status": "cancelled"})
+
     def answer(self, job: Job) -> Answer | None:
         """Answer the job's newest order; None cuts the connection."""
         if self.seconds and job.result is None:
@@ -187,15 +195,16 @@ class Agent:
     def _toil(self, job: Job) -> bool:
         """Let the time pass; tell whether the work is still wanted then."""
         end = time.monotonic() + self.seconds
+        step = self.heartbeat_seconds or PAUSE_SECONDS
         while (left := end - time.monotonic()) > 0:
-            if self.fleet.stopping.wait(min(left, self.heartbeat_seconds or left)):
+            if self.fleet.stopping.wait(min(left, step)) or not job.is_wanted:
                 return False
             if self.heartbeat_seconds:
                 path = f"/tasks/{job.order.key}/heartbeat"
                 status, said = self.fleet.call("POST", path, self.proof(job.order))
                 if status == 409 or said.get("cancelled"):
                     return False
-        return time.time() < job.order.deadline
+        return job.is_wanted and time.time() < job.order.deadline
 
     def _report(self, state: str) -> None:
         if self.reports:
@@ -432,6 +441,9 @@ class Fleet:
         if not is_genuine(self._secret, headers, body):
             self.refused.append(path)
             return Answer(401, {"error": "not signed by opscore"})
+        message = json.loads(body)
+        if message["messageType"] == "workflow_cancel":
+            return agent.drop(message)
         return agent.ask(Order.read(headers, body))
 
 

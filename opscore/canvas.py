@@ -8,12 +8,15 @@ from uuid import UUID
 
 from celery import Celery, Signature, chain, group
 
-from opscore.config import AGENTS_QUEUE
+from opscore.config import AGENTS_QUEUE, IO_QUEUE
 from opscore.graph import Block, Canvas, Node, Parallel, Series, is_nested, parts_of
 
 RUN_TASK = "opscore.run_task"
+RECALL = "opscore.recall"
 HARD_LIMIT_GRACE_SECONDS = 30
 """After its timeout and this, a pool child that cannot be interrupted is killed."""
+RECALL_SECONDS = 30
+"""Then there is another message."""
 WAKES_HEADER = "opscore_wakes"
 LANE_HEADER = "opscore_lane"
 REQUEST_HEADER = "opscore_request_id"
@@ -39,6 +42,13 @@ def visit(
         queue=queue,
         time_limit=timeout_seconds + HARD_LIMIT_GRACE_SECONDS,
         headers={WAKES_HEADER: wakes, LANE_HEADER: lane, REQUEST_HEADER: request_id},
+    )
+
+
+def recall(app: Celery, task_id: UUID, attempt: int) -> Signature:
+    """Return the message that says: tell the agent that nobody wants this attempt any more."""
+    return app.signature(
+        RECALL, args=(str(task_id), attempt), immutable=True, queue=IO_QUEUE, expires=RECALL_SECONDS
     )
 
 

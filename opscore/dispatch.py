@@ -160,6 +160,12 @@ class Dispatcher:
                 engine.withdraw(tx, task_id, run_id, attempt)
             log.info("attempt.withdrawn", task_id=str(task_id), attempt=attempt)
 
+    def recall(self, limit: int) -> None:
+        """Have agents told of the attempts that nobody wants any more."""
+        with self.database.autocommit() as tx:
+            due = engine.due_recalls(tx, limit)
+        self.send([canvas.recall(self.app, task_id, attempt) for task_id, attempt in due])
+
     def follow(
         self,
         finished: Finished,

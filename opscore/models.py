@@ -501,6 +501,8 @@ class Attempt(Base):
     """What its agent showed when it reported the result."""
     report: Mapped[str | None]
     """SHA-256 of that result: the same again gets the same answer."""
+    recall_at: Mapped[datetime | None]
+    """When its agent is to be told (again) that nobody wants it any more."""
     started_at: Mapped[datetime] = mapped_column(server_default=func.now())
     finished_at: Mapped[datetime | None]
 
@@ -510,6 +512,9 @@ class Attempt(Base):
         "number": "number >= 1",
         "progress": "progress BETWEEN 0 AND 1",
     }
+    __table_args__ = (
+        Index("ix_attempts_recalls", "recall_at", postgresql_where=text("recall_at IS NOT NULL")),
+    )
 
 
 class AttemptLog(Base):

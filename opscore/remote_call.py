@@ -108,7 +108,7 @@ class Caller:
 def _body(order: Order) -> bytes:
     message = {
         "senderId": "opscore",
-        "messageType": "workflow_task",
+        "messageType": "workflow_cancel" if order.recalls else "workflow_task",
         "payload": order.payload,
         "task_name": order.task_name,
         "opscore_session_id": order.run_id,
@@ -132,7 +132,8 @@ def _headers(order: Order) -> dict[str, str]:
         "Accept-Encoding": "identity",
         "Connection": "close",
         "User-Agent": "opscore",
-        "Idempotency-Key": order.task_id,
+        # One for all attempts at the task; taking one back is another matter.
+        "Idempotency-Key": order.task_id + (f".cancel.{order.attempt}" if order.recalls else ""),
         "X-OpsCore-Attempt": str(order.attempt),
     }
     return headers | ({"X-Request-ID": order.request_id} if order.request_id else {})

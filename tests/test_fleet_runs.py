@@ -12,7 +12,8 @@ from redis import Redis
 from stack import API_KEY, Servers, Stack, running_stack, wait_until
 from werkzeug.serving import make_server
 
-from examples.fleet import Fleet
+from examples.fleet import Fleet, Slow
+from opscore import engine
 from opscore.config import SERVED_FIRST
 from opscore.dispatch import QUEUES
 from web.app import create_app
@@ -183,6 +184,43 @@ def test_a_worker_that_dies_costs_an_accepted_task_nothing(
     assert (row.attempt, row.lost) == (1, 0)
 
 
+def test_an_agent_is_told_that_nobody_wants_what_it_accepted(stack: Stack, fleet: Fleet) -> None:
+    agent = join(fleet, "recalled", "slow", seconds=60)
+    run_id = stack.submit(each(1, agentId="recalled"))
+    (key,) = wait_until(lambda: list(agent.jobs))
+    wait_until(lambda: [t.reason for t in stack.tasks(run_id)], says=lambda all: "remote" in all)
+    with stack.database.transaction() as tx:
+        engine.cancel_run(tx, run_id)
+    stack.dispatcher.follow_end(run_id)
+    assert stack.run(run_id).status == "cancelled"
+    wait_until(lambda: agent.jobs[key].is_wanted, says=lambda wanted: not wanted)
+    attempt = "SELECT recall_at, status FROM attempts WHERE task_id = :id"
+    (told,) = wait_until(
+        lambda: stack.rows(attempt, id=key), says=lambda rows: rows[0].recall_at is None
+    )
+    assert told.status == "cancelled" and fleet.refused == [], "it was signed"
+    wait_until(lambda: agent.jobs[key].is_working, says=lambda working: not working)
+    assert fleet.effects[key] == 0 and len(agent.orders) == 1
+
+
+def test_an_agent_that_accepts_what_nobody_wants_is_told_so(stack: Stack, fleet: Fleet) -> None:
+    class Thoughtful(Slow):
+        def answer(self, job: Any) -> Any:
+            gate.wait(20)
+            return super().answer(job)
+
+    gate = threading.Event()
+    agent = fleet.add("thoughtful", Thoughtful, seconds=60)
+    fleet.register(agent)
+    run_id = stack.submit(each(1, agentId="thoughtful"))
+    (key,) = wait_until(lambda: list(agent.jobs))
+    with stack.database.transaction() as tx:
+        engine.cancel_run(tx, run_id)
+    gate.set()
+    assert stack.finished(run_id).status == "cancelled"
+    wait_until(lambda: agent.jobs[key].is_wanted, says=lambda wanted: not wanted)
+
+
 def test_who_waits_for_an_agent_costs_the_broker_and_the_workers_nothing(
     stack: Stack, fleet: Fleet
 ) -> None:
@@ -204,8 +242,6 @@ def test_who_waits_for_an_agent_costs_the_broker_and_the_workers_nothing(
     positions = {row.waiting_since for row in stack.tasks(run_id) if row.reason == "agent_busy"}
     assert None not in positions and agent.orders
     with stack.database.transaction() as tx:
-        from opscore import engine
-
         engine.cancel_run(tx, run_id)
         engine.settle_run(tx, run_id)
     assert stack.run(run_id).status == "cancelled"

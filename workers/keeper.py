@@ -67,6 +67,7 @@ class Round:
         if self.dispatcher.is_reachable():
             self.release()
             self.wake()
+            self.dispatcher.recall(LIMIT)
             if is_rescue:
                 self.rescue()
         self.count += 1

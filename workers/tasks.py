@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -27,7 +28,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from celeryconfig import app
 from opscore import agentkit, agents, engine, logs, remote, work
 from opscore.agentkit import Busy, Completed, Context, Failed
-from opscore.canvas import REQUEST_HEADER, RUN_TASK
+from opscore.canvas import RECALL, RECALL_SECONDS, REQUEST_HEADER, RUN_TASK
 from opscore.config import FIRST
 from opscore.db import Tx
 from opscore.definition import ForEach, TaskSpec
@@ -61,6 +62,42 @@ def run_task(self: "Task[Any, Any]", task_id: str, generation: int) -> None:
         raise Ignore
     if outcome is not None:
         raise outcome
+
+
+@app.task(name=RECALL)
+def recall(task_id: str, attempt: int) -> None:
+    """Tell an agent behind HTTP that nobody wants an attempt any more."""
+    one = UUID(task_id)
+    order = _insist(lambda tx: engine.recalled_attempt(tx, one, attempt))
+    if order is not None and process.settings.webhook_secret is not None:
+        answer = process.caller.call(_recalling(order))
+        log.info("attempt.recalled", task_id=task_id, attempt=attempt)
+        if isinstance(answer, Failed) and answer.code in NOT_THERE:
+            return
+    _insist(lambda tx: engine.note_recall(tx, one, attempt))
+
+
+NOT_THERE = ("agent_unreachable", "timeout")
+"""It is told again."""
+
+
+def _recalling(row: Any) -> remote.Order:
+    return remote.Order(
+        url=row.contact_endpoint,
+        payload=None,
+        task_name=row.definition_id,
+        run_id=str(row.run_id),
+        task_id=str(row.task_id),
+        token=str(row.claim_token),
+        attempt=row.attempt,
+        deadline=datetime.now(UTC) + timedelta(seconds=RECALL_SECONDS),
+        timeout_seconds=RECALL_SECONDS,
+        workflow_id=row.workflow_id,
+        version=row.version,
+        index=row.index,
+        request_id=row.request_id,
+        recalls=True,
+    )
 
 
 def _outcome(trip: Trip) -> Outcome:
@@ -301,6 +338,8 @@ def _await_report(trip: Trip, claimed: Claimed) -> None:
     recorded = _insist(lambda tx: engine.await_report(tx, claimed, message), whole=True)
     if isinstance(recorded, Parked):
         raise Retry(message=str(Reason.REMOTE))
+    if isinstance(recorded, Finished):
+        _insist(lambda tx: engine.recall(tx, claimed))
     _after(trip, claimed, recorded)
 
 

@@ -635,7 +635,7 @@ WITH closing AS (
       AND (t.status IN ('pending', 'waiting') OR t.status = 'running' AND NOT t.ends_run)
     RETURNING t.id, t.run_id, t.status, t.kind, t.agent_id, t.attempt
 ), closed AS (  -- what an agent behind HTTP has taken
-    UPDATE attempts a SET status = 'cancelled', finished_at = now() FROM closing
+    UPDATE attempts a SET status = 'cancelled', finished_at = now(), recall_at = now() FROM closing
     WHERE closing.status = 'cancelled' AND a.task_id = closing.id AND a.number = closing.attempt
       AND a.status = 'running'
 ), freed AS (

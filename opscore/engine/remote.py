@@ -183,3 +183,60 @@ def is_reported(tx: Tx, task_id: UUID, token: UUID | None, digest: str) -> bool:
     """Tell whether this very result ended an attempt at the task: that with `token`, if given."""
     given = {"task_id": task_id, "token": token, "digest": digest}
     return _REPORTED(tx, given).first() is not None
+
+
+# --- Recalling -----------------------------------------------------------------------------------
+
+RECALL_AGAIN_SECONDS = 30
+RECALLED_FOR_SECONDS = 600
+"""An agent that does not answer is told again and again for so long; its lease ran out long ago."""
+_RECALL = Prepared(
+    """
+UPDATE attempts SET recall_at = now()
+WHERE task_id = :task_id AND number = :attempt AND status = 'cancelled'
+"""
+)
+_DUE_RECALLS = Prepared(
+    f"""
+UPDATE attempts a
+SET recall_at = CASE WHEN a.finished_at > now() - make_interval(secs => {RECALLED_FOR_SECONDS})
+                     THEN now() + make_interval(secs => {RECALL_AGAIN_SECONDS}) END
+FROM (SELECT task_id, number FROM attempts WHERE recall_at <= now()
+      ORDER BY recall_at LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED) AS due
+WHERE a.task_id = due.task_id AND a.number = due.number
+RETURNING a.task_id, a.number
+"""
+)
+_RECALLED = Prepared(
+    """
+SELECT t.id AS task_id, t.run_id, t.definition_id, t.index, a.number AS attempt, t.claim_token,
+       t.reason, g.contact_endpoint, r.workflow_id, r.version, r.request_id
+FROM attempts a JOIN tasks t ON t.id = a.task_id AND t.attempt = a.number
+     JOIN runs r ON r.id = t.run_id JOIN agents g ON g.agent_id = a.agent_id
+WHERE a.task_id = :task_id AND a.number = :attempt AND a.recall_at IS NOT NULL
+  AND g.contact_endpoint IS NOT NULL AND g.deregistered_at IS NULL
+"""
+)
+_TOLD = Prepared(
+    "UPDATE attempts SET recall_at = NULL WHERE task_id = :task_id AND number = :attempt"
+)
+
+
+def recall(tx: Tx, claimed: Claimed) -> None:
+    """Have the agent told that nobody wants an attempt any more, if it was cancelled."""
+    _RECALL(tx, {"task_id": claimed.task_id, "attempt": claimed.attempt})
+
+
+def due_recalls(tx: Tx, limit: int) -> list[tuple[UUID, int]]:
+    """Return (task, attempt) of what agents are to be told now that nobody wants."""
+    return [(row.task_id, row.number) for row in _DUE_RECALLS(tx, {"limit": limit})]
+
+
+def recalled_attempt(tx: Tx, task_id: UUID, attempt: int) -> Any:
+    """Return what its agent knows a recalled attempt by; None if there is nobody to be told."""
+    return _RECALLED(tx, {"task_id": task_id, "attempt": attempt}).first()
+
+
+def note_recall(tx: Tx, task_id: UUID, attempt: int) -> None:
+    """Note that the agent knows, or that there is none."""
+    _TOLD(tx, {"task_id": task_id, "attempt": attempt})

@@ -38,10 +38,19 @@ def upgrade() -> None:
     for name in ("decision", "overrides"):
         op.add_column("tasks", sa.Column(name, JSON))
     op.add_column("tasks", sa.Column("child_run_id", sa.Uuid()))
+    op.add_column("attempts", sa.Column("recall_at", MOMENT))
+    op.create_index(
+        "ix_attempts_recalls",
+        "attempts",
+        ["recall_at"],
+        postgresql_where=sa.text("recall_at IS NOT NULL"),
+    )
     op.execute("UPDATE tasks SET item_kind = 'agent' WHERE kind = 'for_each'")
 
 
 def downgrade() -> None:
+    op.drop_index("ix_attempts_recalls", table_name="attempts")
+    op.drop_column("attempts", "recall_at")
     for name in (
         *("child_run_id", "overrides", "decision", "undecided", "tolerates", "item_kind"),
     ):
