@@ -68,6 +68,8 @@ class Parser(FlaskParser):
     DEFAULT_UNKNOWN_BY_LOCATION = {"json": None, "query": None}  # noqa: RUF012 - as in webargs
 
     def load_json(self, req: Request, schema: Schema) -> Any:
+        if getattr(schema, "MAY_BE_LEFT_OUT", False) and not raw_body():
+            return {}
         return read_json()
 
     def load_querystring(self, req: Request, schema: Schema) -> Any:

@@ -147,7 +147,8 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
             if query is not None:
                 declared = self.arguments(query, location="query")(declared)
             if body is not None:
-                declared = self.arguments(body, example=example)(declared)
+                required = not getattr(body, "MAY_BE_LEFT_OUT", False)
+                declared = self.arguments(body, example=example, required=required)(declared)
             if definition:
                 declared = self._reading_definition(declared, example)
             more = _security(key, signed)

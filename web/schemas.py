@@ -8,7 +8,7 @@ in UTC with `Z`, and come in with an offset or not at all.
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from marshmallow import (
     EXCLUDE,
@@ -56,6 +56,9 @@ class _Camel(Schema):
 
 class Arguments(_Camel):
     """Something a client sends."""
+
+    MAY_BE_LEFT_OUT: ClassVar[bool] = False
+    """As a body: none is an empty object then."""
 
     class Meta:
         unknown = RAISE
@@ -410,6 +413,8 @@ class RunArguments(Arguments):
 class RetryArguments(Arguments):
     """How what failed is to be tried again."""
 
+    MAY_BE_LEFT_OUT = True
+
     parameters = fields.Dict(
         keys=fields.String(),
         values=fields.Dict(keys=fields.String()),
@@ -670,6 +675,8 @@ class TaskResult(Proof):
 
 class Comment(Arguments):
     """Why something was decided so."""
+
+    MAY_BE_LEFT_OUT = True
 
     comment = fields.String(
         allow_none=True,
