@@ -5,9 +5,11 @@ lists are keyset pages, newest first unless said otherwise. Rows come back as ma
 are the API's names in snake_case. The implicit end of a run is never shown.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import groupby, takewhile
 from typing import Any
 from uuid import UUID
 
@@ -17,7 +19,6 @@ from sqlalchemy import (
     ColumnElement,
     Float,
     Select,
-    String,
     Text,
     any_,
     bindparam,
@@ -45,12 +46,12 @@ from opscore.models import (
     AgentReport,
     Attempt,
     AttemptLog,
-    Event,
     Lease,
     Run,
     Slot,
     Task,
     Workflow,
+    listed,
 )
 from opscore.states import RUN_ENDED, Reason, RunStatus, TaskStatus
 
@@ -64,6 +65,8 @@ LINE_SHOWN = 20
 """The first of its line that are shown with an agent."""
 PLACES_COUNTED = 10_000
 """Whoever stands further back in a line is not told his place: to count costs a look at each."""
+RUNS_NAMED = 3
+"""Runs named of those that an agent is busy with; of the others only how many."""
 
 Row = Mapping[str, Any]
 Statement = Select[*tuple[Any, ...]]
@@ -360,20 +363,34 @@ _ATTEMPT = (
 def _with_parts(
     tx: Tx, rows: Sequence[Row], *, attempts_shown: int | None = ATTEMPTS_SHOWN
 ) -> list[dict[str, Any]]:
-    """Add `attempts`, `items`, `waiting_for` and `queue` to rows of tasks, in three statements."""
+    """Add `attempts`, `items`, `queue` and `waiting_for` to rows of tasks, in four statements."""
     attempts = _attempts(tx, [row["task_id"] for row in rows], attempts_shown)
     items = _item_counts(tx, rows)
-    places = _places(tx, rows)
-    return [
+    in_line = [row for row in rows if _stands_in_line(row)]
+    places = _places(tx, in_line)
+    holding = _holding_runs(tx, in_line)
+    tasks = [
         {
             **row,
             "attempts": attempts.get(row["task_id"], []),
-            "items": (counts := items.get(row["task_id"])),
-            "waiting_for": describe_wait(row, counts),
+            "items": items.get(row["task_id"]),
             "queue": places.get(row["task_id"]),
+            "busy_with": holding.get(_line(row)),
         }
         for row in rows
     ]
+    return [{**task, "waiting_for": describe_wait(task)} for task in tasks]
+
+
+def _stands_in_line(task: Row) -> bool:
+    reasons = (Reason.AGENT_BUSY, Reason.AGENT_UNAVAILABLE)
+    return task["status"] == TaskStatus.WAITING and task["reason"] in reasons
+
+
+def _line(task: Row) -> tuple[str | None, str | None]:
+    """Return the agent, or the capability, in whose line a task stands."""
+    agent_id = task["line_agent_id"]
+    return agent_id, None if agent_id else task["agent_capability"]
 
 
 def _attempts(tx: Tx, tasks: Sequence[UUID], shown: int | None) -> dict[UUID, list[Row]]:
@@ -443,24 +460,55 @@ WITH shown AS MATERIALIZED (
     WHERE {is_open()}
     GROUP BY l.agent, l.capability
 )
-SELECT shown.id AS task_id, places.position, now() + make_interval(
-    secs => ceil(places.position / cast(paces.slots AS float)) * paces.seconds
-) AS estimated_start_at
-FROM shown LEFT JOIN places USING (id) LEFT JOIN paces USING (agent, capability)
+SELECT task_id, position, now() + make_interval(secs => seconds) AS estimated_start_at, seconds
+FROM (SELECT shown.id AS task_id, places.position,
+             ceil(places.position / cast(paces.slots AS float)) * paces.seconds AS seconds
+      FROM shown LEFT JOIN places USING (id) LEFT JOIN paces USING (agent, capability)) AS told
 """
 )
 
 
-def _places(tx: Tx, rows: Sequence[Row]) -> dict[UUID, Row]:
-    """Return the place in line, and when its turn may come, of those tasks that stand in one."""
-    reasons = (Reason.AGENT_BUSY, Reason.AGENT_UNAVAILABLE)
-    in_line = [
-        row["task_id"]
-        for row in rows
-        if row["status"] == TaskStatus.WAITING and row["reason"] in reasons
-    ]
-    found = tx.execute(_PLACES, {"tasks": in_line}) if in_line else ()
+def _places(tx: Tx, in_line: Sequence[Row]) -> dict[UUID, Row]:
+    """Return the places of tasks in line, and in how many `seconds` their turn may come."""
+    tasks = [row["task_id"] for row in in_line]
+    found = tx.execute(_PLACES, {"tasks": tasks}) if tasks else ()
     return {row.task_id: row._asdict() for row in found}
+
+
+_HOLDING_RUNS = text(
+    f"""
+WITH lines (agent, capability, agent_id) AS (
+    SELECT id, NULL, id FROM unnest(cast(:agents AS text[])) AS id
+    UNION ALL
+    SELECT NULL, offered.capability, a.agent_id
+    FROM unnest(cast(:capabilities AS text[])) AS offered (capability)
+         JOIN agents a ON offered.capability = ANY (a.capabilities)
+), holding AS (
+    SELECT l.agent, l.capability, t.run_id, min(s.held_at) AS since
+    FROM lines l JOIN slots s ON s.pool = l.agent_id JOIN tasks t ON t.id = s.holder
+    WHERE s.lease_expires_at > now()
+    GROUP BY l.agent, l.capability, t.run_id
+)
+SELECT agent, capability, count(*) AS number,
+       (array_agg(run_id ORDER BY since, run_id))[1:{RUNS_NAMED}] AS first
+FROM holding GROUP BY agent, capability
+"""
+)
+
+
+def _holding_runs(
+    tx: Tx, in_line: Sequence[Row]
+) -> dict[tuple[str | None, str | None], tuple[int, Sequence[UUID]]]:
+    """Return for each line how many runs hold slots of who serves it, and those that did first."""
+    lines = {_line(row) for row in in_line}
+    if not lines:
+        return {}
+    names = {
+        "agents": sorted(agent for agent, _ in lines if agent),
+        "capabilities": sorted(name for _, name in lines if name),
+    }
+    found = tx.execute(_HOLDING_RUNS, names)
+    return {(row.agent, row.capability): (row.number, row.first) for row in found}
 
 
 def _logs(tx: Tx, task_id: UUID, number: int) -> Sequence[Row]:
@@ -473,22 +521,53 @@ def _logs(tx: Tx, task_id: UUID, number: int) -> Sequence[Row]:
     return _rows(tx, statement)[::-1]
 
 
-def describe_wait(task: Row, items: Mapping[str, int] | None = None) -> str | None:
+def describe_wait(task: Row) -> str | None:
     """Say in plain words why a task does not run yet; None if nothing is known."""
     if names := task["open_dependencies"]:
         return f"{_named(names)} {'are' if len(names) > 1 else 'is'} not over"
     if task["status"] != TaskStatus.WAITING:
         return None
-    return _WAITS[Reason(task["reason"])](task, items or {})
+    return _WAITS[task["reason"]](task)
 
 
 def _busy(task: Row) -> str:
     line, wanted = task["line_agent_id"], task["wanted_agent_id"]
-    if line is not None and line != wanted:
-        return f"agent {line}, which it falls back on, is busy"
-    if wanted is not None:
-        return f"agent {wanted} is busy"
-    return f"every agent with capability {task['agent_capability']} is busy"
+    whom = f"agent {line or wanted}"
+    if line is None and wanted is None:
+        whom = f"an agent with capability {task['agent_capability']}"
+    elif line is not None and line != wanted:
+        whom += ", which it falls back on"
+    place = task["queue"] or {}
+    said = [_busy_with(task), *_ahead(place)]
+    known = place.get("seconds")
+    when = _again(task) if known is None else f", about {_duration(known)}"
+    return f"waiting for {whom}: {', '.join(said)}{when}"
+
+
+def _busy_with(task: Row) -> str:
+    if task["busy_with"] is None:
+        return "busy"
+    number, first = task["busy_with"]
+    runs = ["this run" if run == task["run_id"] else f"run {run}" for run in first]
+    more = f" and {number - len(runs)} more" if number > len(runs) else ""
+    return f"busy with {', '.join(runs)}{more}"
+
+
+def _ahead(place: Row) -> Iterable[str]:
+    if place:
+        position = place["position"]
+        if position is None:
+            yield f"more than {PLACES_COUNTED} ahead"
+        else:
+            yield f"{position - 1} ahead" if position > 1 else "next in line"
+
+
+def _duration(seconds: float) -> str:
+    """Say how long about: in the largest unit of which there are two."""
+    for unit, name in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{max(1, math.ceil(seconds))} s"
 
 
 def _unavailable(task: Row) -> str:
@@ -499,6 +578,14 @@ def _unavailable(task: Row) -> str:
     if others:
         return f"none of the agents {wanted}, {others} is available"
     return f"agent {wanted} is unavailable"
+
+
+def _children(task: Row) -> str:
+    items = task["items"]
+    if items is None:
+        return "its sub-workflow is not over"
+    over = sum(items[status] for status in ("completed", "failed", "cancelled"))
+    return f"{over} of {items['total']} items are over"
 
 
 def _again(task: Row) -> str:
@@ -514,61 +601,143 @@ def _named(names: Sequence[str]) -> str:
     return f"task{'s' if len(names) > 1 else ''} {shown}"
 
 
-_WAITS: Mapping[Reason, Callable[[Row, Mapping[str, int]], str]] = {
-    Reason.AGENT_BUSY: lambda task, _: f"{_busy(task)}{_again(task)}",
-    Reason.AGENT_UNAVAILABLE: lambda task, _: f"{_unavailable(task)}{_again(task)}",
-    Reason.REMOTE: lambda task, _: (
+_WAITS: Mapping[str, Callable[[Row], str]] = {
+    Reason.AGENT_BUSY: _busy,
+    Reason.AGENT_UNAVAILABLE: lambda task: f"{_unavailable(task)}{_again(task)}",
+    Reason.REMOTE: lambda task: (
         f"agent {task['agent_id']} has it and reports when it is done; until"
         f" {_moment(task['lease_expires_at'])}"
     ),
-    Reason.RETRY: lambda task, _: (
+    Reason.RETRY: lambda task: (
         f"{task['tries']} of {task['max_attempts']} attempts failed{_again(task)}"
         if task["tries"]
         else f"its worker was stopped or lost{_again(task)}"
     ),
-    Reason.DEPENDENCIES: lambda task, _: f"tasks it depends on are not over{_again(task)}",
-    Reason.MAX_PARALLEL: lambda task, _: "as many items as maxParallel allows are out already",
-    Reason.CHILDREN: lambda task, items: (
-        f"{sum(items.get(status, 0) for status in ('completed', 'failed', 'cancelled'))} "
-        f"of {items.get('total', 0)} items are over"
+    Reason.DEPENDENCIES: lambda task: f"tasks it depends on are not over{_again(task)}",
+    Reason.MAX_PARALLEL: lambda _: "as many items as maxParallel allows are out already",
+    Reason.CHILDREN: _children,
+    "approval": lambda _: "waiting for somebody to approve or reject it",
+    "delay": lambda task: (
+        f"waiting until {_moment(task['wake_at'])}" if task["wake_at"] else "its delay is over"
     ),
+    "paused": lambda _: "the run is paused",
 }
 
 
 # --- Events -------------------------------------------------------------------------------------
 
 
-def list_events(tx: Tx, run_id: UUID, *, after: int, limit: int) -> Sequence[Row]:
-    """Return the run's events above `after`, ascending.
+_OPEN_SINCE = """(
+    SELECT cast(least(now(), min(coalesce(a.xact_start, '-infinity'))) AS text)
+    FROM pg_stat_activity a
+    WHERE a.backend_xid IS NOT NULL AND a.datname = current_database()
+      AND a.pid <> pg_backend_pid())"""
+"""Since when the oldest transaction that is writing is open; if there is none, now."""
+_IS_SETTLED = """(e.at < cast(:open_since AS timestamptz)
+    -- The same by numbers, which no clock can set back. A dump that was restored has higher ones.
+    AND (e.transaction < s.oldest OR e.transaction >= s.next))"""
+_BY = """CASE
+    WHEN e.data ? 'by' THEN e.data ->> 'by'
+    WHEN e.type IN ('run.republished', 'task.lost') THEN 'keeper'
+    WHEN e.data #>> '{error,code}' IN ('worker_lost', 'agent_silent') THEN 'keeper'
+    WHEN a.report IS NOT NULL AND e.type NOT IN ('task.started', 'task.waiting')
+        THEN 'agent:' || a.agent_id
+    ELSE 'worker:' || coalesce(e.data ->> 'worker', a.worker,
+        -- A `forEach` has no attempts to ask.
+        CASE WHEN e.kind = 'for_each' AND (e.type = 'task.expanded' OR e.data ? 'attempt') THEN (
+            SELECT b.data ->> 'worker' FROM events b
+            WHERE b.run_id = e.run_id AND b.seq < e.seq AND b.task_id = e.task_id
+              AND b.type = 'task.started'
+            ORDER BY b.seq DESC LIMIT 1) END)
+    END"""
+"""What the writer said, else whose attempt it tells of."""
+_NEWS = text(
+    f"""
+WITH wanted AS (
+    SELECT * FROM unnest(cast(:runs AS uuid[]), cast(:after AS bigint[])) AS w (run_id, after)
+), s AS (
+    SELECT cast(cast(pg_snapshot_xmin(seen) AS text) AS bigint) AS oldest,
+           cast(cast(pg_snapshot_xmax(seen) AS text) AS bigint) AS next
+    FROM pg_current_snapshot() AS seen
+)
+SELECT w.run_id, coalesce(r.status IN {listed(RUN_ENDED)}, true) AS is_over,
+       {_OPEN_SINCE} AS open_since, {_IS_SETTLED} AS is_settled,
+       e.seq, e.at, e.type, e.task_id, e.task_definition_id, e.index, {_BY} AS by,
+       coalesce(e.data ->> 'reason', e.data #>> '{{error,code}}') AS reason, e.data - 'by' AS data
+FROM wanted w CROSS JOIN s LEFT JOIN runs r ON r.id = w.run_id
+LEFT JOIN LATERAL (
+    SELECT e.*, t.definition_id AS task_definition_id, t.index, t.kind
+    FROM events e LEFT JOIN tasks t ON t.id = e.task_id
+    WHERE e.run_id = w.run_id AND e.seq > w.after AND coalesce(t.kind, '') <> 'end'
+    ORDER BY e.seq LIMIT :limit) AS e ON true
+LEFT JOIN attempts a ON a.task_id = e.task_id AND a.number = cast(e.data ->> 'attempt' AS int)
+ORDER BY w.run_id, e.seq
+"""
+)
+_EVENT = ("seq", "at", "type", "task_id", "task_definition_id", "index", "by", "reason", "data")
+_RUN_NOW = text(
+    f"SELECT status IN {listed(RUN_ENDED)} AS is_over, {_OPEN_SINCE} AS open_since"
+    " FROM runs WHERE id = :run_id"
+)
 
-    Only those below the oldest transaction still open: one with a lower `seq` cannot appear later.
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What happened in a run after what was known of it."""
+
+    events: Sequence[Row]
+    """In their order; there may be more."""
+    is_all: bool
+    """The run is over, and no event of it is left."""
+
+
+def list_events(tx: Tx, run_id: UUID, *, after: int, limit: int) -> Sequence[Row]:
+    """Return the run's events above `after`, ascending: those of `get_news`.
 
     Raises:
         RunNotFound
     """
-    is_run_over(tx, run_id)
-    settled = func.pg_snapshot_xmin(func.pg_current_snapshot())
-    statement = (
-        select(
-            Event.seq,
-            Event.at,
-            Event.type,
-            Event.task_id,
-            Task.definition_id.label("task_definition_id"),
-            Task.index,
-            Event.data,
-        )
-        .outerjoin(Task, Task.id == Event.task_id)
-        .where(
-            Event.run_id == run_id,
-            Event.seq > after,
-            Event.transaction < cast(cast(settled, String), Event.transaction.type),
-            func.coalesce(Task.kind, "") != "end",
-        )
-        .order_by(Event.seq)
-        .limit(limit)
-    )
-    return _rows(tx, statement)
+    return get_news(tx, run_id, after=after, limit=limit).events
+
+
+def get_news(tx: Tx, run_id: UUID, *, after: int, limit: int) -> News:
+    """Return what happened in a run after the event `after`, as far as it is settled.
+
+    `by` says who did it or asked for it: `key:...`, `worker:...`, `agent:...` or `keeper`; None if
+    it followed from what happened before. `reason` is one word for why.
+
+    Raises:
+        RunNotFound
+    """
+    run = tx.execute(_RUN_NOW, {"run_id": run_id}).one_or_none()
+    if run is None:
+        raise RunNotFound(run_id=run_id)
+    found, _ = find_news(tx, {run_id: after}, open_since=run.open_since, limit=limit)
+    return found[run_id]
+
+
+def find_news(
+    tx: Tx, after: Mapping[UUID, int], *, open_since: str | None, limit: int
+) -> tuple[dict[UUID, News], str]:
+    """Return what happened in each run after an event, in one statement; and the next `open_since`.
+
+    Sequences commit out of order: an event is settled, and given out, when none with a lower `seq`
+    can come any more. Whatever was written before the oldest transaction that is open now began is
+    there for the next statement to see; so `open_since` is what an earlier statement said, and
+    without it nothing is settled yet. `limit` events of each run are looked at.
+    """
+    wanted = {"runs": list(after), "after": list(after.values())}
+    rows = tx.execute(_NEWS, {**wanted, "open_since": open_since, "limit": limit}).all()
+    by_run = {run: list(group) for run, group in groupby(rows, key=lambda row: row.run_id)}
+    return {run: _news(group, limit) for run, group in by_run.items()}, rows[0].open_since
+
+
+def _news(rows: Sequence[Any], limit: int) -> News:
+    """Take the events up to the first that is not settled: those behind it must not overtake it."""
+    events = [row for row in rows if row.seq is not None]
+    settled = list(takewhile(lambda row: row.is_settled, events))
+    shown = [{name: row._mapping[name] for name in _EVENT} for row in settled]
+    return News(shown, rows[0].is_over and len(settled) == len(events) < limit)
 
 
 # --- Workflows ----------------------------------------------------------------------------------

@@ -19,13 +19,14 @@ from rows import (
     add_waiting,
     add_workflow,
 )
-from sqlalchemy import event, text, update
+from sqlalchemy import event, insert, text, update
 
 from opscore import queries
 from opscore.db import Database, Tx
 from opscore.errors import AgentNotFound, RunNotFound, TaskNotFound, WorkflowNotFound
-from opscore.models import Lease, Slot
+from opscore.models import Event, Lease, Slot
 from opscore.queries import RunFilter
+from opscore.states import Reason
 
 
 @pytest.fixture
@@ -253,7 +254,7 @@ def test_an_attempt_is_shown_with_its_traceback(tx: Tx) -> None:
 def test_what_a_task_waits_for_is_said_in_words(tx: Tx) -> None:
     run_id = add_run(tx, "running")
     wake = {"wake_at": NOW}
-    a = add_task(tx, run_id, "a", "waiting", reason="agent_busy", **wake)
+    a = add_task(tx, run_id, "a", "waiting", reason="dependencies", **wake)
     add_task(tx, run_id, "b", "waiting", reason="retry", tries=1, position=1, **wake)
     add_task(tx, run_id, "c", depends_on=[a], position=2)
     nobody = {"wanted_agent_id": None, "wanted_capability": "sum"}
@@ -266,13 +267,13 @@ def test_what_a_task_waits_for_is_said_in_words(tx: Tx) -> None:
     add_task(tx, run_id, "f", "waiting", reason="remote", position=6, **lease)
     spare = {"fallback": ["s", "t"]}
     add_task(tx, run_id, "g", "waiting", reason="agent_unavailable", position=7, **spare, **wake)
-    add_task(tx, run_id, "h", "waiting", reason="agent_busy", position=8, line_agent_id="s")
+    add_task(tx, run_id, "h", "waiting", reason="agent_unavailable", position=8)
     more = {"position": 9, **nobody, **spare}
     add_task(tx, run_id, "i", "waiting", reason="agent_unavailable", **more)
-    add_task(tx, run_id, "j", "waiting", reason="agent_busy", **{**nobody, "position": 10})
+    add_task(tx, run_id, "j", "waiting", reason="retry", position=10)
     said = [task["waiting_for"] for task in queries.get_run_detail(tx, run_id)["tasks"]]
     assert said == [
-        "agent writer is busy; it is tried again at 2026-01-31T12:00:00Z",
+        "tasks it depends on are not over; it is tried again at 2026-01-31T12:00:00Z",
         "1 of 3 attempts failed; it is tried again at 2026-01-31T12:00:00Z",
         "task a is not over",
         "no agent with capability sum is available",
@@ -280,15 +281,104 @@ def test_what_a_task_waits_for_is_said_in_words(tx: Tx) -> None:
         None,
         "agent r has it and reports when it is done; until 2026-01-31T12:00:00Z",
         "none of the agents writer, s, t is available; it is tried again at 2026-01-31T12:00:00Z",
-        "agent s, which it falls back on, is busy",
+        "agent writer is unavailable",
         "no agent with capability sum is available, nor s, t",
-        "every agent with capability sum is busy",
+        "its worker was stopped or lost",
         "as many items as maxParallel allows are out already",
         None,
     ]
 
 
+@pytest.mark.parametrize(
+    ("reason", "more", "said"),
+    [
+        ("approval", {}, "waiting for somebody to approve or reject it"),
+        ("delay", {"wake_at": NOW}, "waiting until 2026-01-31T12:00:00Z"),
+        ("delay", {"wake_at": None}, "its delay is over"),
+        ("paused", {}, "the run is paused"),
+        ("children", {"items": None}, "its sub-workflow is not over"),
+    ],
+)
+def test_waits_for_no_agent_are_said_in_words_too(
+    reason: str, more: dict[str, object], said: str
+) -> None:
+    task = {"status": "waiting", "reason": reason, "open_dependencies": None, **more}
+    assert queries.describe_wait(task) == said
+
+
+def test_there_are_words_for_every_reason_to_wait() -> None:
+    assert set(Reason) <= set(queries._WAITS)
+
+
 # --- Lines --------------------------------------------------------------------------------------
+
+
+def hold_slot(tx: Tx, agent_id: str, number: int, run_id: UUID) -> None:
+    """Have a task of the run hold a slot of the agent, since `number` seconds after `NOW`."""
+    task = add_task(tx, run_id, f"held-{number}", "running", agent_id=agent_id, attempt=1)
+    held = {"holder": task, "attempt": 1, "held_at": NOW + timedelta(seconds=number)}
+    tx.execute(
+        update(Slot)
+        .where(Slot.pool == agent_id, Slot.number == number)
+        .values(**held, lease_expires_at=text("now() + interval '9 s'"))
+    )
+
+
+def waits(tx: Tx, run_id: UUID) -> list[str]:
+    tasks = queries.list_tasks(tx, run_id, status=["waiting"], after=None, limit=200).items
+    return sorted(task["waiting_for"] for task in tasks)
+
+
+def test_a_wait_for_a_busy_agent_says_with_which_runs_how_many_are_ahead_and_how_long(
+    tx: Tx,
+) -> None:
+    add_agent(tx, "writer", "write", capacity=5)
+    add_agent(tx, "editor", "write", capacity=1)
+    set_pace(tx, "writer", *[100.0] * 5)
+    run_id, *others = (add_run(tx, "running") for _ in range(6))
+    for number, holder in enumerate([others[0], others[0], run_id, *others[1:3]], start=1):
+        hold_slot(tx, "writer", number, holder)
+    hold_slot(tx, "editor", 1, others[3])
+    add_waiting(tx, run_id, 7, agent_id="writer", wake_at=NOW)
+    mine = f"busy with run {others[0]}, this run, run {others[1]} and 1 more"
+    assert waits(tx, run_id) == sorted(
+        f"waiting for agent writer: {mine}, {place}"
+        for place in (
+            "next in line, about 100 s",
+            *(f"{n} ahead, about 100 s" for n in (1, 2, 3, 4)),
+            *(f"{n} ahead, about 3 min" for n in (5, 6)),
+        )
+    )
+
+
+def test_a_wait_for_a_capability_says_what_all_who_have_it_are_busy_with(tx: Tx) -> None:
+    for agent in ("writer", "editor"):
+        add_agent(tx, agent, "write", capacity=1)
+    run_id, first, second = (add_run(tx, "running") for _ in range(3))
+    hold_slot(tx, "writer", 1, first)
+    hold_slot(tx, "editor", 1, second)
+    add_waiting(tx, run_id, capability="write", wake_at=NOW)
+    add_waiting(tx, run_id, agent_id="nobody", wake_at=None)
+    spare = {"wanted_agent_id": "writer", "line_agent_id": "editor"}
+    add_waiting(tx, run_id, **spare)
+    assert waits(tx, run_id) == [
+        f"waiting for agent editor, which it falls back on: busy with run {second}, next in line",
+        "waiting for agent nobody: busy, next in line",
+        "waiting for an agent with capability write: busy with"
+        f" {', '.join(f'run {run}' for run in sorted([first, second]))}, next in line;"
+        f" it is tried again at 2026-01-31T12:00:00Z",
+    ]
+
+
+def test_what_agents_are_busy_with_is_one_statement_for_all_who_wait(tx: Tx) -> None:
+    run_id = add_run(tx, "running")
+    for number in range(20):
+        add_agent(tx, f"a{number}", capacity=1)
+        hold_slot(tx, f"a{number}", 1, run_id)
+        add_waiting(tx, run_id, 5, agent_id=f"a{number}")
+    with statements(tx) as seen:
+        assert len(queries.list_tasks(tx, run_id, after=None, limit=200).items) == 120
+    assert len(seen) == 5, seen
 
 
 def places(tx: Tx, run_id: UUID) -> dict[UUID, tuple[int | None, float | None]]:
@@ -420,6 +510,127 @@ def test_no_event_is_read_above_a_transaction_that_is_still_open(
         "early",
         "late",
     ]
+
+
+def test_no_event_is_read_while_one_of_a_younger_transaction_with_a_lower_seq_is_to_come(
+    database: Database, tx: Tx
+) -> None:
+    run_id = add_run(tx, "running")
+    with database.transaction() as younger:
+        with database.transaction() as older:
+            older.execute(text("SELECT pg_current_xact_id()"))
+            add_event(younger, run_id, "early")
+            add_event(older, run_id, "late")
+        assert queries.list_events(tx, run_id, after=0, limit=9) == []
+    assert [e["type"] for e in queries.list_events(tx, run_id, after=0, limit=9)] == [
+        "early",
+        "late",
+    ]
+
+
+def test_an_event_says_who_did_it_or_asked_for_it_and_why(tx: Tx) -> None:
+    run_id = add_run(tx, "running")
+    task = add_task(tx, run_id, "a")
+    add_attempt(tx, task, 1, "failed", worker="w1@host", agent_id="writer")
+    add_attempt(tx, task, 2, "lost", worker="w2@host", agent_id="writer")
+    add_attempt(tx, task, 3, "completed", worker="w3@host", agent_id="r", report="digest")
+    fault = {"code": "agent_failed", "message": "no"}
+    lost = {"code": "worker_lost", "message": "silent"}
+    told: list[tuple[str, UUID | None, dict[str, object], str | None, str | None]] = [
+        ("run.queued", None, {"by": "key:0123abcd", "version": 1}, "key:0123abcd", None),
+        ("run.started", None, {}, None, None),
+        ("run.republished", None, {"generation": 2}, "keeper", None),
+        ("run.republished", None, {"by": "key:0123abcd"}, "key:0123abcd", None),
+        ("task.started", task, {"attempt": 1, "worker": "w1@host"}, "worker:w1@host", None),
+        ("task.retrying", task, {"attempt": 1, "error": fault}, "worker:w1@host", "agent_failed"),
+        ("task.waiting", task, {"reason": "agent_busy"}, None, "agent_busy"),
+        ("task.lost", task, {"attempt": 2}, "keeper", None),
+        ("task.failed", task, {"attempt": 2, "error": lost}, "keeper", "worker_lost"),
+        ("task.started", task, {"attempt": 3, "worker": "w3@host"}, "worker:w3@host", None),
+        ("task.waiting", task, {"attempt": 3, "reason": "remote"}, "worker:w3@host", "remote"),
+        ("task.completed", task, {"attempt": 3}, "agent:r", None),
+        ("task.completed", task, {"by": "key:0123abcd"}, "key:0123abcd", None),
+        ("task.cancelled", task, {"reason": "run_cancelled"}, None, "run_cancelled"),
+        ("run.completed", None, {}, None, None),
+    ]
+    for type, of, data, _, _ in told:
+        add_event(tx, run_id, type, of, **data)
+    events = queries.list_events(tx, run_id, after=0, limit=99)
+    assert [(e["type"], e["by"], e["reason"]) for e in events] == [
+        (type, by, reason) for type, _, _, by, reason in told
+    ]
+    shown = [
+        {name: value for name, value in data.items() if name != "by"} for *_, data, _, _ in told
+    ]
+    assert [event["data"] for event in events] == shown
+
+
+def test_what_happens_to_a_for_each_was_done_by_the_worker_that_started_it(tx: Tx) -> None:
+    run_id = add_run(tx, "running")
+    each = add_task(tx, run_id, "each", "waiting", reason="children", kind="for_each")
+    other = add_task(tx, run_id, "other", "waiting", reason="children", kind="for_each")
+    for task, number in ((each, 1), (other, 1), (each, 2)):
+        worker = f"w{number}@{'each' if task == each else 'other'}"
+        add_event(tx, run_id, "task.started", task, attempt=number, worker=worker)
+        type, data = ("task.expanded", {"items": 2}) if number == 1 else ("task.completed", {})
+        add_event(tx, run_id, type, task, **data, **({"attempt": 2} if number == 2 else {}))
+    add_event(tx, run_id, "task.failed", each, error={"code": "item_failed", "message": "m"})
+    events = queries.list_events(tx, run_id, after=0, limit=99)
+    assert [
+        (event["type"], event["by"]) for event in events if event["type"] != "task.started"
+    ] == [
+        ("task.expanded", "worker:w1@each"),
+        ("task.expanded", "worker:w1@other"),
+        ("task.completed", "worker:w2@each"),
+        ("task.failed", None),
+    ]
+
+
+def test_events_of_a_restored_dump_are_read_though_their_transactions_are_of_another_server(
+    tx: Tx,
+) -> None:
+    run_id = add_run(tx, "completed")
+    tx.execute(insert(Event).values(run_id=run_id, type="old", data={}, transaction=2**62))
+    assert [e["type"] for e in queries.list_events(tx, run_id, after=0, limit=9)] == ["old"]
+
+
+def test_the_news_of_a_run_are_all_when_it_is_over_and_every_event_is_settled(
+    database: Database, tx: Tx
+) -> None:
+    run_id = add_run(tx, "running")
+    add_event(tx, run_id, "run.queued")
+    assert not queries.get_news(tx, run_id, after=0, limit=9).is_all
+    tx.execute(text("UPDATE runs SET status = 'completed', finished_at = now()"))
+    with database.transaction() as slow:
+        slow.execute(text("SELECT pg_current_xact_id()"))
+        add_event(tx, run_id, "run.completed")
+        news = queries.get_news(tx, run_id, after=0, limit=9)
+        assert ([e["type"] for e in news.events], news.is_all) == (["run.queued"], False)
+    news = queries.get_news(tx, run_id, after=0, limit=9)
+    assert ([e["type"] for e in news.events], news.is_all) == (
+        ["run.queued", "run.completed"],
+        True,
+    )
+    assert not queries.get_news(tx, run_id, after=0, limit=2).is_all
+    assert queries.get_news(tx, run_id, after=news.events[-1]["seq"], limit=2).is_all
+
+
+def test_the_news_of_many_runs_are_found_by_one_statement_also_if_one_is_gone(tx: Tx) -> None:
+    runs = [add_run(tx, "running") for _ in range(3)]
+    for run_id in runs:
+        for type in ("a", "b", "c"):
+            add_event(tx, run_id, type)
+    gone = uuid4()
+    _, open_since = queries.find_news(tx, {gone: 0}, open_since=None, limit=2)
+    with statements(tx) as seen:
+        after = {run_id: 0 for run_id in [*runs, gone]}
+        found, _ = queries.find_news(tx, after, open_since=open_since, limit=2)
+    assert len(seen) == 1
+    assert {run: [e["type"] for e in news.events] for run, news in found.items()} == {
+        **{run_id: ["a", "b"] for run_id in runs},
+        gone: [],
+    }
+    assert {run for run, news in found.items() if news.is_all} == {gone}
 
 
 # --- Workflows ----------------------------------------------------------------------------------
