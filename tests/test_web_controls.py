@@ -9,7 +9,7 @@ import pytest
 from http_client import Client, open_client, problem
 from sqlalchemy import text
 
-from opscore import engine
+from opscore import canvas, engine
 from opscore.config import Settings
 from opscore.states import Reason
 
@@ -58,8 +58,9 @@ def ask(client: Client, run_id: str) -> str:
         visit = engine.Visit(task_id, 1, uuid4())
         claimed = engine.claim_task(tx, visit, worker="w", lease_seconds=30)
         assert isinstance(claimed, engine.Claimed)
-        wait = engine.Wait(Reason.APPROVAL)
-        assert engine.begin_wait(tx, claimed, wait, {"of": "it"})
+        app = client.app.extensions["opscore"].dispatcher.app
+        message = canvas.visit(app, task_id, 1, timeout_seconds=60)
+        assert engine.begin_wait(tx, claimed, engine.Wait(Reason.APPROVAL), dict(message))
     return str(task_id)
 
 
