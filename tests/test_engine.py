@@ -1125,6 +1125,20 @@ def test_after_its_limit_fell_a_workflow_begins_no_run_until_fewer_are_under_way
     assert release(desk) == [last[0].run_id]
 
 
+def test_a_run_that_is_tried_again_waits_for_its_turn_and_holds_none_meanwhile(desk: Desk) -> None:
+    first, second = limited(desk, 1), limited(desk, 1)
+    assert release(desk) == [first.run_id]
+    desk.plan = first
+    desk.fail(desk.claim("a"), retryable=False)
+    with desk.tx() as tx:
+        engine.settle_run(tx, first.run_id)
+        engine.retry_run(tx, first.run_id)
+    assert (desk.run().status, desk.run().reason) == ("queued", "max_concurrent_runs")
+    assert release(desk) == [first.run_id], "it came first"
+    desk.complete(desk.claim("a"))
+    assert release(desk) == [second.run_id]
+
+
 def test_the_newest_version_says_how_many_runs_may_be_under_way(desk: Desk) -> None:
     plans = [limited(desk, 1), limited(desk, 10)]
     assert release(desk) == [plan.run_id for plan in plans]

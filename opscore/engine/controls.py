@@ -13,7 +13,7 @@ from opscore.engine.outcomes import close_tasks, lock_run
 from opscore.engine.runs import Plan, Submission, open_run, plan_run, submit_run
 from opscore.errors import InvalidRequest, RunEnding, RunNotFailed, RunNotFound, RunNotPaused
 from opscore.models import RUN_STATUS, Run, listed
-from opscore.slots import ITEMS
+from opscore.slots import ITEMS, RUNS
 from opscore.states import RUN_ENDED, RunStatus
 from opscore.workflows import find_workflow
 
@@ -163,6 +163,9 @@ WITH reopened AS (
         reason = CASE WHEN r.max_concurrent IS NOT NULL THEN '{HELD}' END
     WHERE r.id = :run_id AND r.status = 'failed'
     RETURNING r.id, r.generation, r.reason, r.workflow_id
+), freed AS (  -- it waits for its turn again, and must not hold what it waits for
+    UPDATE slots s SET holder = NULL FROM reopened
+    WHERE s.pool = '{RUNS}' || reopened.workflow_id AND s.holder = reopened.id
 ), told AS (
     INSERT INTO events (run_id, type, data)
     SELECT id, 'run.retried', jsonb_strip_nulls(jsonb_build_object(
@@ -188,7 +191,8 @@ _REOPEN = Prepared(
     f"""
 WITH again AS MATERIALIZED (
     SELECT t.id, t.kind, t.items, t.parent_id, t.max_parallel,
-           t.child_run_id = ANY (cast(:children AS uuid[])) AS has_child,
+           EXISTS (SELECT FROM runs c WHERE c.id = t.child_run_id AND c.status <> 'cancelled')
+               AS has_child,
            row_number() OVER (PARTITION BY t.parent_id ORDER BY t.index) AS place,
            (SELECT p.max_parallel FROM tasks p WHERE p.id = t.parent_id) AS most
     FROM tasks t WHERE {_AGAIN}
@@ -240,10 +244,10 @@ def retry_run(
     if status != RunStatus.FAILED:
         raise RunNotFailed(status=status)
     _check_overrides(tx, run_id, overrides or {})
-    children = list(_FAILED_CHILDREN(tx, {"run_id": run_id}).scalars())
+    children = _FAILED_CHILDREN(tx, {"run_id": run_id}).scalars()
     plans = [plan for child in children for plan in retry_run(tx, child, by="parent")]
     given = {"run_id": run_id, "overrides": dict(overrides or {})}
-    _REOPEN(tx, given | {"children": children})
+    _REOPEN(tx, given)
     return _published(tx, run_id, _RETRY_RUN(tx, given | {"by": by}).first()) + plans
 
 
