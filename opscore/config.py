@@ -194,7 +194,7 @@ class Settings:
     web_threads: int = _setting(
         "OPSCORE_WEB_THREADS",
         _count(2, 1000),
-        "Requests a web process answers at once; half of them may be long polls.",
+        "Requests a web process answers at once; half of them may be long polls and streams.",
         16,
     )
     database_pool: int = _setting(

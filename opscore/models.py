@@ -551,7 +551,7 @@ class Event(Base):
     transaction: Mapped[int] = mapped_column(
         BigInteger, server_default=text("pg_current_xact_id()::text::bigint")
     )
-    """Sequences commit out of order: who resumes reads below the oldest transaction still open."""
+    """Sequences commit out of order: who resumes reads only what is settled, see `queries`."""
 
     __table_args__ = (Index(None, "run_id", "seq"),)
 

@@ -633,8 +633,10 @@ _OPEN_SINCE = """(
     WHERE a.backend_xid IS NOT NULL AND a.datname = current_database()
       AND a.pid <> pg_backend_pid())"""
 """Since when the oldest transaction that is writing is open; if there is none, now."""
-_IS_SETTLED = """(e.at < cast(:open_since AS timestamptz)
-    -- The same by numbers, which no clock can set back. A dump that was restored has higher ones.
+_IS_SETTLED = """((e.at < cast(:open_since AS timestamptz)
+     OR e.at > now() + interval '1 minute')  -- the clock was set back
+    -- The same by numbers, which alone do not tell: a younger transaction may have been first to
+    -- draw a seq. Those of a dump that was restored are of another server.
     AND (e.transaction < s.oldest OR e.transaction >= s.next))"""
 _BY = """CASE
     WHEN e.data ? 'by' THEN e.data ->> 'by'
@@ -653,19 +655,19 @@ _BY = """CASE
 """What the writer said, else whose attempt it tells of."""
 _NEWS = text(
     f"""
-WITH wanted AS (
-    SELECT * FROM unnest(cast(:runs AS uuid[]), cast(:after AS bigint[])) AS w (run_id, after)
+WITH wanted AS MATERIALIZED (
+    SELECT w.run_id, w.after, coalesce((
+        SELECT r.status IN {listed(RUN_ENDED)} FROM runs r WHERE r.id = w.run_id), true) AS is_over
+    FROM unnest(cast(:runs AS uuid[]), cast(:after AS bigint[])) AS w (run_id, after)
 ), s AS (
     SELECT cast(cast(pg_snapshot_xmin(seen) AS text) AS bigint) AS oldest,
            cast(cast(pg_snapshot_xmax(seen) AS text) AS bigint) AS next
     FROM pg_current_snapshot() AS seen
 )
-SELECT w.run_id, coalesce(r.status IN {listed(RUN_ENDED)}, true) AS is_over,
-       {_OPEN_SINCE} AS open_since, {_IS_SETTLED} AS is_settled,
+SELECT w.run_id, w.is_over, {_OPEN_SINCE} AS open_since, {_IS_SETTLED} AS is_settled,
        e.seq, e.at, e.type, e.task_id, e.task_definition_id, e.index, {_BY} AS by,
        coalesce(e.data ->> 'reason', e.data #>> '{{error,code}}') AS reason, e.data - 'by' AS data
-FROM wanted w CROSS JOIN s LEFT JOIN runs r ON r.id = w.run_id
-LEFT JOIN LATERAL (
+FROM wanted w CROSS JOIN s LEFT JOIN LATERAL (
     SELECT e.*, t.definition_id AS task_definition_id, t.index, t.kind
     FROM events e LEFT JOIN tasks t ON t.id = e.task_id
     WHERE e.run_id = w.run_id AND e.seq > w.after AND coalesce(t.kind, '') <> 'end'
@@ -736,7 +738,7 @@ def _news(rows: Sequence[Any], limit: int) -> News:
     """Take the events up to the first that is not settled: those behind it must not overtake it."""
     events = [row for row in rows if row.seq is not None]
     settled = list(takewhile(lambda row: row.is_settled, events))
-    shown = [{name: row._mapping[name] for name in _EVENT} for row in settled]
+    shown = [{name: values[name] for name in _EVENT} for values in (r._mapping for r in settled)]
     return News(shown, rows[0].is_over and len(settled) == len(events) < limit)
 
 

@@ -19,7 +19,7 @@ from rows import (
     add_waiting,
     add_workflow,
 )
-from sqlalchemy import event, insert, text, update
+from sqlalchemy import ColumnElement, event, insert, text, update
 
 from opscore import queries
 from opscore.db import Database, Tx
@@ -526,6 +526,30 @@ def test_no_event_is_read_while_one_of_a_younger_transaction_with_a_lower_seq_is
         "early",
         "late",
     ]
+
+
+def at(seconds: float) -> ColumnElement[datetime]:
+    return text(f"now() + interval '{seconds} s'")  # type: ignore[return-value]
+
+
+def test_an_event_that_is_not_settled_holds_back_those_behind_it(tx: Tx) -> None:
+    run_id = add_run(tx, "running")
+    for type, seconds in (("a", -9), ("b", 9), ("c", -9)):
+        tx.execute(insert(Event).values(run_id=run_id, type=type, data={}, at=at(seconds)))
+    assert [e["type"] for e in queries.list_events(tx, run_id, after=0, limit=9)] == ["a"]
+
+
+def test_a_clock_that_is_set_back_hides_no_event_for_long_and_settles_none_too_early(
+    database: Database, tx: Tx
+) -> None:
+    run_id = add_run(tx, "running")
+    tx.execute(insert(Event).values(run_id=run_id, type="a", data={}, at=at(3600)))
+    with database.transaction() as slow:
+        add_event(slow, run_id, "b")
+        tx.execute(insert(Event).values(run_id=run_id, type="c", data={}, at=at(-9)))
+        assert [e["type"] for e in queries.list_events(tx, run_id, after=0, limit=9)] == ["a"]
+    events = queries.list_events(tx, run_id, after=0, limit=9)
+    assert [e["type"] for e in events] == ["a", "b", "c"]
 
 
 def test_an_event_says_who_did_it_or_asked_for_it_and_why(tx: Tx) -> None:

@@ -1,12 +1,13 @@
 """What holds for every request: the key, ids, limits, problems, log lines, readiness, the docs."""
 
+import hashlib
 import json
 import logging
 import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
@@ -26,6 +27,7 @@ from opscore.config import Settings
 from opscore.errors import ConfigurationError, OpsCoreError
 from opscore.servers import PostgresServer, RedisServer
 from web.app import create_app
+from web.auth import principal
 from web.errors import STATUSES, pointers, status_of
 
 
@@ -88,6 +90,12 @@ def test_a_wrong_key_is_told_what_is_wrong_and_nothing_of_the_right_one(
 def test_the_scheme_is_read_in_any_case(client: Client) -> None:
     header = {"Authorization": f"bearer {API_KEY}"}
     assert client.without_key().get("/runs", headers=header).status_code == 200
+
+
+def test_whoever_asks_is_named_by_the_hash_of_the_key(client: Client) -> None:
+    answer = answering(client, lambda: {"principal": principal()})
+    digest = hashlib.sha256(API_KEY.encode()).hexdigest()
+    assert answer.json == {"principal": f"key:{digest[:8]}"}
 
 
 # --- Request ids and headers --------------------------------------------------------------------
@@ -166,6 +174,11 @@ def raising(client: Client, error: Exception) -> Any:
     def view() -> None:
         raise error
 
+    return answering(client, view)
+
+
+def answering(client: Client, view: Callable[[], Any]) -> Any:
+    """Ask this view."""
     views = client.app.view_functions
     before = views["runs.get_many"]
     views["runs.get_many"] = view
@@ -485,6 +498,9 @@ def test_every_operation_describes_its_answers_and_its_errors(client: Client) ->
         answers = operation["responses"]
         assert any(status.startswith("2") for status in answers), name
         for status, answer in answers.items():
+            if status == "204":
+                assert "content" not in answer, name
+                continue
             kind = "application/json" if status < "400" or name == "GET /ready" else None
             content = answer["content"][kind or "application/problem+json"]
             assert content["schema"], (name, status)

@@ -70,6 +70,8 @@ TASK = {
     "items",
 }
 
+EVENT = {"seq", "at", "type", "taskId", "taskDefinitionId", "index", "by", "reason", "data"}
+
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[Client]:
@@ -263,7 +265,8 @@ def busy_run(client: Client) -> tuple[UUID, UUID]:
         each = {"kind": "for_each", "items": 3, "position": 1}
         parent = add_task(tx, run_id, "each", "waiting", reason="children", **each)
         add_items(tx, run_id, parent, ["completed", "failed", "pending"])
-        add_task(tx, run_id, "z", "waiting", reason="agent_busy", position=2, wake_at=NOW)
+        line = {"line_agent_id": "writer", "waiting_since": NOW, "wake_at": NOW}
+        add_task(tx, run_id, "z", "waiting", reason="agent_busy", position=2, **line)
         add_event(tx, run_id, "run.started")
         add_event(tx, run_id, "task.failed", task_id, attempt=1)
     return run_id, task_id
@@ -294,8 +297,8 @@ def test_a_run_shows_its_tasks_items_waits_and_attempts(client: Client) -> None:
         "cancelled": 0,
     }
     assert waiting["wakeAt"] == "2026-01-31T12:00:00Z"
-    assert (
-        waiting["waitingFor"] == "agent writer is busy; it is tried again at 2026-01-31T12:00:00Z"
+    assert waiting["waitingFor"] == (
+        "waiting for agent writer: busy, next in line; it is tried again at 2026-01-31T12:00:00Z"
     )
 
 
@@ -329,11 +332,12 @@ def test_events_are_followed_from_where_one_was(client: Client) -> None:
     run_id, task_id = busy_run(client)
     page = client.get(f"/runs/{run_id}/events?limit=1").json
     (first,) = page["items"]
-    assert set(first) == {"seq", "at", "type", "taskId", "taskDefinitionId", "index", "data"}
+    assert set(first) == EVENT
     assert first["type"] == "run.started" and page["nextAfter"] == first["seq"]
     page = client.get(f"/runs/{run_id}/events?after={page['nextAfter']}").json
     (second,) = page["items"]
     assert (second["taskId"], second["data"]) == (str(task_id), {"attempt": 1})
+    assert (second["by"], first["by"]) == ("worker:w@host", None)
     end = client.get(f"/runs/{run_id}/events?after={page['nextAfter']}").json
     assert end == {"items": [], "nextAfter": second["seq"]}
     for bad in ("-1", "x", str(2**63)):

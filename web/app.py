@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from flask import Flask
@@ -24,9 +25,12 @@ from web.current import Parts, attach
 from web.openapi import make_api
 from web.polls import LongPolls
 from web.ready import Readiness
+from web.streams import Streams
 
 GUNICORN_BOOT_ERROR = 3
 """gunicorn stops, instead of starting its worker again and again, if the worker ends with this."""
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+"""After the last two it ends at once, but not before its threads have."""
 
 
 def create_app(settings: Settings) -> Flask:
@@ -58,7 +62,7 @@ def app_from_env() -> Flask:
     except OpsCoreError as error:
         print(error, file=sys.stderr)
         sys.exit(GUNICORN_BOOT_ERROR)
-    _end_polls_on_sigterm(app)
+    _stop_waiting_on_signals(app)
     return app
 
 
@@ -66,26 +70,32 @@ def _make_parts(settings: Settings) -> Parts:
     pool = settings.database_pool
     database = Database(settings.database_url, pool_size=pool, application="opscore-web")
     dispatcher = Dispatcher(make_app(settings), database, settings)
+    # Half the threads at most, so that the other half is free for short requests.
+    places = threading.BoundedSemaphore(settings.web_threads // 2)
     return Parts(
         settings=settings,
         database=database,
         dispatcher=dispatcher,
-        # Half the threads at most, so that the other half is free for short requests.
-        polls=LongPolls(settings.web_threads // 2),
+        polls=LongPolls(places),
+        streams=Streams(database, places),
         readiness=Readiness(settings, dispatcher),
     )
 
 
-def _end_polls_on_sigterm(app: Flask) -> None:
-    """Let a graceful stop not wait for clients that wait for runs."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    polls: LongPolls = app.extensions["opscore"].polls
-    before = signal.getsignal(signal.SIGTERM)
+def _stop_waiting_on_signals(app: Flask) -> None:
+    """Let a stop not wait for clients that wait for runs."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOPS:
+            _act_before(number, app.extensions["opscore"].stop_waiting)
 
-    def stop(number: int, frame: Any) -> None:
-        polls.stop()
-        if callable(before):
-            before(number, frame)
 
-    signal.signal(signal.SIGTERM, stop)
+def _act_before(number: int, act: Callable[[], None]) -> None:
+    """Have `act` called before a signal's handler, if it has one."""
+    then = signal.getsignal(number)
+    if callable(then):
+
+        def handle(number: int, frame: Any) -> None:
+            act()
+            then(number, frame)
+
+        signal.signal(number, handle)

@@ -1,4 +1,4 @@
-"""What views need of the process they run in: its database, its dispatcher, its long polls."""
+"""What views need of the process they run in: its database, its dispatcher, its streams."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,7 @@ from opscore.db import Database
 from opscore.dispatch import Dispatcher
 from web.polls import LongPolls
 from web.ready import Readiness
+from web.streams import Streams
 
 _KEY = "opscore"
 
@@ -21,11 +22,18 @@ class Parts:
     database: Database
     dispatcher: Dispatcher
     polls: LongPolls
+    streams: Streams
     readiness: Readiness
+
+    def stop_waiting(self) -> None:
+        """Answer all who wait, now and from now on. May be called from a signal handler."""
+        self.polls.stop()
+        self.streams.stop()
 
     def close(self) -> None:
         """End what was started for the process."""
-        self.polls.stop()
+        self.stop_waiting()
+        self.streams.close()
         self.readiness.close()
         self.database.close()
 

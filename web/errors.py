@@ -63,13 +63,22 @@ CODES: Mapping[int, str] = {
 
 
 class Refused(HTTPException):
-    """The request is refused for a reason only HTTP knows, such as its media type."""
+    """The request is refused for a reason only HTTP knows, such as its media type.
+
+    `kind` is the problem's code, where its status does not say it all.
+    """
 
     def __init__(
-        self, status: int, detail: str, *, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        detail: str,
+        *,
+        kind: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(detail)
         self.code = status
+        self.kind = kind
         self.headers = dict(headers or {})
 
     def get_headers(self, *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
@@ -144,6 +153,8 @@ def _answer_http(error: HTTPException) -> ResponseReturnValue:
     if isinstance(error.__cause__, OpsCoreError):
         return _answer_own(error.__cause__)
     code = CODES.get(error.code, HTTPStatus(error.code).name.lower())
+    if isinstance(error, Refused) and error.kind is not None:
+        code = error.kind
     kept = {k: v for k, v in error.get_headers() if k.lower() not in ("content-type",)}
     return problem(error.code, code, _detail(error), headers=kept)
 

@@ -26,6 +26,7 @@ from web.bodies import JSON, YAML, Parser, read_definition
 from web.errors import PROBLEM
 from web.ids import RunId, TaskId
 from web.schemas import Problem, WorkflowDefinition, camel
+from web.streams import EVENT_STREAM
 
 View = TypeVar("View", bound=Callable[..., Any])
 
@@ -105,8 +106,10 @@ class Answers:
     about: str | None = None
     example: Any = None
     has_location: bool = False
-    also: Mapping[int, tuple[type[Schema], str]] = field(default_factory=dict)
-    """Other statuses with a body of their own, and what they mean."""
+    also: Mapping[int, tuple[type[Schema] | None, str]] = field(default_factory=dict)
+    """Other statuses, with a body of their own or none, and what they mean."""
+    stream_example: str | None = None
+    """Of an operation that also answers with a stream of events: how one begins."""
 
 
 class Blueprint(SmorestBlueprint):  # type: ignore[misc]
@@ -121,6 +124,7 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
         answers: Answers,
         *,
         query: Schema | type[Schema] | None = None,
+        headers: type[Schema] | None = None,
         body: type[Schema] | None = None,
         definition: bool = False,
         example: Any = None,
@@ -130,20 +134,24 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
     ) -> Callable[[View], View]:
         """Declare a view: what it takes, what it answers, and so what it may refuse.
 
-        The view gets the checked query or body first, if it has one, then what its path names; with
-        `definition` it gets the document of a workflow, read but not checked. `problems` are what
-        does not follow from the rest, perhaps with their meanings here. `signed`: it wants a
-        signature instead of the key.
+        The view gets the checked query, headers and body first, those it has, then what its path
+        names; with `definition` it gets the document of a workflow, read but not checked.
+        `problems` are what does not follow from the rest, perhaps with their meanings here.
+        `signed`: it wants a signature instead of the key.
         """
         wants_proof = key or signed
         meanings = {**MEANINGS, **(problems if isinstance(problems, Mapping) else {})}
 
         def decorate(view: View) -> View:
             declared = self._answering(view, answers)
-            for status in _problems(rule, query, body or definition, problems, wants_proof):
+            for status in _problems(
+                rule, query or headers, body or definition, problems, wants_proof
+            ):
                 declared = self.alt_response(
                     status, schema=Problem, content_type=PROBLEM, description=meanings[status]
                 )(declared)
+            if headers is not None:
+                declared = self.arguments(headers, location="headers")(declared)
             if query is not None:
                 declared = self.arguments(query, location="query")(declared)
             if body is not None:
@@ -161,6 +169,14 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
     def _answering(self, view: Any, answers: Answers) -> Any:
         for status, (schema, about) in answers.also.items():
             view = self.alt_response(status, schema=schema, success=True, description=about)(view)
+        if answers.stream_example is not None:
+            view = self.alt_response(
+                answers.status,
+                schema={"type": "string"},
+                content_type=EVENT_STREAM,
+                description=answers.about,
+                example=answers.stream_example,
+            )(view)
         return self.response(
             answers.status,
             answers.schema,
@@ -191,7 +207,7 @@ def _security(key: bool, signed: bool) -> dict[str, Any]:
 
 
 def _problems(
-    rule: str, query: Any, body: Any, more: Collection[int], wants_proof: bool
+    rule: str, arguments: Any, body: Any, more: Collection[int], wants_proof: bool
 ) -> list[int]:
     """Return every error status that follows from how an operation is declared."""
     found = set(more)
@@ -199,7 +215,7 @@ def _problems(
         found |= {401, 500, 503}
     if "<" in rule:
         found.add(404)
-    if query is not None:
+    if arguments is not None:
         found.add(422)
     if body:
         found |= {400, 413, 415, 422}

@@ -1,7 +1,7 @@
 """Long polls: a request that waits until a run is over, without holding a connection meanwhile.
 
-Each holds a thread of the server, so at most `limit` wait at a time; one more is answered at once
-with what is so now. Stopping the process ends them all.
+Each holds a thread of the server, so they share so many places with the streams; who finds none is
+answered at once with what is so now. Stopping the process ends them all.
 """
 
 import threading
@@ -19,8 +19,8 @@ LONGEST_PAUSE_SECONDS = 0.25
 class LongPolls:
     """The long polls of one process."""
 
-    def __init__(self, limit: int) -> None:
-        self._places = threading.BoundedSemaphore(limit)
+    def __init__(self, places: threading.Semaphore) -> None:
+        self._places = places
         self._stopping = threading.Event()
 
     def stop(self) -> None:

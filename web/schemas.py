@@ -543,7 +543,7 @@ class Task(Answer):
     waiting_for = _text(
         "The same in plain words.",
         null=True,
-        example="agent writer is busy; tried again at 2026-01-31T12:00:00Z",
+        example="waiting for agent writer: busy with this run, 3 ahead, about 40 s",
     )
     queue = fields.Nested(
         QueuePlace, allow_none=True, metadata=_about("While it waits for an agent; else null.")
@@ -586,6 +586,17 @@ class Event(Answer):
     task_id = _uuid("The task it is about, if any.", null=True)
     task_definition_id = _text(null=True)
     index = fields.Integer(allow_none=True, metadata=_about("Of the item it is about, if any."))
+    by = _text(
+        "Who did it or asked for it: `key:...` (the key's name), `worker:...`, `agent:...` (one"
+        " behind HTTP, which reported it) or `keeper`; null if it followed from what was before.",
+        null=True,
+        example="worker:worker-17@host",
+    )
+    reason = _text(
+        "Why, in one word: what it waits for, why it was cancelled, the code of the error.",
+        null=True,
+        example="agent_busy",
+    )
     data = fields.Dict(metadata=_about("More, by type."))
 
 
@@ -596,6 +607,20 @@ class EventArguments(Arguments):
         metadata=_about("Events with a higher `seq` only: the `nextAfter` of the page before."),
     )
     limit = Limit()
+
+
+class EventHeaders(Arguments):
+    """What a client that follows events says when it comes back."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    last_event_id = fields.Integer(
+        data_key="Last-Event-ID",
+        validate=validate.Range(0, LARGEST_SEQ, error="Must be from {min} to {max}."),
+        error_messages={"invalid": "Must be the id of an event, which is a whole number."},
+        metadata=_about("Of a stream: events with a higher `seq` only, whatever `after` says."),
+    )
 
 
 class EventPage(Answer):

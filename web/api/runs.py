@@ -8,7 +8,7 @@ from flask import url_for
 from opscore import engine, queries
 from opscore.engine import Plan, Submission
 from opscore.workflows import find_workflow
-from web import pages
+from web import pages, streams
 from web.auth import principal
 from web.current import database, dispatcher, parts
 from web.openapi import PREFIX, Answers, Blueprint
@@ -17,6 +17,7 @@ from web.schemas import (
     RUN_FILTERS,
     TASK_FILTERS,
     EventArguments,
+    EventHeaders,
     EventPage,
     RetryArguments,
     Run,
@@ -38,6 +39,17 @@ CANCELLED = Answers(schema=Run, status=202, about="Nothing of it starts any more
 PAUSED = Answers(schema=Run, status=202, about="Nothing of it starts until it is resumed.")
 GOES_ON = Answers(schema=Run, status=202, about="It goes on.")
 RETRY = {"parameters": {"fetch": {"url": "https://example.com/again"}}}
+EVENTS = Answers(
+    schema=EventPage,
+    about="A page of them; or, if the client likes `text/event-stream` better, all of them as they"
+    " happen until the run is over, each with its seq as `id` and the JSON of an item as `data`.",
+    stream_example="id: 17\nevent: task.started\ndata: {...}\n\n: still here\n\n",
+    also={204: (None, "Of a stream: the run is over, and nothing happened after that event.")},
+)
+EVENT_PROBLEMS = {
+    503: "A server that is needed is away, or this process serves as many streams as it may"
+    " (`too_many_streams`); `Retry-After` says when to try again."
+}
 SUBMIT = {"workflowId": "report", "input": {"topic": "queues"}, "labels": {"team": "support"}}
 
 
@@ -87,12 +99,23 @@ def get_tasks(wanted: dict[str, Any], run_id: UUID) -> Any:
         return pages.answer(queries.list_tasks(tx, run_id, after=after, **wanted))
 
 
-@blueprint.operation("GET", "/<run:run_id>/events", Answers(schema=EventPage), query=EventArguments)
-def get_events(wanted: dict[str, Any], run_id: UUID) -> Any:
-    """List what happened in a run, oldest first."""
+@blueprint.operation(
+    "GET",
+    "/<run:run_id>/events",
+    EVENTS,
+    query=EventArguments,
+    headers=EventHeaders,
+    problems=EVENT_PROBLEMS,
+)
+def get_events(wanted: dict[str, Any], headers: dict[str, Any], run_id: UUID) -> Any:
+    """List what happened in a run, oldest first, or follow it: see `Accept`."""
+    after = wanted["after"]
+    if streams.is_wanted():
+        return streams.answer(parts().streams, run_id, headers.get("last_event_id", after))
     with database().autocommit() as tx:
         events = queries.list_events(tx, run_id, **wanted)
-    return {"items": events, "next_after": events[-1]["seq"] if events else wanted["after"]}
+    page = {"items": events, "next_after": events[-1]["seq"] if events else after}
+    return page, {"Vary": "Accept"}
 
 
 @blueprint.operation("POST", "/<run:run_id>/cancel", CANCELLED, problems=[409])
