@@ -639,7 +639,7 @@ _IS_SETTLED = """((e.at < cast(:open_since AS timestamptz)
     -- draw a seq. Those of a dump that was restored are of another server.
     AND (e.transaction < s.oldest OR e.transaction >= s.next))"""
 _BY = """CASE
-    WHEN e.data ? 'by' THEN e.data ->> 'by'
+    WHEN e.data ->> 'by' IS NOT NULL THEN e.data ->> 'by'
     WHEN e.type IN ('run.republished', 'task.lost') THEN 'keeper'
     WHEN e.data #>> '{error,code}' IN ('worker_lost', 'agent_silent') THEN 'keeper'
     WHEN a.report IS NOT NULL AND e.type NOT IN ('task.started', 'task.waiting')

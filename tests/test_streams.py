@@ -31,6 +31,8 @@ from web.errors import Refused
 from web.streams import Stream, Streams
 
 LOOK = 0.02
+LARGE = 20_000_000
+"""Bytes, more than a connection holds."""
 SSE = {"Accept": "text/event-stream"}
 
 
@@ -324,7 +326,7 @@ def test_a_client_that_does_not_keep_up_is_cut_off_and_goes_on_where_it_was(
     pieces = iter(slow)
     assert next(pieces) == b"retry: 2000\n\n"
     add_event(tx, run_id, "a")
-    threading.Thread(target=lambda: add_event(tx, run_id, "b")).start()
+    add_event(tx, run_id, "b")
     got = next(pieces).decode()
     for _ in range(11):
         add_event(tx, run_id, "c")
@@ -340,7 +342,10 @@ def test_a_client_that_does_not_keep_up_is_cut_off_and_goes_on_where_it_was(
 @contextmanager
 def connected(streams: Streams, run_id: UUID) -> Iterator[socket.socket]:
     """Yield the client's side of a connection on which a stream is being written."""
-    client, server = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client = socket.create_connection(listening.getsockname(), timeout=20)
+        server, _ = listening.accept()
     stream = streams.open(run_id, 0, server)
     assert stream is not None
 
@@ -362,6 +367,10 @@ def connected(streams: Streams, run_id: UUID) -> Iterator[socket.socket]:
     assert not writer.is_alive()
 
 
+def free_places(streams: Streams) -> int:
+    return streams._places._value  # type: ignore[attr-defined, no-any-return]
+
+
 def test_the_place_of_a_client_that_is_gone_is_free_at_once(
     make: Callable[..., Streams], tx: Tx
 ) -> None:
@@ -370,22 +379,35 @@ def test_the_place_of_a_client_that_is_gone_is_free_at_once(
     with connected(streams, run_id) as client:
         assert client.recv(100) == b"retry: 2000\n\n"
         client.close()
-        wait_until(lambda: streams._places._value == 1, seconds=5)  # type: ignore[attr-defined]
+        wait_until(lambda: free_places(streams) == 1, seconds=5)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system cannot tell")
+def test_a_machine_that_no_longer_answers_counts_as_gone(
+    make: Callable[..., Streams], tx: Tx
+) -> None:
+    tcp, (local, other) = socket.socket(), socket.socketpair()
+    with tcp, local, other:
+        for client in (tcp, local):
+            stream = make().open(add_run(tx, "running"), 0, client)
+            assert stream is not None
+            stream.close()
+        assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
 
 
 def test_a_client_that_takes_nothing_is_cut_off(make: Callable[..., Streams], tx: Tx) -> None:
     run_id = add_run(tx, "running")
     streams = make(places=1, stuck_seconds=0.3)
     with connected(streams, run_id):
-        add_event(tx, run_id, "large", text="x" * 3_000_000)
-        wait_until(lambda: streams._places._value == 1, seconds=10)  # type: ignore[attr-defined]
+        add_event(tx, run_id, "large", text="x" * LARGE)
+        wait_until(lambda: free_places(streams) == 1, seconds=10)
 
 
 def test_stopping_ends_all_streams_at_once_also_of_clients_that_take_nothing(
     make: Callable[..., Streams], tx: Tx
 ) -> None:
     run_id = add_run(tx, "running")
-    add_event(tx, run_id, "large", text="x" * 3_000_000)
+    add_event(tx, run_id, "large", text="x" * LARGE)
     streams = make()
     readers = [Reader(streams.open(run_id, 0)) for _ in range(3)]
     with connected(streams, run_id):
@@ -642,11 +664,19 @@ def test_a_served_stream_is_not_held_back_frees_its_thread_and_is_ended_by_sigte
     assert "Traceback" not in log.read_text()
 
 
+def test_ctrl_c_ends_streams_too(environment: dict[str, str], tmp_path: Path, tx: Tx) -> None:
+    run_id = add_run(tx, "running")
+    with serving(environment, tmp_path / "log") as (process, port), listening(port, run_id) as last:
+        assert read_message(last) == "retry: 2000\n\n"
+        stop(process, signal.SIGINT)
+        assert last.read() == b""
+
+
 def is_welcome(port: int, run_id: UUID) -> bool:
     with listening(port, run_id) as answer:
         return answer.status == 200
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
+def stop(process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:
+    process.send_signal(number)
     process.wait(10)

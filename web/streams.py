@@ -94,22 +94,18 @@ class Stream:
         streams: "Streams",
         run_id: UUID,
         after: int,
+        first: News,
         client: socket.socket | None,
         request_id: str | None,
     ) -> None:
+        """`first` is what happened after `after`, as far as it makes a page."""
         self.run_id, self.client, self.request_id = run_id, client, request_id
         self.after = after
         """The last event that was read for it."""
-        self._streams = streams
+        self._streams, self._first = streams, first
         self._waiting: SimpleQueue[bytes | None] = SimpleQueue()
         self._why: str | None = None
         self._giving_since: float | None = None
-        self._first = streams.read(run_id, after)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the run was over before, and nothing of it was left."""
-        return self._first.is_all and not self._first.events
 
     def __iter__(self) -> Iterator[bytes]:
         for piece in self._pieces():
@@ -231,7 +227,7 @@ class Streams:
         client: socket.socket | None = None,
         request_id: str | None = None,
     ) -> Stream | None:
-        """Begin a stream of the run's events above `after`; None if there will never be any.
+        """Begin a stream of the run's events above `after`; None if it is over and has none.
 
         `client`, the connection, tells when its client is gone, and can be cut.
 
@@ -243,8 +239,10 @@ class Streams:
             raise _too_many()
         stream = None
         try:
-            begun = Stream(self, run_id, after, client, request_id)
-            stream = None if begun.is_empty else self._enter(begun)
+            first = self.read(run_id, after)
+            if first.events or not first.is_all:
+                _limit_silence(client)
+                stream = self._enter(Stream(self, run_id, after, first, client, request_id))
         finally:
             if stream is None:
                 self._places.release()
@@ -316,22 +314,13 @@ class Streams:
         try:
             self._check_clients()
             after = self._positions()
-            if not after:
-                return self.look_seconds
-            with self._database.autocommit() as tx:
-                found, self._open_since = find_news(
-                    tx, after, open_since=self._open_since, limit=PAGE
-                )
+            return self._hand_out(after) if after else self.look_seconds
         except SQLAlchemyError as error:
             log.warning("streams.database_away", error=type(error).__name__)
-            return AWAY_SECONDS
         except Exception:
             # It must outlive any trouble with a single row or client; the next look meets it again.
             log.exception("streams.look_failed")
-            return AWAY_SECONDS
-        for run_id, news in found.items():
-            self._hand_out(run_id, after[run_id], news)
-        return 0 if any(len(news.events) == PAGE for news in found.values()) else self.look_seconds
+        return AWAY_SECONDS
 
     def _positions(self) -> dict[UUID, int]:
         """Return the runs that are followed, and up to which event; with no stream at all, rest."""
@@ -340,15 +329,22 @@ class Streams:
                 self._wanted.clear()
             return {run_id: feed.after for run_id, feed in self._feeds.items()}
 
-    def _hand_out(self, run_id: UUID, after: int, news: News) -> None:
+    def _hand_out(self, after: Mapping[UUID, int]) -> float:
+        with self._database.autocommit() as tx:
+            found, self._open_since = find_news(tx, after, open_since=self._open_since, limit=PAGE)
+        for run_id, news in found.items():
+            self._feed(run_id, after[run_id], news)
+        return 0 if any(len(news.events) == PAGE for news in found.values()) else self.look_seconds
+
+    def _feed(self, run_id: UUID, after: int, news: News) -> None:
+        messages = _messages(news)
         with self._lock:
             feed = self._feeds.get(run_id)
             if feed is None or feed.after != after:  # somebody has come meanwhile
                 return
-            if news.events:
-                feed.after = news.events[-1]["seq"]
+            if messages:
+                feed.after, _ = messages[-1]
             streams = tuple(feed.streams)
-        messages = _messages(news)
         for stream in streams:
             stream.give(messages)
             if news.is_all:
@@ -376,6 +372,14 @@ def _encode(event: Mapping[str, Any]) -> bytes:
     # In ASCII, as pages are: some clients take other characters of Unicode for ends of lines.
     data = json.dumps(_EVENT.dump(event), separators=(",", ":"))
     return f"id: {event['seq']}\nevent: {event['type']}\ndata: {data}\n\n".encode()
+
+
+def _limit_silence(client: socket.socket | None) -> None:
+    """Have a client whose machine no longer answers count as gone, where the system can tell."""
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if client is not None and option is not None:
+        with suppress(OSError):
+            client.setsockopt(socket.IPPROTO_TCP, option, int(1000 * STUCK_SECONDS))
 
 
 def _too_many() -> Refused:
