@@ -144,9 +144,15 @@ def web(host: str, port: int, workers: int, threads: int | None) -> None:
     threads = _settings("web_threads").web_threads
     from gunicorn.app.wsgiapp import run
 
-    # --no-control-socket: gunicorn would make one in the home folder.
-    arguments = f"--bind={host}:{port} --workers={workers} --threads={threads} --no-control-socket"
-    sys.argv = ["gunicorn", "--worker-class=gthread", *arguments.split(), "web.app:app_from_env()"]
+    sys.argv = [
+        "gunicorn",
+        f"--bind={host}:{port}",
+        f"--workers={workers}",
+        f"--threads={threads}",
+        "--worker-class=web.server.Worker",
+        "--no-control-socket",  # gunicorn would make one in the home folder
+        "web.app:app_from_env()",
+    ]
     run()
 
 

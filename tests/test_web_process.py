@@ -83,6 +83,25 @@ def test_bodies_of_100_mb_are_refused_without_being_kept(
         assert memory(process) - before < 30 * MEGABYTE
 
 
+def test_a_head_that_is_too_large_to_be_read_is_refused_with_a_problem(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    path = "/v1/opscore/runs"
+    body = b'{"workflowId": "w"}'
+    with serving(environment, tmp_path / "log") as (_, port):
+        for size in (10_000, MEGABYTE):
+            status, said = ask(port, "POST", path, body, **{"Idempotency-Key": "k" * size})
+            assert (status, said["status"], said["code"]) == (431, 431, "headers_too_large")
+            assert "8,190 bytes" in said["detail"] and "255 characters" in said["detail"]
+            assert {"type", "title", "requestId"} < set(said)
+        status, said = ask(port, "GET", f"{path}?label=n:{'x' * 10_000}")
+        assert (status, said["status"], said["code"]) == (414, 414, "uri_too_long")
+        assert "4,094 bytes" in said["detail"]
+        status, said = ask(port, "POST", path, body, **{"Idempotency-Key": "k" * 5000})
+        assert (status, list(said["errors"])) == (422, ["/Idempotency-Key"])
+        assert ask(port, "GET", "/health")[0] == 200
+
+
 def refused(port: int, headers: dict[str, str], piece: bytes) -> int:
     """Send a hundred pieces as a body, as far as the server listens; return the status."""
     lines = {"Host": "x", "Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"}
