@@ -33,6 +33,15 @@ SET_ASIDE = "opscore.set_aside"
 SET_ASIDE_COUNT = "opscore.set_aside.count"
 """The Redis hash that says how many were set aside ever, per queue."""
 
+MAX_VALUE_BYTES = 2**20
+"""Bytes of an input, an output, or any other value that is stored, as compact JSON in UTF-8."""
+MAX_TEXT_BYTES = 4 * MAX_VALUE_BYTES
+"""Bytes of the text that such a value comes in: spaces, characters spelled as `\\u00e9` (which
+takes three times as many) and what stands beside it may take the rest."""
+MAX_GATHERED_BYTES = 16 * MAX_VALUE_BYTES
+"""Bytes of values that were let through one by one and are put together: the outputs of a
+`forEach`'s items, and of a run's last tasks."""
+
 DATABASE_POOL = "OPSCORE_DATABASE_POOL"
 SECRET_LENGTH = 16
 """Characters; a shorter key is guessed rather than found."""
@@ -170,7 +179,11 @@ class Settings:
         10.0,
     )
     max_body_bytes: int = _setting(
-        "OPSCORE_MAX_BODY_BYTES", _count(1024, 2**30), "Bytes of the largest request body.", 2**20
+        "OPSCORE_MAX_BODY_BYTES",
+        _count(1024, MAX_TEXT_BYTES),
+        "Bytes of the largest request body; with less than 4 MiB not every spelling of an input of "
+        "1 MiB comes in.",
+        MAX_TEXT_BYTES,
     )
     webhook_secret: str | None = _setting(
         "OPSCORE_WEBHOOK_SECRET",

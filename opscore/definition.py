@@ -173,10 +173,9 @@ class Definition:
 
     def check_input(self, value: Any) -> None:
         """Accept a run's input. Raises InvalidInput with every fault, under /input."""
-        faults = check_json(value, "/input")
-        if not faults and self._schema:
-            faults = self._schema.check(value, "/input")
-        if faults:
+        if faults := check_json(value, "/input"):
+            raise InvalidInput(faults, "The input cannot be stored.")
+        if self._schema and (faults := self._schema.check(value, "/input")):
             raise InvalidInput(faults)
 
     def unbound(self) -> tuple[str, ...]:
@@ -374,11 +373,10 @@ def _own_keys(task: Any) -> set[str]:
 
 def _task(row: _Fields) -> TaskSpec:
     type = row.choice("type", tuple(_TYPES))
-    row.get("parameters", dict)
     if "agentId" in row and "agentCapability" in row:
         row.fault("agentCapability", "Name either agentId or agentCapability, not both.")
     for_each = _for_each(row) if "forEach" in row else None
-    parameters = row.template("parameters", ITEM_NAMES if for_each else NAMES)
+    parameters = _parameters(row, ITEM_NAMES if for_each else NAMES)
     when = row.condition("when")
     does = _DOES[type](row) if type in _DOES else None
     is_agents = does is None
@@ -401,6 +399,16 @@ def _task(row: _Fields) -> TaskSpec:
         on_failure=row.choice("onFailure", ("fail", "continue")),
         fallback=_fallback(row),
     )
+
+
+def _parameters(row: _Fields, names: frozenset[str]) -> Template:
+    """Compile an object, or the one expression that gives it when the task runs."""
+    template = row.template("parameters", names)
+    if not isinstance(template.value, str):
+        row.get("parameters", dict)
+    elif not template.is_expression:
+        row.fault("parameters", 'This must be an object, or one expression such as "${input}".')
+    return template
 
 
 def _approval(row: _Fields) -> Approval:

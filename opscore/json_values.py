@@ -15,10 +15,8 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES = 1_048_576
-"""Bytes of one stored value as compact JSON in UTF-8."""
-MAX_TEXT_BYTES = 4 * MAX_BYTES
-"""Bytes of one text to read: indentation and comments may take the rest."""
+from opscore.config import MAX_GATHERED_BYTES, MAX_TEXT_BYTES, MAX_VALUE_BYTES
+
 MAX_DEPTH = 64
 """Objects and arrays inside each other."""
 MAX_FAULTS = 500
@@ -30,6 +28,7 @@ class Faults(dict[str, list[str]]):
     """Collected faults; `fatal` when the value cannot even be looked at further."""
 
     fatal = False
+    too_large = False
 
     def __init__(self) -> None:
         self._count = 0
@@ -73,21 +72,21 @@ def unknown(word: str, known: Collection[str], sentence: str) -> str:
 # --- what can be stored
 
 
-def check_json(value: object, pointer: str = "", max_bytes: int = MAX_BYTES) -> Faults:
+def check_json(value: object, pointer: str = "", max_bytes: int = MAX_VALUE_BYTES) -> Faults:
     """Say why a value is not storable JSON; nothing said means that it is.
 
     Refused: other types than JSON's, keys that are no text, NaN and infinity, integers beyond
     64 bit, NUL, lone surrogates, nesting beyond 64, more than `max_bytes` as compact JSON.
-    Shared parts count as often as they appear, and the walk stops at the limit.
+    Shared parts count as often as they appear. The walk goes on beyond the limit, to say how large
+    the value is, but not without end.
     """
     faults = Faults()
-    size = 0
+    size, measured = 0, max(max_bytes, MAX_GATHERED_BYTES)
     stack: list[tuple[object, int, tuple[Any, ...] | None]] = [(value, 1, None)]
     while stack:
         item, depth, trail = stack.pop()
         size += _own_size(item, lambda s, t=trail, **k: faults.add(_pointer(pointer, t), s, **k))
-        if size > max_bytes:
-            faults.add(pointer, f"This is larger than {max_bytes:,} bytes as JSON.", fatal=True)
+        if size > measured:
             break
         if depth > MAX_DEPTH and isinstance(item, dict | list):
             sentence = f"Objects and lists may be nested at most {MAX_DEPTH} deep."
@@ -97,6 +96,11 @@ def check_json(value: object, pointer: str = "", max_bytes: int = MAX_BYTES) -> 
         elif isinstance(item, list):
             numbered = zip(range(len(item) - 1, -1, -1), reversed(item), strict=True)
             stack.extend((v, depth + 1, (trail, n)) for n, v in numbered)
+    if size > max_bytes:
+        faults.too_large = True
+        told = f"{size:,}" if size <= measured else f"more than {measured:,}"
+        sentence = f"This takes {told} bytes as JSON; at most {max_bytes:,} bytes are allowed."
+        faults.add(pointer, sentence, fatal=True)
     return faults
 
 

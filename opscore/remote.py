@@ -178,7 +178,7 @@ def _is_public(address: IPv4Address | IPv6Address) -> bool:
 # --- what agents report
 
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
-_FINAL_CODES = ("gave_up", "invalid_output")
+_FINAL_CODES = ("gave_up", "invalid_output", "output_too_large")
 """Not retryable when a function agent's attempt ends with them, so not here either."""
 
 
@@ -208,7 +208,7 @@ def _completed(result: object) -> Completed | Failed:
     try:
         return Completed(to_json(result))
     except Unstorable as error:
-        return failure("invalid_output", str(error), retryable=False)
+        return failure(error.code, str(error), retryable=False)
 
 
 def _failed(error: object) -> Failed:

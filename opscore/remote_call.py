@@ -23,6 +23,7 @@ import httpx2
 
 from opscore.agentkit.calling import MAX_RETRY_AFTER_SECONDS, Busy, Completed, Failed
 from opscore.agentkit.context import storable_text
+from opscore.config import MAX_TEXT_BYTES, MAX_VALUE_BYTES
 from opscore.json_values import kind, read_json
 from opscore.remote import (
     OUR_PREFIX,
@@ -36,8 +37,7 @@ from opscore.remote import (
     signed_headers,
 )
 
-MAX_ANSWER_BYTES = 1_048_576
-MAX_WIRE_BYTES = 2 * MAX_ANSWER_BYTES
+MAX_WIRE_BYTES = 2 * MAX_TEXT_BYTES
 """Of everything an agent sends in one call: heads and the framing of chunks have limits too."""
 CONNECT_SECONDS = 10.0
 """For one address; an agent's name may have others."""
@@ -74,7 +74,7 @@ class Caller:
 
         `Failed.code` is what `read_report` gives, or `agent_refused`, `agent_redirected`,
         `agent_failed`, `agent_unreachable`, `timeout`, `invalid_answer` or `url_refused`. Not
-        retryable are `agent_refused` and `url_refused`.
+        retryable are `agent_refused`, `output_too_large` and `url_refused`.
         """
         if faults := self._policy.faults(order.url):
             return failure("url_refused", " ".join(faults), retryable=False)
@@ -168,8 +168,8 @@ def _report_of(response: httpcore2.Response, headers: Mapping[str, str]) -> Comp
     body = bytearray()
     for chunk in response.iter_stream():
         body += chunk
-        if len(body) > MAX_ANSWER_BYTES:
-            raise _InvalidAnswer(f"it is larger than {MAX_ANSWER_BYTES:,} bytes.")
+        if len(body) > MAX_TEXT_BYTES:
+            return _too_large()
     try:
         report = read_json(bytes(body))
         if not isinstance(report, dict):
@@ -177,6 +177,14 @@ def _report_of(response: httpcore2.Response, headers: Mapping[str, str]) -> Comp
         return read_report(report)
     except ValueError as error:
         raise _InvalidAnswer(str(error)) from None
+
+
+def _too_large() -> Failed:
+    sentence = (
+        f"The agent's answer is larger than {MAX_TEXT_BYTES:,} bytes; a result may take"
+        f" {MAX_VALUE_BYTES:,} bytes as JSON."
+    )
+    return failure("output_too_large", sentence, retryable=False)
 
 
 def _excerpt(response: httpcore2.Response, line: "_Line") -> str:

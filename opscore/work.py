@@ -10,6 +10,7 @@ from typing import Any
 
 from opscore import logs
 from opscore.agentkit import Completed, Failed
+from opscore.config import MAX_GATHERED_BYTES, MAX_VALUE_BYTES
 from opscore.definition import (
     MAX_SECONDS,
     Approval,
@@ -27,12 +28,23 @@ from opscore.states import Reason, RunStatus
 log = logs.get(__name__)
 
 
+class TooLarge(ExpressionError):
+    """An expression's value is larger than what is stored."""
+
+    code = "output_too_large"
+
+
 def parameters(claimed: Claimed, spec: TaskSpec) -> dict[str, Any]:
     """Render the parameters; the first task of a triggered run gets the input merged over them.
 
     An agent may change what it is given, and the next task reads the same input: it is a copy.
+
+    Raises:
+        ExpressionError: an expression has no value, or what should be an object is none.
     """
-    rendered: dict[str, Any] = spec.parameters.render(_scope(claimed))
+    rendered = spec.parameters.render(_scope(claimed))
+    if not isinstance(rendered, dict):
+        raise ExpressionError(f"The parameters must give an object, not {kind(rendered)}.")
     if claimed.merges_input and isinstance(claimed.input, dict):
         rendered = rendered | claimed.input
     return dict(fresh(rendered | dict(claimed.overrides or {})))
@@ -43,7 +55,7 @@ def items(claimed: Claimed, template: Template) -> list[Any]:
     values = template.render(_scope(claimed))
     if not isinstance(values, list):
         raise ExpressionError(f"forEach.items must give a list, not {kind(values)}.")
-    _check(values, "The items")
+    _check(values, "The items", MAX_GATHERED_BYTES)
     return values
 
 
@@ -142,7 +154,7 @@ def run_result(
     try:
         return _run_output(claimed, read(), output), None
     except ExpressionError as error:
-        return None, Failure("expression_error", str(error))
+        return None, Failure(error.code, str(error))
     except Exception as error:
         log.exception("attempt.broke")
         return None, accident(error)
@@ -162,9 +174,11 @@ def _run_output(claimed: Claimed, definition: Definition, output: Any) -> Any:
     if definition.output is None:
         if len(definition.leaves) == 1:
             return tasks[definition.leaves[0]]["output"]
-        return {leaf: tasks[leaf]["output"] for leaf in definition.leaves}
+        gathered = {leaf: tasks[leaf]["output"] for leaf in definition.leaves}
+        _check(gathered, "The run's output", MAX_GATHERED_BYTES)
+        return gathered
     rendered = definition.output.render(_scope(claimed) | {"tasks": tasks})
-    _check(rendered, "The run's output")
+    _check(rendered, "The run's output", MAX_VALUE_BYTES)
     return rendered
 
 
@@ -176,7 +190,10 @@ def _scope(claimed: Claimed | Undecided) -> dict[str, Any]:
     return scope
 
 
-def _check(value: Any, what: str) -> None:
+def _check(value: Any, what: str, max_bytes: int) -> None:
     """Make sure that an expression's value can be stored."""
-    for pointer, sentences in check_json(value).items():
-        raise ExpressionError(f"{what} cannot be stored: {pointer} {sentences[0]}".strip())
+    faults = check_json(value, max_bytes=max_bytes)
+    if faults.too_large:
+        raise TooLarge(f"{what} cannot be stored: {' '.join(faults[''])}")
+    for pointer, sentences in faults.items():
+        raise ExpressionError(f"{what} cannot be stored: {pointer} {sentences[0]}")

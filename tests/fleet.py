@@ -112,3 +112,9 @@ def kills_worker(parameters: Parameters, context: Context) -> Any:
     if context.attempt <= parameters.get("times", 99):
         os.kill(os.getpid(), 9)
     return context.attempt
+
+
+@agent("sized")
+def sized(parameters: Parameters, context: Context) -> Any:
+    """Return text of so many bytes as JSON."""
+    return "x" * (parameters["size"] - 2)

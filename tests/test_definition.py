@@ -131,6 +131,19 @@ def test_a_full_document_is_read():
     assert definition.unbound() == ("free",)
 
 
+def test_parameters_may_be_one_expression():
+    first, second = parse(
+        {
+            "tasks": [
+                task("a", parameters="${input}"),
+                task("b", "a", parameters="${tasks.a.output}"),
+            ]
+        }
+    ).tasks
+    assert first.parameters.render({"input": {"n": 1}}) == {"n": 1}
+    assert second.references == {"a"}
+
+
 def test_defaults_are_as_documented():
     (only,) = parse({"tasks": [{"taskId": "a"}]}).tasks
     assert only.retry == Retry(3, 2.0, 60.0)
@@ -215,6 +228,16 @@ def test_a_long_backoff_raises_the_default_longest_one():
         ({"tasks": [task("a")], "deadlineSeconds": 0}, "/deadlineSeconds", "above 0"),
         ({"tasks": [task("a", agentId=None)]}, "/tasks/0/agentId", "left out"),
         ({"tasks": [task("a", parameters=[])]}, "/tasks/0/parameters", "must be an object"),
+        ({"tasks": [task("a", parameters=None)]}, "/tasks/0/parameters", "must be an object"),
+        ({"tasks": [task("a", parameters="x")]}, "/tasks/0/parameters", "or one expression such"),
+        ({"tasks": [task("a", parameters="")]}, "/tasks/0/parameters", "or one expression such"),
+        ({"tasks": [task("a", parameters="$${a}")]}, "/tasks/0/parameters", "or one expression"),
+        (
+            {"tasks": [task("a", parameters="${input} ${run}")]},
+            "/tasks/0/parameters",
+            "or one expression",
+        ),
+        ({"tasks": [task("a", parameters="${nothing}")]}, "/tasks/0/parameters", "'nothing'"),
         ({"tasks": [task("a", onFailure="skip")]}, "/tasks/0/onFailure", "'fail' or 'continue'"),
         ({"tasks": [{"taskId": "a", "dependsOn": "b"}]}, "/tasks/0/dependsOn", "must be a list"),
         ({"tasks": [task("a"), task("b", 5)]}, "/tasks/1/dependsOn/0", "id of a task"),

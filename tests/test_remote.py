@@ -38,7 +38,7 @@ from opscore.remote import (
     sign,
     signed_headers,
 )
-from opscore.remote_call import EXCERPT_BYTES, MAX_ANSWER_BYTES, Caller
+from opscore.remote_call import EXCERPT_BYTES, Caller
 
 SECRET = "s3cret-for-tests-only"
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
@@ -812,14 +812,29 @@ def test_an_attempt_without_time_left_calls_nobody(seconds: float) -> None:
     assert fake.connections == 0
 
 
+MEBIBYTE = 2**20
+
+
 def padded(size: int) -> bytes:
     return DONE + b" " * (size - len(DONE))
 
 
-def test_an_answer_may_take_a_mebibyte_and_no_byte_more() -> None:
-    assert answer_to(http(200, padded(MAX_ANSWER_BYTES))) == Completed("done")
-    said = failed(answer_to(http(200, padded(MAX_ANSWER_BYTES + 1))), "invalid_answer")
-    assert "larger than 1,048,576 bytes" in said
+def test_an_answer_may_take_four_mebibytes_and_no_byte_more() -> None:
+    assert answer_to(http(200, padded(4 * MEBIBYTE))) == Completed("done")
+    answer = answer_to(http(200, padded(4 * MEBIBYTE + 1)))
+    said = failed(answer, "output_too_large", retryable=False)
+    assert "larger than 4,194,304 bytes" in said and "1,048,576 bytes" in said
+
+
+@pytest.mark.parametrize("spelling", ["x", "\\u00e9"])
+def test_a_result_may_take_a_mebibyte_and_no_byte_more(spelling: str) -> None:
+    character = json.loads(f'"{spelling}"')
+    count = (MEBIBYTE - len('""')) // len(character.encode())
+    said = f'{{"result": "{spelling * count}"}}'
+    assert answer_to(http(200, said.encode())) == Completed(character * count)
+    said = f'{{"result": "{spelling * count}x"}}'
+    told = failed(answer_to(http(200, said.encode())), "output_too_large", retryable=False)
+    assert "takes 1,048,577 bytes as JSON; at most 1,048,576 bytes" in told
 
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -830,6 +845,15 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     [
         pytest.param(pour(b"x" * 65_536, b"HTTP/1.1 200 OK\r\n\r\n"), id="body"),
         pytest.param(pour(b"10000\r\n" + b" " * 65_536 + b"\r\n", CHUNKED), id="chunks"),
+    ],
+)
+def test_an_endless_body_is_cut_off(script: Script) -> None:
+    failed(in_time(lambda: answer_to(script)), "output_too_large", retryable=False)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
         pytest.param(pour(b"1;" + b"x" * 8_000 + b"\r\n \r\n", CHUNKED), id="framing"),
         pytest.param(pour(b"X-More: more\r\n" * 500, b"HTTP/1.1 200 OK\r\n"), id="headers"),
         pytest.param(pour(b"x" * 65_536), id="first line"),
@@ -847,7 +871,7 @@ def test_the_end_of_a_failure_s_endless_text_is_not_waited_for() -> None:
 
 def test_a_compressed_answer_is_refused_without_unpacking_it() -> None:
     bomb = gzip.compress(b'{"result": "' + b"x" * 20_000_000 + b'"}', 1)
-    assert len(bomb) < MAX_ANSWER_BYTES
+    assert len(bomb) < MEBIBYTE
     for encoding in ("gzip", "GZIP", "br", "identity, gzip"):
         answer = answer_to(http(200, bomb, Content_Encoding=encoding))
         assert "identity" in failed(answer, "invalid_answer")

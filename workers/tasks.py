@@ -29,7 +29,7 @@ from celeryconfig import app
 from opscore import agentkit, agents, engine, logs, remote, work
 from opscore.agentkit import Busy, Completed, Context, Failed
 from opscore.canvas import RECALL, RECALL_SECONDS, REQUEST_HEADER, RUN_TASK
-from opscore.config import FIRST
+from opscore.config import FIRST, MAX_GATHERED_BYTES
 from opscore.db import Tx
 from opscore.definition import ForEach, TaskSpec
 from opscore.engine import Claimed, Failure, Finished, MustWait, Parked, Visit
@@ -285,10 +285,18 @@ def _result(trip: Trip, claimed: Claimed) -> Result:
 def _items(claimed: Claimed, spec: TaskSpec, each: ForEach) -> Result:
     """Make the items of a `forEach`, or collect what they came to."""
     if claimed.expanded:
-        outputs, failed = _insist(lambda tx: engine.item_outputs(tx, claimed.task_id))
-        return work.collected(outputs, failed, spec)
+        return _gathered(claimed, spec)
     values = work.items(claimed, each.items)
     return Items(values, each.tolerated(len(values))) if values else Completed([])
+
+
+def _gathered(claimed: Claimed, spec: TaskSpec) -> Completed | Failed:
+    """Collect the outputs of a `forEach`'s items."""
+    gathered = _insist(lambda tx: engine.item_outputs(tx, claimed.task_id))
+    if gathered is not None:
+        return work.collected(*gathered, spec)
+    sentence = f"The items' outputs take more than {MAX_GATHERED_BYTES:,} bytes together."
+    return Failed("output_too_large", f"{sentence} Let each return less.", retryable=False)
 
 
 def _call(trip: Trip, claimed: Claimed, parameters: dict[str, Any]) -> Result:

@@ -53,8 +53,8 @@ class Completed:
 class Failed:
     """The attempt failed. `retry_after` (seconds) is what the agent asked for, if it did.
 
-    `code` is `agent_error`, `timeout`, `retry_later`, `gave_up` or `invalid_output`; the last two
-    are not retryable.
+    `code` is `agent_error`, `timeout`, `retry_later`, `gave_up`, `invalid_output` or
+    `output_too_large`; the last three are not retryable.
     """
 
     code: str
@@ -247,4 +247,4 @@ def _completed(output: object) -> Outcome:
     try:
         return Completed(to_json(output))
     except Unstorable as error:
-        return Failed("invalid_output", storable_text(error, MAX_MESSAGE_BYTES), retryable=False)
+        return Failed(error.code, storable_text(error, MAX_MESSAGE_BYTES), retryable=False)

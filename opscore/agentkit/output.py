@@ -24,9 +24,17 @@ FAULTS_SHOWN = 3
 class Unstorable(Exception):
     """The output is no JSON that can be stored; the message names the place."""
 
+    code = "invalid_output"
+
     def __init__(self, *faults: tuple[str, str]) -> None:
         said = [f"{f'at {place}' if place else 'as a whole'}: {words}" for place, words in faults]
         super().__init__(f"The output cannot be stored, {'; '.join(said[:FAULTS_SHOWN])}")
+
+
+class TooLarge(Unstorable):
+    """The output is larger than what is stored."""
+
+    code = "output_too_large"
 
 
 def to_json(output: object) -> Any:
@@ -48,7 +56,8 @@ def to_json(output: object) -> Any:
     except Exception as error:  # a mapping or number of the agent's own making
         raise Unstorable(("", f"reading it raised {type(error).__name__}: {error}")) from error
     if faults := check_json(value):
-        raise Unstorable(*((place, " ".join(said)) for place, said in faults.items()))
+        kind = TooLarge if faults.too_large else Unstorable
+        raise kind(*((place, " ".join(said)) for place, said in faults.items()))
     return value
 
 
@@ -61,7 +70,7 @@ class _Walk:
     def plain(self, value: object, place: str, level: int) -> Any:
         self._values += 1
         if self._values > MAX_VALUES:
-            raise Unstorable(("", f"It holds more than {MAX_VALUES:,} values."))
+            raise TooLarge(("", f"It holds more than {MAX_VALUES:,} values."))
         if value is None or isinstance(value, bool):
             return value
         for kind, convert in _SCALARS:

@@ -9,6 +9,7 @@ from sqlalchemy import Row, select
 from uuid6 import uuid7
 
 from opscore import models
+from opscore.config import MAX_GATHERED_BYTES
 from opscore.db import Prepared, Tx
 from opscore.engine.claims import (
     BY_SAVED,
@@ -889,11 +890,25 @@ def expand_task(
     return [Node(row.id, frozenset(), row.timeout_seconds, row.queue) for row in rows] or None
 
 
-def item_outputs(tx: Tx, task_id: UUID) -> tuple[list[Any], int]:
-    """Return the outputs of an expanded `forEach`'s items, in item order, and how many failed."""
-    query = select(Task.output, Task.status).where(Task.parent_id == task_id).order_by(Task.index)
-    rows = tx.execute(query).all()
-    return [row.output for row in rows], sum(row.status == TaskStatus.FAILED for row in rows)
+_ITEM_OUTPUTS = Prepared(
+    f"""
+WITH items AS MATERIALIZED (
+    SELECT index, output, status FROM tasks WHERE parent_id = :task_id)
+SELECT output, status FROM items
+WHERE (SELECT coalesce(sum(octet_length(output::text)), 0) FROM items) <= {MAX_GATHERED_BYTES}
+ORDER BY index
+"""
+)
+
+
+def item_outputs(tx: Tx, task_id: UUID) -> tuple[list[Any], int] | None:
+    """Return the outputs of an expanded `forEach`'s items, in item order, and how many failed.
+
+    None if they are larger together than what may be gathered: no process could hold them.
+    """
+    rows = list(_ITEM_OUTPUTS(tx, {"task_id": task_id}))
+    failed = sum(row.status == TaskStatus.FAILED for row in rows)
+    return ([row.output for row in rows], failed) if rows else None
 
 
 # --- What an attempt says while it runs ----------------------------------------------------------
