@@ -7,8 +7,8 @@
     │   ├── InvalidInput
     │   └── InvalidRequest
     ├── NotFound                AgentNotFound, RunNotFound, TaskNotFound, WorkflowNotFound
-    ├── Conflict                RunFinished, RunEnding, RunNotPaused, RunNotFailed, ApprovalRefused,
-    │                           ReportRefused, StaleNotice
+    ├── Conflict                KeyReused, RunFinished, RunEnding, RunNotPaused, RunNotFailed,
+    │                           ApprovalRefused, ReportRefused, StaleNotice
     ├── Unavailable             a server we need is away
     └── AgentSignal             AgentBusy, RetryLater, GiveUp: what an agent may raise on purpose
 
@@ -105,6 +105,12 @@ class Conflict(OpsCoreError):
     """The present state does not allow this."""
 
     code = "conflict"
+
+
+class KeyReused(Conflict):
+    """This Idempotency-Key came with another request already; send this one with a new key."""
+
+    code = "idempotency_key_reused"
 
 
 class RunFinished(Conflict):

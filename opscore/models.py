@@ -556,6 +556,21 @@ class Event(Base):
     __table_args__ = (Index(None, "run_id", "seq"),)
 
 
+class IdempotencyKey(Base):
+    """A key that came with a request which started a run, so that it is started once."""
+
+    __tablename__ = "idempotency_keys"
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[str]
+    """SHA-256 of the request: with another one the key is refused."""
+    run_id: Mapped[uuid.UUID | None]
+    """Null only within the transaction that starts the run. No foreign key: it is soon deleted."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+    __table_args__ = (Index(None, "created_at"),)
+
+
 class Lease(Base):
     """A role only one process may act in at a time, such as the keeper's."""
 

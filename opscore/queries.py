@@ -129,7 +129,8 @@ class RunFilter:
 
     workflow_id: str | None = None
     status: Sequence[str] = ()
-    labels: Mapping[str, str] | None = None
+    labels: Sequence[tuple[str, str]] = ()
+    """Those of all of these; two values of one label has no run."""
     created_after: datetime | None = None
     created_before: datetime | None = None
 
@@ -137,8 +138,8 @@ class RunFilter:
         """Return what runs must meet, but for their status."""
         if self.workflow_id is not None:
             yield Run.workflow_id == self.workflow_id
-        if self.labels:
-            yield Run.labels.contains(dict(self.labels))
+        for name, value in self.labels:
+            yield Run.labels.contains({name: value})
         if self.created_after is not None:
             yield Run.created_at > self.created_after
         if self.created_before is not None:

@@ -45,15 +45,17 @@ def create_workflow(
         InvalidDefinition: it has neither id nor name; or it runs another workflow that is not
             there, or that leads back to it.
     """
-    workflow_id = _workflow_id(definition)
+    workflow_id = id_of(definition)
     check_children(tx, workflow_id, definition)
     digest = _digest(definition)
-    # Two creations at once count up one after the other.
-    tx.execute(
-        text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"),
-        {"key": f"workflow:{workflow_id}"},
-    )
     same = _same_version(tx, workflow_id, digest, inline)
+    if same is None:
+        # Two creations at once count up one after the other.
+        tx.execute(
+            text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"),
+            {"key": f"workflow:{workflow_id}"},
+        )
+        same = _same_version(tx, workflow_id, digest, inline)
     if same is not None:
         return StoredWorkflow(workflow_id, same, definition), False
     version = 1 + (
@@ -75,6 +77,20 @@ def create_workflow(
     if not inline or not _is_created(tx, workflow_id):
         slots.set_capacity(tx, slots.RUNS + workflow_id, definition.max_concurrent_runs or 0)
     return StoredWorkflow(workflow_id, version, definition), True
+
+
+def id_of(definition: Definition) -> str:
+    """Return the id a definition is stored under: its own, else one made from its name.
+
+    Raises:
+        InvalidDefinition: it has neither.
+    """
+    if definition.id is not None:
+        return definition.id
+    slug = re.sub(r"[^a-z0-9]+", "-", (definition.name or "").lower()).strip("-")
+    if not slug:
+        raise InvalidDefinition({"/id": ["Give the workflow an id, or a name to make one from."]})
+    return f"wf_{slug}"[:64]
 
 
 def _is_created(tx: Tx, workflow_id: str) -> bool:
@@ -164,15 +180,6 @@ def _why_no_child(tx: Tx, workflow_id: str, child: Child) -> str | None:
             continue
         ways += [(below.workflow_id, below.version) for _, below in found.children()]
     return None
-
-
-def _workflow_id(definition: Definition) -> str:
-    if definition.id is not None:
-        return definition.id
-    slug = re.sub(r"[^a-z0-9]+", "-", (definition.name or "").lower()).strip("-")
-    if not slug:
-        raise InvalidDefinition({"/id": ["Give the workflow an id, or a name to make one from."]})
-    return f"wf_{slug}"[:64]
 
 
 def _digest(definition: Definition) -> str:

@@ -108,7 +108,7 @@ def test_filters_of_runs_hold_together(tx: Tx) -> None:
     every = RunFilter(
         workflow_id="b",
         status=["running", "queued"],
-        labels={"team": "x", "k": "1"},
+        labels=[("team", "x"), ("k", "1")],
         created_after=NOW - timedelta(seconds=1),
         created_before=NOW + timedelta(seconds=1),
     )

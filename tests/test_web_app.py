@@ -285,7 +285,8 @@ def test_a_body_announced_too_large_is_413_unread(client: Client, path: str) -> 
     body = Endless()
     length = {"CONTENT_LENGTH": str(100 * 2**20)}
     answer = client.post(path, headers=JSON, input_stream=body, environ_overrides=length)
-    assert "1048576 bytes" in problem(answer, 413, "body_too_large")["detail"]
+    detail = problem(answer, 413, "body_too_large")["detail"]
+    assert "104,857,600 bytes" in detail and "at most 4,194,304 bytes" in detail
     assert body.taken == 0
 
 
@@ -293,8 +294,8 @@ def test_a_chunked_body_without_end_is_413_after_the_limit(client: Client) -> No
     body = Endless()
     chunked = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
     answer = client.post("/runs", headers=JSON, input_stream=body, environ_overrides=chunked)
-    problem(answer, 413, "body_too_large")
-    assert body.taken < 4 * 2**20
+    detail = problem(answer, 413, "body_too_large")["detail"]
+    assert "more than 4,194,304 bytes" in detail and body.taken < 16 * 2**20
 
 
 def test_the_limit_of_bodies_is_a_setting(settings: Settings) -> None:
@@ -512,6 +513,25 @@ def test_every_operation_describes_its_answers_and_its_errors(client: Client) ->
                 assert content["schema"] and content["example"], name
         if "{" in name:
             assert "404" in answers, name
+
+
+STARTS = ("POST /v1/opscore/runs", "POST /v1/opscore/agent/{agentId}/workflow")
+STARTS += ("POST /v1/opscore/tasks",)
+
+
+def test_what_starts_a_run_describes_the_key_that_makes_it_safe_to_repeat(client: Client) -> None:
+    for name, operation in operations(client):
+        headers = [p for p in operation.get("parameters", []) if p["in"] == "header"]
+        answers = operation["responses"]
+        if name not in STARTS:
+            assert headers == [] and "Idempotent-Replayed" not in str(answers), name
+            continue
+        (header,) = headers
+        assert (header["name"], header["required"]) == ("Idempotency-Key", False)
+        assert "24 hours" in header["description"] and header["schema"]["maxLength"] == 255
+        assert set(answers["202"]["headers"]) == {"Location", "Idempotent-Replayed"}
+        assert {"404", "409", "413", "422"} <= set(answers), name
+        assert "Idempotency-Key" in answers["409"]["description"]
 
 
 def test_the_description_names_the_key_and_only_things_that_exist(client: Client) -> None:

@@ -347,7 +347,7 @@ def test_the_signature_is_checked_before_the_body_is_read(empty: Client, raw: by
 
 def test_a_signed_body_of_another_kind_is_not_read(empty: Client) -> None:
     problem(notify(empty, REGISTER, kind="text/plain"), 415, "unsupported_media_type")
-    problem(notify(empty, b" " * (2**20 + 1)), 413, "body_too_large")
+    problem(notify(empty, b" " * (2**22 + 1)), 413, "body_too_large")
 
 
 @pytest.mark.parametrize("event", ["HEARTBEAT", "register", "", "x" * 5000])
@@ -380,6 +380,7 @@ def test_an_unknown_event_is_400(empty: Client, event: str) -> None:
         ({"capabilities": [f"c{n}" for n in range(257)]}, ["capabilities"]),
         ({"metadata": []}, ["metadata"]),
         ({"metadata": "red"}, ["metadata"]),
+        pytest.param({"metadata": {"a": "x" * 2**20}}, ["metadata"], id="large metadata"),
         ({"contactEndpoint": ...}, ["contactEndpoint"]),
         ({"contactEndpoint": None}, ["contactEndpoint"]),
         ({"contactEndpoint": "https://agents.internal/" + "a" * 2048}, ["contactEndpoint"]),
@@ -927,6 +928,34 @@ def test_an_agent_that_knows_no_tokens_is_known_by_its_id_if_it_may(
         assert answer.status_code == 200, answer.json
 
 
+def test_a_result_may_have_a_mebibyte_and_one_byte_more_ends_the_attempt_for_good(
+    fleet: Fleet, client: Client
+) -> None:
+    largest = "\N{GRINNING FACE}" * ((2**20 - 4) // 4) + "xx"
+    given = fleet.give_one()
+    assert client.post(given.result, given.says(result=largest)).status_code == 200
+    assert client.get(f"/tasks/{given.task_id}").json["output"] == largest
+    given = fleet.give_one()
+    assert client.post(given.result, given.says(result=largest + "x")).status_code == 200
+    check_too_large(client.get(f"/tasks/{given.task_id}").json)
+
+
+def check_too_large(task: dict[str, Any]) -> None:
+    assert (task["status"], task["error"]["code"]) == ("failed", "output_too_large"), task["error"]
+    assert "1,048,577 bytes as JSON; at most 1,048,576" in task["error"]["message"]
+    assert len(task["attempts"]) == 1
+
+
+def test_a_result_in_a_state_report_is_as_large_as_any(fleet: Fleet, client: Client) -> None:
+    largest = "x" * (2**20 - 2)
+    given = fleet.give_one()
+    assert fleet.report("idle", details=details(given, result=largest)).status_code == 202
+    assert client.get(f"/tasks/{given.task_id}").json["output"] == largest
+    given = fleet.give_one()
+    assert fleet.report("idle", details=details(given, result=largest + "x")).status_code == 202
+    check_too_large(client.get(f"/tasks/{given.task_id}").json)
+
+
 def test_the_same_result_twice_is_answered_alike_and_another_one_is_refused(
     fleet: Fleet, client: Client
 ) -> None:
@@ -1027,7 +1056,7 @@ def test_an_unknown_member_is_told_the_known_ones_as_they_are_spelled(still: Sti
         (b"{", "application/json", 400),
         (b'{"result": NaN}', "application/json", 400),
         (b"{}", "text/plain", 415),
-        (b" " * (2**20 + 1), "application/json", 413),
+        (b" " * (2**22 + 1), "application/json", 413),
     ],
 )
 def test_a_result_that_cannot_be_read_is_refused(

@@ -148,6 +148,11 @@ def test_a_run_may_be_of_an_older_version(client: Client) -> None:
         ({"workflowId": "report", "labels": []}, ["/labels"]),
         ({"workflowId": "report", "labels": {"a b": "x", "c": 1}}, ["/labels/a b", "/labels/c"]),
         ({"workflowId": "report", "labels": {str(n): "" for n in range(33)}}, ["/labels"]),
+        ({"workflowId": "report", "labels": {"team": "x" * 10_000}}, ["/labels/team"]),
+        (
+            {"workflowId": "report", "labels": {"x" * 10_000: "y", "é": ""}},
+            ["/labels", "/labels/é"],
+        ),
         ({"workflowId": "report", "inputs": {}, "x/y": 1}, ["/inputs", "/x~1y"]),
     ],
 )
@@ -155,6 +160,15 @@ def test_a_submission_must_be_as_it_must_be(client: Client, body: Any, places: l
     errors = problem(client.post("/runs", body), 422, "invalid_request")["errors"]
     assert sorted(errors) == places
     assert count(client) == 0
+
+
+def test_the_longest_labels_are_kept_and_found(client: Client) -> None:
+    labels = {"n" * 60 + f".{n:03}": "é" * 255 + str(n % 10) for n in range(32)}
+    run = submit(client, labels=labels).json
+    assert run["labels"] == labels
+    name, value = next(iter(labels.items()))
+    assert runs(client, f"label={name}:{value}") == [run["runId"]]
+    assert runs(client, f"label={name}:{value}x") == runs(client, "label=n:" + "x" * 10_000) == []
 
 
 def test_an_unknown_member_is_told_which_there_are(client: Client) -> None:
@@ -214,6 +228,9 @@ def test_runs_are_listed_newest_first_without_input_and_output(
 def test_runs_are_filtered(client: Client, listed: list[str]) -> None:
     assert runs(client, "status=queued&status=running") == [listed[n] for n in (4, 3, 1, 0)]
     assert runs(client, "label=odd:1&label=n:3") == [listed[3]]
+    assert runs(client, "label=odd:1&label=odd:1") == [listed[n] for n in (5, 3, 1)]
+    assert runs(client, "label=odd:1&label=odd:0") == runs(client, "label=odd:1&label=n:2") == []
+    assert runs(client, "label=odd:1&status=running&workflowId=report") == [listed[1]]
     assert runs(client, "workflowId=other") == []
     after, before = "2026-01-31T12:00:01Z", "2026-01-31T13:00:04%2B01:00"
     assert runs(client, f"createdAfter={after}&createdBefore={before}") == [listed[3], listed[2]]

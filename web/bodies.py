@@ -4,15 +4,18 @@ JSON everywhere; YAML as well where a workflow definition is the body. What cann
 400, another media type 415; what reads well but breaks the schema, or cannot be stored, is 422.
 """
 
+import json
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any, NoReturn
 
-from flask import Request, request
+from flask import Request, g, request
 from marshmallow import Schema, ValidationError
 from webargs.flaskparser import FlaskParser
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from opscore import json_values
+from opscore.config import MAX_TEXT_BYTES
 from opscore.errors import InvalidRequest
 from web.errors import Refused, pointers
 
@@ -21,11 +24,24 @@ YAML = ("application/yaml", "application/x-yaml", "text/yaml")
 
 
 def read_json() -> Any:
-    """Return the body of the request at hand, which must be JSON that can be stored."""
+    """Return the body of the request at hand, which must be JSON that can be stored.
+
+    How large its parts may be is decided where each of them belongs.
+    """
     value = _read(json_values.read_json, (JSON,))
-    if faults := json_values.check_json(value):
+    if faults := json_values.check_json(value, max_bytes=MAX_TEXT_BYTES):
         raise InvalidRequest(faults)
+    g.body = value
     return value
+
+
+def digest() -> str:
+    """Return the SHA-256 of the request at hand: its method, its path, and what its JSON says.
+
+    Spaces, the order of members and the spelling of characters make no difference.
+    """
+    said = [request.method, request.path, g.get("body")]
+    return sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def read_definition() -> Any:

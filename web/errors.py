@@ -7,6 +7,7 @@ it were a member of the body. An accident is logged with its traceback and answe
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -127,6 +128,19 @@ def pointers(messages: Any, path: str = "") -> Iterator[tuple[str, list[str]]]:
             yield path, [str(sentence) for sentence in messages]
 
 
+@contextmanager
+def placed(before: str, now: str) -> Iterator[None]:
+    """Name faults by the place that what is faulty has in the body: `now` instead of `before`."""
+    try:
+        yield
+    except Invalid as error:
+        moved = {
+            now + place.removeprefix(before) if place.startswith(before) else place: said
+            for place, said in error.errors.items()
+        }
+        raise type(error)(moved, str(error)) from error
+
+
 def register(app: Flask) -> None:
     """Answer every error of `app` with a problem."""
     app.register_error_handler(OpsCoreError, _answer_own)
@@ -166,7 +180,9 @@ def _detail(error: HTTPException) -> str:
         return f"{request.method} is not possible at {request.path}; the Allow header says what is."
     if error.code == 413:
         limit = current_app.config["MAX_CONTENT_LENGTH"]
-        return f"The request body is larger than {limit} bytes."
+        size = request.content_length
+        told = f"{size:,}" if size else f"more than {limit:,}"
+        return f"The request body has {told} bytes; at most {limit:,} bytes are read."
     return error.description or HTTPStatus(error.code or 500).description
 
 

@@ -25,7 +25,8 @@ from opscore.remote import AGENT_PREFIX
 from web.bodies import JSON, YAML, Parser, read_definition
 from web.errors import PROBLEM
 from web.ids import RunId, TaskId
-from web.schemas import Problem, WorkflowDefinition, camel
+from web.schemas import KeyHeader, Problem, WorkflowDefinition, camel
+from web.starting import REPLAYED_HEADER
 from web.streams import EVENT_STREAM
 
 View = TypeVar("View", bound=Callable[..., Any])
@@ -58,6 +59,13 @@ MEANINGS: Mapping[int, str] = {
     503: "A server that is needed is away; `Retry-After` says when to try again.",
 }
 LOCATION = {"Location": {"description": "Where it is now.", "schema": {"type": "string"}}}
+REPLAYED = {
+    REPLAYED_HEADER: {
+        "description": "`true`: the Idempotency-Key came before, and this is what it started then.",
+        "schema": {"type": "string", "enum": ["true"]},
+    }
+}
+KEY_REUSED = {409: "The Idempotency-Key came with another request already."}
 DOCS_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
     " font-src 'self' data:; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -66,7 +74,8 @@ DOCS_POLICY = (
 ABOUT = """
     Runs workflows of agent tasks and shows what is going on and why.
 
-    Errors are `application/problem+json` (RFC 9457). Lists are pages, newest first: send
+    Errors are `application/problem+json` (RFC 9457). What starts a run takes an `Idempotency-Key`,
+    so that it is safe to send again. Lists are pages, newest first: send
     `nextCursor` as `cursor` for the next one. Every answer carries `X-Request-ID`: the client's
     own, if it sent one.
 """
@@ -131,34 +140,37 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
         problems: Collection[int] | Mapping[int, str] = (),
         key: bool = True,
         signed: bool = False,
+        starts: bool = False,
     ) -> Callable[[View], View]:
         """Declare a view: what it takes, what it answers, and so what it may refuse.
 
         The view gets the checked query, headers and body first, those it has, then what its path
         names; with `definition` it gets the document of a workflow, read but not checked.
         `problems` are what does not follow from the rest, perhaps with their meanings here.
-        `signed`: it wants a signature instead of the key.
+        `signed`: it wants a signature instead of the key. `starts`: it starts a run, and gets the
+        Idempotency-Key before all else, for `starting.start`; None if none was sent.
         """
         wants_proof = key or signed
-        meanings = {**MEANINGS, **(problems if isinstance(problems, Mapping) else {})}
+        told = _told(problems, starts)
+        meanings = {**MEANINGS, **told}
 
         def decorate(view: View) -> View:
-            declared = self._answering(view, answers)
-            for status in _problems(
-                rule, query or headers, body or definition, problems, wants_proof
-            ):
+            declared = self._answering(view, answers, starts)
+            for status in _problems(rule, query or headers, body or definition, told, wants_proof):
                 declared = self.alt_response(
                     status, schema=Problem, content_type=PROBLEM, description=meanings[status]
                 )(declared)
-            if headers is not None:
-                declared = self.arguments(headers, location="headers")(declared)
-            if query is not None:
-                declared = self.arguments(query, location="query")(declared)
+            # The last one's argument comes first.
+            for location, schema in (("headers", headers), ("query", query)):
+                if schema is not None:
+                    declared = self.arguments(schema, location=location)(declared)
             if body is not None:
                 required = not getattr(body, "MAY_BE_LEFT_OUT", False)
                 declared = self.arguments(body, example=example, required=required)(declared)
             if definition:
                 declared = self._reading_definition(declared, example)
+            if starts:
+                declared = self.arguments(KeyHeader, location="headers")(declared)
             more = _security(key, signed)
             declared = self.doc(operationId=f"{self.name}_{view.__name__}", **more)(declared)
             self.route(rule, methods=[method])(declared)
@@ -166,7 +178,7 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
 
         return decorate
 
-    def _answering(self, view: Any, answers: Answers) -> Any:
+    def _answering(self, view: Any, answers: Answers, starts: bool) -> Any:
         for status, (schema, about) in answers.also.items():
             view = self.alt_response(status, schema=schema, success=True, description=about)(view)
         if answers.stream_example is not None:
@@ -182,7 +194,7 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
             answers.schema,
             description=answers.about,
             example=answers.example,
-            headers=LOCATION if answers.has_location else None,
+            headers=(LOCATION if answers.has_location else {}) | (REPLAYED if starts else {}),
         )(view)
 
     def _reading_definition(self, view: Any, example: Any) -> Any:
@@ -204,6 +216,14 @@ def _security(key: bool, signed: bool) -> dict[str, Any]:
     if signed:
         return {"security": [{name: [] for name in SIGNATURE_SCHEMES}]}
     return {} if key else {"security": []}
+
+
+def _told(problems: Collection[int] | Mapping[int, str], starts: bool) -> dict[int, str]:
+    """Return statuses with what they mean."""
+    ours = {422: MEANINGS[422], **KEY_REUSED} if starts else {}
+    if isinstance(problems, Mapping):
+        return {**ours, **problems}
+    return {**ours, **{status: MEANINGS[status] for status in problems}}
 
 
 def _problems(

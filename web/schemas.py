@@ -21,6 +21,8 @@ from marshmallow import (
     validates_schema,
 )
 
+from opscore.definition import DEFAULT_TIMEOUT_SECONDS, MAX_SECONDS
+from opscore.json_values import check_json
 from opscore.remote import read_report
 from opscore.states import AgentState, AttemptStatus, RunStatus, TaskStatus
 
@@ -42,6 +44,9 @@ LARGEST_CAPACITY = 10_000
 LONGEST_HEARTBEAT_SECONDS = 2_592_000
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _LABEL_NAME = re.compile(r"[A-Za-z0-9_./-]{1,64}")
+_KEY = re.compile(r"[!-~]{1,255}")
+_QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
+"""A string as RFC 9651 writes it."""
 
 
 def camel(name: str) -> str:
@@ -104,6 +109,11 @@ def _json(text: str, **more: Any) -> fields.Raw:
 
 def _uuid(text: str, *, null: bool = False, **more: Any) -> fields.UUID:
     return fields.UUID(allow_none=null, metadata=_about(text), **more)
+
+
+def _check_size(value: Any) -> None:
+    if faults := check_json(value):
+        raise ValidationError(faults[""])
 
 
 def _check_id(value: str) -> None:
@@ -300,7 +310,13 @@ class TaskDefinition(Arguments):
         fields.String(),
         metadata=_about("Agents asked, in this order, while none of those it wants is available."),
     )
-    parameters = fields.Dict(metadata=_about("What the agent gets; `${...}` are CEL expressions."))
+    parameters = fields.Raw(
+        metadata=_about(
+            "What the agent gets; `${...}` are CEL expressions. One expression that gives an object"
+            " will do.",
+            type=["object", "string"],
+        )
+    )
     depends_on = fields.List(fields.String(), metadata=_about("Tasks that must be over before."))
     next_task_id = _text("The older spelling of a single edge.", null=True)
     for_each = fields.Nested(ForEachDefinition)
@@ -374,7 +390,9 @@ def _check_labels(labels: Mapping[str, Any]) -> None:
     faults: dict[str, list[str]] = {}
     for name, value in labels.items():
         if not _LABEL_NAME.fullmatch(name):
-            faults[name] = [f"A label's name must match {_LABEL_NAME.pattern}."]
+            # Under no place of its own: whatever came as a name may be as long as a body.
+            place = name if len(name) <= LONGEST_LABEL else "_schema"
+            faults[place] = [f"A label's name must match {_LABEL_NAME.pattern}."]
         elif not isinstance(value, str) or len(value) > LONGEST_LABEL:
             faults[name] = [f"Must be a string of at most {LONGEST_LABEL} characters."]
     if faults:
@@ -421,6 +439,42 @@ class RetryArguments(Arguments):
         load_default=dict,
         metadata=_about("The definition's `taskId` -> what is merged over its parameters."),
     )
+
+
+class IdempotencyKey(fields.Field[str]):
+    """A client's own name for a request: as it is, or as a string in quotes (RFC 9651)."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> str:
+        quoted = _QUOTED.fullmatch(value)
+        key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else value
+        if not _KEY.fullmatch(key) or (key.startswith('"') and not quoted):
+            raise ValidationError(
+                "Must have 1 to 255 visible ASCII characters, no spaces, with or without quotes"
+                " around them; a new UUID for each run will do."
+            )
+        return key
+
+
+class KeyHeader(Schema):
+    """What makes it safe to send a request again."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    key = IdempotencyKey(
+        data_key="Idempotency-Key",
+        metadata=_about(
+            "Sent again within 24 hours, the same request with the same key starts nothing, and is"
+            " answered with what it started the first time.",
+            type="string",
+            maxLength=255,
+        ),
+    )
+
+    @post_load
+    def read(self, data: dict[str, Any], **kwargs: Any) -> str | None:
+        """Return the key alone, or None."""
+        return data.get("key")
 
 
 class LabelFilter(fields.Field[tuple[str, str]]):
@@ -711,6 +765,30 @@ class Comment(Arguments):
     )
 
 
+_ONE_AGENT = "Give exactly one of agentId and agentCapability."
+
+
+class JobArguments(Arguments):
+    """A task without a workflow, for one agent; exactly one of the two ways to name it."""
+
+    task_type = fields.String(
+        required=True,
+        validate=validate.OneOf(["agent_run"], error="Must be one of {choices}."),
+        metadata=_about("What kind of task it is."),
+    )
+    agent_id = _id("The agent that does it.", load_default=None)
+    agent_capability = _id("Or: what an agent must be able to do.", load_default=None)
+    input_data = fields.Dict(load_default=dict, metadata=_about("What the agent gets."))
+    labels = _labels(load_default=dict, validate=_check_labels)
+    priority = Priority("Who is first among those who wait.", load_default=PRIORITIES["normal"])
+    timeout_seconds = Seconds("Of one attempt.", MAX_SECONDS, load_default=DEFAULT_TIMEOUT_SECONDS)
+
+    @validates_schema
+    def check_agent(self, data: Mapping[str, Any], **kwargs: Any) -> None:
+        if (data["agent_id"] is None) == (data["agent_capability"] is None):
+            raise ValidationError(_ONE_AGENT, "agentId")
+
+
 class Accepted(Answer):
     """The result counts."""
 
@@ -855,6 +933,7 @@ class AgentDetails(Arguments):
         allow_none=True,
         load_default=None,
         attribute="details",
+        validate=_check_size,
         metadata=_about("Anything else; kept and shown."),
     )
 
@@ -927,6 +1006,13 @@ class ResultInDetails(TaskResult):
         }
 
 
+def _check_details(details: Any) -> None:
+    """Refuse what is too large, but for a result: that ends its attempt, whatever its size."""
+    if isinstance(details, dict):
+        details = {name: value for name, value in details.items() if name != "result"}
+    _check_size(details)
+
+
 class StateReport(Arguments):
     """What an agent says of itself."""
 
@@ -943,6 +1029,7 @@ class StateReport(Arguments):
         "Anything. With `opscore_task_id`, `opscore_attempt_token` and `result` or `error` it"
         " ends that task's attempt, too; a result of null only if the state is idle or finished.",
         load_default=None,
+        validate=_check_details,
     )
 
     @post_load

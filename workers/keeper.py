@@ -15,7 +15,7 @@ from celery import bootsteps
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from opscore import engine, logs
+from opscore import engine, idempotency, logs
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
@@ -26,6 +26,8 @@ LEASE_SECONDS = 5
 """The keeper's own lease: after this a silent keeper is replaced."""
 RESCUE_EVERY = 5
 """Rounds between two looks for lost visits."""
+TIDY_EVERY = 600
+"""Rounds between two looks for what is only deleted."""
 LIMIT = 500
 """Rows a round handles of each kind; the next round goes on."""
 
@@ -53,6 +55,8 @@ class Round:
         self.count = 0
         self.has_more = False
         """A limit was reached: the next round follows at once."""
+        self.is_untidy = False
+        """So for what is deleted, which has no hurry: the next round goes on with it."""
 
     def run(self) -> bool:
         """Do one round; False if another keeper leads."""
@@ -70,6 +74,8 @@ class Round:
             self.dispatcher.recall(LIMIT)
             if is_rescue:
                 self.rescue()
+        if self.is_untidy or self.count % TIDY_EVERY == 0:
+            self.tidy()
         self.count += 1
         return True
 
@@ -139,6 +145,11 @@ class Round:
             woken = engine.wake_forgotten(tx)
         self.dispatcher.wake(woken)
         self.has_more |= self.dispatcher.rescue(LIMIT)
+
+    def tidy(self) -> None:
+        """Forget idempotency keys of which nobody may ask again."""
+        with self.database.autocommit() as tx:
+            self.is_untidy = idempotency.forget_keys(tx, LIMIT) >= LIMIT
 
 
 class Keeper(bootsteps.StartStopStep):

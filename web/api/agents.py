@@ -2,22 +2,21 @@
 start a workflow for one.
 """
 
+from collections.abc import Callable
 from typing import Any
-from uuid import UUID
 
 from flask import url_for
 
 from opscore import agents, queries, reports
 from opscore.db import Tx
 from opscore.definition import parse
-from opscore.engine import Submission, submit_run
-from opscore.errors import InvalidDefinition
+from opscore.engine import Plan, Submission, submit_run
 from opscore.reports import Accepted, Reporter
-from opscore.workflows import StoredWorkflow, create_workflow, find_workflow
+from opscore.workflows import StoredWorkflow, create_workflow, find_workflow, id_of
 from web import pages
 from web.auth import principal
 from web.current import database, dispatcher
-from web.errors import Refused
+from web.errors import Refused, placed
 from web.openapi import PREFIX, Answers, Blueprint
 from web.requests import request_id
 from web.schemas import (
@@ -32,6 +31,7 @@ from web.schemas import (
     TriggerArguments,
     Triggered,
 )
+from web.starting import Started, start
 
 blueprint = Blueprint(
     "agents", __name__, url_prefix=PREFIX, description="Providers of capabilities."
@@ -138,44 +138,52 @@ def _accept_result(tx: Tx, agent_id: str, told: dict[str, Any] | None) -> Accept
 
 
 @blueprint.operation(
-    "POST", "/agent/<agent_id>/workflow", STARTED, body=TriggerArguments, example=TRIGGER
+    "POST",
+    "/agent/<agent_id>/workflow",
+    STARTED,
+    body=TriggerArguments,
+    example=TRIGGER,
+    starts=True,
 )
-def trigger(wanted: dict[str, Any], agent_id: str) -> Any:
+def trigger(key: str | None, wanted: dict[str, Any], agent_id: str) -> Any:
     """Start a run for an agent: tasks that name nobody run on it, elsewhere it is preferred."""
-    with database().transaction() as tx:
-        stored = _triggered_workflow(tx, wanted)
-        given = wanted["initial_payload"] or {}
+    workflow_id, store = _triggered_workflow(wanted)
+
+    def submitted(tx: Tx) -> Plan:
         submission = Submission(
-            input=given, agent_id=agent_id, request_id=request_id(), by=principal()
+            input=wanted["initial_payload"] or {},
+            agent_id=agent_id,
+            request_id=request_id(),
+            by=principal(),
         )
-        plan = submit_run(tx, stored, submission)
-    dispatcher().publish(plan)
-    return _triggered(plan.run_id, stored)
+        with placed("/input", "/initialPayload"):
+            return submit_run(tx, store(tx), submission)
+
+    return _triggered(start(key, submitted), workflow_id)
 
 
-def _triggered_workflow(tx: Tx, wanted: dict[str, Any]) -> StoredWorkflow:
-    """Find the workflow by its id, or store the one that came along.
+def _triggered_workflow(wanted: dict[str, Any]) -> tuple[str, Callable[[Tx], StoredWorkflow]]:
+    """Return the id of the workflow, and what finds it, or stores the one that came along.
 
     Raises:
-        WorkflowNotFound
         InvalidDefinition: with the faults' places in the whole body.
     """
     document = wanted["workflow_definition"]
     if document is None:
-        return find_workflow(tx, wanted["workflow_definition_id"])
-    try:
-        return create_workflow(tx, parse(document), inline=True)[0]
-    except InvalidDefinition as error:
-        raise InvalidDefinition(
-            {f"/workflowDefinition{place}": said for place, said in error.errors.items()}
-        ) from error
+        workflow_id = wanted["workflow_definition_id"]
+        return workflow_id, lambda tx: find_workflow(tx, workflow_id)
+    with placed("", "/workflowDefinition"):
+        definition = parse(document)
+        workflow_id = id_of(definition)
+    return workflow_id, lambda tx: create_workflow(tx, definition, inline=True)[0]
 
 
-def _triggered(run_id: UUID, stored: StoredWorkflow) -> Any:
+def _triggered(started: Started, workflow_id: str) -> Any:
+    run_id = started.run_id
     body = {
         "session_id": run_id,
         "run_id": run_id,
-        "workflow_id": stored.workflow_id,
+        "workflow_id": workflow_id,
         "message": "Workflow triggered successfully",
     }
-    return body, 202, {"Location": url_for("runs.get_one", run_id=run_id)}
+    return body, 202, started.headers(url_for("runs.get_one", run_id=run_id))

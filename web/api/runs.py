@@ -1,11 +1,13 @@
 """Runs: submit them, follow them, and what operators do with them."""
 
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 from flask import url_for
 
 from opscore import engine, queries
+from opscore.db import Tx
 from opscore.engine import Plan, Submission
 from opscore.workflows import find_workflow
 from web import pages, streams
@@ -27,6 +29,7 @@ from web.schemas import (
     Task,
     WaitArguments,
 )
+from web.starting import Started, start
 
 blueprint = Blueprint(
     "runs", __name__, url_prefix=f"{PREFIX}/runs", description="Executions of workflows."
@@ -53,30 +56,32 @@ EVENT_PROBLEMS = {
 SUBMIT = {"workflowId": "report", "input": {"topic": "queues"}, "labels": {"team": "support"}}
 
 
-@blueprint.operation("POST", "", SUBMITTED, body=RunArguments, example=SUBMIT, problems=[404])
-def submit(wanted: dict[str, Any]) -> Any:
+@blueprint.operation(
+    "POST", "", SUBMITTED, body=RunArguments, example=SUBMIT, problems=[404], starts=True
+)
+def submit(key: str | None, wanted: dict[str, Any]) -> Any:
     """Submit a run of a workflow."""
     workflow_id, version = wanted.pop("workflow_id"), wanted.pop("version")
     submission = Submission(request_id=request_id(), by=principal(), **wanted)
-    with database().autocommit() as tx:
-        plan = engine.submit_run(tx, find_workflow(tx, workflow_id, version), submission)
-    return _submitted(plan)
+
+    def submitted(tx: Tx) -> Plan:
+        return engine.submit_run(tx, find_workflow(tx, workflow_id, version), submission)
+
+    return _started(start(key, submitted, whole=False))
 
 
-def _submitted(plan: Plan) -> Any:
-    dispatcher().publish(plan)
+def _started(started: Started) -> Any:
     with database().autocommit() as tx:
-        run = queries.get_run(tx, plan.run_id)
-    return run, 202, {"Location": url_for(".get_one", run_id=plan.run_id)}
+        run = queries.get_run(tx, started.run_id)
+    return run, 202, started.headers(url_for(".get_one", run_id=started.run_id))
 
 
 @blueprint.operation("GET", "", Answers(schema=pages.page_of(RunSummary)), query=RUNS)
 def get_many(wanted: dict[str, Any]) -> Any:
     """List runs."""
     after, limit = wanted.pop("cursor", None), wanted.pop("limit")
-    labels = dict(wanted.pop("label"))
     with database().autocommit() as tx:
-        runs = queries.RunFilter(labels=labels, **wanted)
+        runs = queries.RunFilter(labels=wanted.pop("label"), **wanted)
         return pages.answer(queries.list_runs(tx, runs, after=after, limit=limit))
 
 
@@ -153,12 +158,11 @@ def retry(wanted: dict[str, Any], run_id: UUID) -> Any:
     return _goes_on(run_id, plans)
 
 
-@blueprint.operation("POST", "/<run:run_id>/rerun", SUBMITTED)
-def rerun(run_id: UUID) -> Any:
+@blueprint.operation("POST", "/<run:run_id>/rerun", SUBMITTED, starts=True)
+def rerun(key: str | None, run_id: UUID) -> Any:
     """Submit another run of the same version, with the same input, labels and priority."""
-    with database().transaction() as tx:
-        plan = engine.rerun(tx, run_id, request_id=request_id(), by=principal())
-    return _submitted(plan)
+    again = partial(engine.rerun, run_id=run_id, request_id=request_id(), by=principal())
+    return _started(start(key, again))
 
 
 def _goes_on(run_id: UUID, plans: list[Plan]) -> Any:

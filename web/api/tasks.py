@@ -1,15 +1,35 @@
-"""Tasks: what became of one, attempt by attempt; and what agents behind HTTP report of theirs."""
+"""Tasks: submit one by itself, see what became of one, attempt by attempt; and what agents behind
+HTTP report of theirs.
+"""
 
 from typing import Any
 from uuid import UUID
 
+from flask import url_for
+
 from opscore import queries, reports
-from opscore.engine import decide_approval
+from opscore.db import Tx
+from opscore.definition import Definition, parse
+from opscore.engine import Plan, Submission, decide_approval, submit_run
 from opscore.reports import Reporter
+from opscore.workflows import create_workflow
 from web.auth import principal
 from web.current import database, dispatcher
+from web.errors import placed
 from web.openapi import PREFIX, Answers, Blueprint
-from web.schemas import Accepted, Attempt, Comment, Heartbeat, Proof, TaskDetail, TaskResult
+from web.requests import request_id
+from web.schemas import (
+    Accepted,
+    Attempt,
+    Comment,
+    Heartbeat,
+    JobArguments,
+    Proof,
+    Task,
+    TaskDetail,
+    TaskResult,
+)
+from web.starting import start
 
 blueprint = Blueprint(
     "tasks", __name__, url_prefix=f"{PREFIX}/tasks", description="Units of work of a run."
@@ -17,6 +37,11 @@ blueprint = Blueprint(
 DECIDED = Answers(schema=TaskDetail, status=202, about="The run goes on with it.")
 NOT_ASKED = {409: "It is no approval, is not asked for yet, or is over."}
 COMMENT = {"comment": "Looks good."}
+WORKFLOW_ID = "agent-run"
+"""Of tasks without a workflow; equal ones share a version."""
+SUBMITTED = Answers(schema=Task, status=202, has_location=True, about="The task will be done.")
+SUBMIT = {"taskType": "agent_run", "agentId": "writer", "inputData": {"topic": "queues"}}
+NO_AGENT = {404: "There is no such agent, or it has deregistered."}
 ATTEMPT = "/<task:task_id>/attempts/<int(max=2147483647):number>"
 TOKEN = "0b4b5b4e-9a0c-4d27-9c53-1f0f3f6f6c11"
 RESULT = {"opscore_attempt_token": TOKEN, "status": "completed", "result": {"words": 120}}
@@ -24,6 +49,41 @@ NOT_YOURS = {
     409: "The attempt is over, or another agent's, or the token is missing; or another result of"
     " it was accepted."
 }
+
+
+@blueprint.operation(
+    "POST", "", SUBMITTED, body=JobArguments, example=SUBMIT, problems=NO_AGENT, starts=True
+)
+def submit(key: str | None, wanted: dict[str, Any]) -> Any:
+    """Submit a task for an agent, without a workflow: it is a run of this task alone."""
+    definition = _definition(wanted)
+    submission = Submission(
+        input=wanted["input_data"],
+        agent_id=wanted["agent_id"],
+        labels=wanted["labels"],
+        priority=wanted["priority"],
+        request_id=request_id(),
+        by=principal(),
+    )
+
+    def submitted(tx: Tx) -> Plan:
+        stored, _ = create_workflow(tx, definition, inline=True)
+        with placed("/input", "/inputData"):
+            return submit_run(tx, stored, submission)
+
+    started = start(key, submitted)
+    with database().autocommit() as tx:
+        (task,) = queries.list_tasks(tx, started.run_id, after=None, limit=1).items
+    return task, 202, started.headers(url_for(".get_one", task_id=task["task_id"]))
+
+
+def _definition(wanted: dict[str, Any]) -> Definition:
+    """Return the workflow of such a task. It names no agent: the run is submitted for one."""
+    task = {"taskId": wanted["task_type"], "parameters": "${input}"}
+    task["timeoutSeconds"] = wanted["timeout_seconds"]
+    if wanted["agent_capability"] is not None:
+        task["agentCapability"] = wanted["agent_capability"]
+    return parse({"id": WORKFLOW_ID, "tasks": [task]})
 
 
 @blueprint.operation("GET", "/<task:task_id>", Answers(schema=TaskDetail))
