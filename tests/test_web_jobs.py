@@ -23,6 +23,8 @@ TASK = {
     "index",
     "agentId",
     "agentCapability",
+    "type",
+    "childRunId",
     "status",
     "reason",
     "wakeAt",
