@@ -884,6 +884,30 @@ def test_a_retry_gives_the_run_its_whole_time_again(desk: Desk) -> None:
     assert desk.run().status == "completed"
 
 
+def test_a_run_that_is_tried_again_waits_its_turn_again(desk: Desk) -> None:
+    one = {"id": "few", "maxConcurrentRuns": 1}
+    first, second = (desk.submit(task("a", retry=ONCE), **one) for _ in range(2))
+    assert release(desk) == [first.run_id]
+    with at(desk, first):
+        break_down(desk, "a")
+        (plan,) = retry(desk)
+        assert (plan.limited, plan.nodes, desk.run().reason) == ("few", (), "max_concurrent_runs")
+        assert desk.claim("a") == Void()
+    assert release(desk) == [first.run_id], "it was the first, and its slot is free"
+    assert release(desk) == []
+    with at(desk, first):
+        break_down(desk, "a")
+        assert release(desk) == [second.run_id]
+        retry(desk)
+        assert release(desk) == []
+    with at(desk, second):
+        desk.do("a")
+    assert release(desk) == [first.run_id]
+    with at(desk, first):
+        desk.do("a")
+        assert desk.run().status == "completed"
+
+
 # --- Running anew
 
 

@@ -163,7 +163,7 @@ WITH reopened AS (
         reason = CASE WHEN r.max_concurrent IS NOT NULL THEN '{HELD}' END
     WHERE r.id = :run_id AND r.status = 'failed'
     RETURNING r.id, r.generation, r.reason, r.workflow_id
-), freed AS (  -- it waits for its turn again, and must not hold what it waits for
+), left_to_others AS (  -- it waits its turn again, and who holds a slot is under way
     UPDATE slots s SET holder = NULL FROM reopened
     WHERE s.pool = '{RUNS}' || reopened.workflow_id AND s.holder = reopened.id
 ), told AS (
