@@ -8,9 +8,9 @@ from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import text
-from stack import Servers
+from stack import Servers, wait_until
 from test_engine import Desk, hand_back, line_of, places, release, serve, task
-from test_races import at_once
+from test_races import WAITING_FOR_A_LOCK, at_once
 
 from opscore import engine, workflows
 from opscore.db import Database
@@ -427,6 +427,21 @@ def test_only_paused_runs_are_held_up(desk: Desk) -> None:
     desk.submit(task("a"), task("b"))
     hold_up(desk)
     assert state(desk, "a", "b") == ["pending"] * 2
+
+
+def test_a_stray_whose_run_goes_on_as_the_keeper_looks_is_not_held_up(
+    desk: Desk, threads: ThreadPoolExecutor
+) -> None:
+    desk.submit(task("a"), task("b"))
+    running = desk.claim("a")
+    pause(desk)
+    desk.fail(running, delay=3600)
+    with desk.tx() as tx:
+        engine.resume_run(tx, desk.plan.run_id)
+        held_up = threads.submit(hold_up, desk)
+        wait_until(lambda: held_up.done() or desk.rows(WAITING_FOR_A_LOCK)[0].n == 1)
+    held_up.result(20)
+    assert desk.run().status == "running" and state(desk, "a") == ["waiting retry"]
 
 
 def test_what_runs_as_the_last_of_a_paused_run_completes_it(desk: Desk) -> None:

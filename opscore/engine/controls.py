@@ -37,12 +37,15 @@ _HELD_UP = """t.status = 'pending' OR t.status = 'waiting'
     AND t.reason IN ('agent_busy', 'agent_unavailable', 'dependencies', 'retry')"""
 _HOLD_UP = Prepared(
     f"""
+WITH run AS (  -- one that goes on at this moment is paused no more
+    SELECT r.id FROM runs r WHERE r.id = :run_id AND {still("paused", "r")} FOR NO KEY UPDATE
+)
 UPDATE tasks t
 SET status = 'waiting', reason = 'paused', waits = 0, waiting_since = NULL, woken_at = NULL,
     wake_at = NULL, kept_until = NULL,
     not_before = CASE WHEN t.reason = 'retry' THEN t.wake_at ELSE t.not_before END
-WHERE t.id IN (SELECT t.id FROM tasks t WHERE t.run_id = :run_id AND ({_HELD_UP})
-               ORDER BY t.id FOR NO KEY UPDATE)
+WHERE t.id IN (SELECT t.id FROM run JOIN tasks t ON t.run_id = run.id WHERE {_HELD_UP}
+               ORDER BY t.id FOR NO KEY UPDATE OF t)
   AND (coalesce(t.status) = 'pending' OR {still("waiting")}
        AND t.reason IN ('agent_busy', 'agent_unavailable', 'dependencies', 'retry'))
 RETURNING t.id
