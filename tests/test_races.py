@@ -166,7 +166,7 @@ def test_items_written_while_the_run_is_cancelled_are_cancelled_too(
     desk: Desk, threads: ThreadPoolExecutor
 ) -> None:
     for _ in range(ROUNDS):
-        desk.submit(task("f", forEach={"items": "${input.n}"}), task("z"))
+        desk.submit(task("f", forEach={"items": "${input.n}", "maxParallel": 2}), task("z"))
         claimed = desk.claim("f")
 
         def expand(claimed: Claimed = claimed) -> Any:
@@ -182,6 +182,7 @@ def test_items_written_while_the_run_is_cancelled_are_cancelled_too(
             "SELECT status FROM tasks WHERE run_id = :run AND status IN ('pending', 'waiting')"
         )
         assert open_tasks == []
+        assert desk.rows("SELECT FROM slots WHERE pool LIKE 'items:%'") == [], "nor hold a slot"
 
 
 WAITING_FOR_A_LOCK = """SELECT count(*) AS n FROM pg_stat_activity

@@ -634,7 +634,7 @@ WITH closing AS (
                      AND o.status IN ('pending', 'waiting', 'running')
                    ORDER BY o.id FOR NO KEY UPDATE)
       AND (t.status IN ('pending', 'waiting') OR t.status = 'running' AND NOT t.ends_run)
-    RETURNING t.id, t.run_id, t.status, t.kind, t.agent_id, t.attempt
+    RETURNING t.id, t.run_id, t.status, t.kind, t.parent_id, t.agent_id, t.attempt
 ), closed AS (  -- what an agent behind HTTP has taken
     UPDATE attempts a SET status = 'cancelled', finished_at = now(), recall_at = now() FROM closing
     WHERE closing.status = 'cancelled' AND a.task_id = closing.id AND a.number = closing.attempt
@@ -642,9 +642,10 @@ WITH closing AS (
 ), freed AS (
     UPDATE slots s SET {_LET_GO} FROM closing
     WHERE closing.status = 'cancelled' AND s.pool = closing.agent_id AND s.holder = closing.id
-), cleared AS (
-    DELETE FROM slots s USING closing
-    WHERE closing.kind = 'for_each' AND s.pool = '{ITEMS}' || closing.id
+), cleared AS (  -- by way of the items too: they may have been written while this waited
+    DELETE FROM slots s WHERE s.pool IN (
+        SELECT '{ITEMS}' || coalesce(parent_id, id) FROM closing
+        WHERE kind = 'for_each' OR parent_id IS NOT NULL)
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT run_id, id, 'task.cancelled', jsonb_build_object('reason', cast(:reason AS text))
