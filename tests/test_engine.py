@@ -853,7 +853,9 @@ def places(desk: Desk) -> list[Any]:
     return [row.holder for row in rows]
 
 
-def test_items_hold_slots_until_they_are_over_and_the_last_takes_them_away(desk: Desk) -> None:
+def test_items_hold_slots_until_they_are_over_and_who_collects_them_takes_them_away(
+    desk: Desk,
+) -> None:
     desk.submit(task("f", forEach={"items": "${input.n}", "maxParallel": 2}))
     expand(desk, list(range(3)))
     assert places(desk) == [desk.id("f", 0), desk.id("f", 1)]
@@ -868,7 +870,20 @@ def test_items_hold_slots_until_they_are_over_and_the_last_takes_them_away(desk:
     desk.complete(desk.claim("f", 2))
     with desk.database.autocommit() as tx:
         assert len(engine.wake_parent(tx, desk.id("f"))) == 1
-    assert places(desk) == []
+    assert isinstance(desk.claim("f"), Claimed) and places(desk) == []
+
+
+def test_items_leave_no_slots_though_a_visit_comes_before_the_wake_of_the_last(
+    desk: Desk,
+) -> None:
+    desk.submit(task("f", forEach={"items": "${input.n}", "maxParallel": 2}), task("z"))
+    expand(desk, list(range(2)))
+    desk.complete(desk.claim("f", 0))
+    desk.complete(desk.claim("f", 1))
+    collecting = desk.claim("f")
+    with desk.database.autocommit() as tx:
+        assert engine.wake_parent(tx, desk.id("f")) == []
+    assert collecting.expanded and places(desk) == []
 
 
 @pytest.mark.parametrize("fails", [True, False])

@@ -26,6 +26,7 @@ from opscore.engine.clauses import (
     rests,
     still,
 )
+from opscore.slots import ITEMS
 from opscore.states import TASK_ENDED, Reason
 
 
@@ -363,6 +364,9 @@ WITH t AS MATERIALIZED (
         held_at = now(), reserved_for = NULL, reserved_until = NULL
     FROM claimed
     WHERE s.pool = claimed.agent_id AND s.number = claimed.number
+), cleared AS (  -- whoever is sent to collect the items, they are over
+    DELETE FROM slots s USING claimed
+    WHERE claimed.kind = 'for_each' AND s.pool = '{ITEMS}' || claimed.id
 ), begun AS (
     INSERT INTO attempts (task_id, number, agent_id, worker, status)
     SELECT id, attempt, agent_id, :worker, 'running' FROM claimed WHERE kind = 'agent'

@@ -182,16 +182,11 @@ _WAKE_SUCCESSORS = Prepared(
 )
 _WAKE_PARENT = Prepared(
     f"""
-WITH over AS (
-    UPDATE tasks t SET woken_at = now(), wake_at = NULL
-    FROM runs r
-    WHERE t.id = :task_id AND r.id = t.run_id
-      AND {still("waiting")} AND t.reason = 'children' AND t.woken_at IS NULL AND {ITEMS_OVER}
-    RETURNING {WOKEN}
-), cleared AS (
-    DELETE FROM slots s USING over WHERE s.pool = '{ITEMS}' || over.task_id
-)
-SELECT * FROM over
+UPDATE tasks t SET woken_at = now(), wake_at = NULL
+FROM runs r
+WHERE t.id = :task_id AND r.id = t.run_id
+  AND {still("waiting")} AND t.reason = 'children' AND t.woken_at IS NULL AND {ITEMS_OVER}
+RETURNING {WOKEN}
 """,
 )
 
