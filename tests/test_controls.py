@@ -838,6 +838,21 @@ def test_what_failed_within_what_a_completed_for_each_tolerates_stays_as_it_is(
     assert items(desk) == "cf" and state(desk, "f", "z") == ["completed", "pending"]
 
 
+def test_the_items_of_a_for_each_that_failed_and_was_gone_on_after_stay_as_they_are(
+    desk: Desk,
+) -> None:
+    desk.submit(each(1, retry=ONCE, onFailure="continue"), task("z", retry=ONCE))
+    spread(desk, [1, 2], tolerates=0)
+    for n in range(2):
+        assert not desk.fail(desk.claim("f", n)).failed_run
+        wake_parent(desk, desk.id("f"))
+    assert not desk.fail(desk.claim("f"), retryable=False).failed_run, "too many items failed"
+    break_down(desk, "z")
+    retry(desk)
+    assert state(desk, "f", "z") == ["failed", "pending"]
+    assert items(desk) == "ff" and places(desk) == []
+
+
 def test_the_run_of_a_failed_sub_workflow_is_tried_again_itself(desk: Desk) -> None:
     create(desk, "below", task("p"), task("q", retry=ONCE))
     desk.submit(child("x"), task("z"))

@@ -181,8 +181,8 @@ SELECT reason, workflow_id FROM reopened
     json=("overrides",),
 )
 _AGAIN = """t.run_id = :run_id AND (t.status = 'cancelled' OR t.status = 'failed' AND (
-    NOT t.goes_on OR EXISTS (SELECT FROM tasks p WHERE p.id = t.parent_id
-                             AND p.status IN ('failed', 'cancelled'))))"""
+    NOT t.goes_on OR EXISTS (SELECT FROM tasks p WHERE p.id = t.parent_id AND (
+        p.status = 'cancelled' OR p.status = 'failed' AND NOT p.goes_on))))"""
 _FAILED_CHILDREN = Prepared(
     f"""
 SELECT c.id FROM tasks t JOIN runs c ON c.id = t.child_run_id
