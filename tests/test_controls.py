@@ -594,6 +594,23 @@ def test_a_sub_workflow_that_was_paused_or_over_before_does_not_hinder_a_pause(
         assert desk.run().status == "running" and desk.run().cancel_requested_at is not None
 
 
+def test_a_sub_workflow_that_begins_in_a_paused_run_is_paused_until_that_goes_on(
+    desk: Desk,
+) -> None:
+    create(desk, "below", task("p"))
+    desk.submit(child("x"))
+    claimed = desk.claim("x")
+    pause(desk)
+    plan = begin_claimed(desk, claimed)
+    assert plan is not None and state(desk, "x") == ["waiting children"]
+    with at(desk, plan):
+        assert desk.run().status == "paused" and desk.claim("p") == Void()
+    assert [p.run_id for p in resume(desk)] == [desk.plan.run_id, plan.run_id]
+    with at(desk, plan):
+        desk.do("p")
+        assert desk.run().status == "completed"
+
+
 def test_what_is_said_of_an_approval_while_its_run_is_paused_counts_when_it_goes_on(
     desk: Desk,
 ) -> None:
@@ -1587,6 +1604,18 @@ def test_a_sub_workflow_that_begins_as_its_run_is_cancelled_is_cancelled_or_not_
             with at(desk, plan):
                 assert desk.claim("p") == Void() and settle(desk)
             assert state(desk, "x") == ["cancelled"]
+
+
+def test_a_sub_workflow_that_begins_as_its_run_is_paused_is_paused_too(
+    desk: Desk, threads: ThreadPoolExecutor
+) -> None:
+    create(desk, "below", task("p"))
+    for _ in range(ROUNDS):
+        desk.submit(child("x"))
+        claimed = desk.claim("x")
+        plan, _ = at_once(threads, lambda c=claimed: begin_claimed(desk, c), lambda: pause(desk))
+        with at(desk, plan):
+            assert desk.run().status == "paused" and state(desk, "p") == ["waiting paused"]
 
 
 def test_a_deadline_at_the_moment_the_last_task_ends_leaves_one_end(

@@ -15,12 +15,13 @@ from uuid6 import uuid7
 from opscore.db import Prepared, Tx
 from opscore.engine.claims import Claimed
 from opscore.engine.clauses import MINE, RUN_ALIVE, RUN_OPEN, WAITS, WAKE_AT, WOKEN, still
-from opscore.engine.outcomes import Finished, leave
+from opscore.engine.controls import pause_run
+from opscore.engine.outcomes import Finished, leave, lock_run
 from opscore.engine.runs import Plan, Submission, submit_run
 from opscore.engine.waits import Woken, as_woken
 from opscore.errors import ApprovalRefused, OpsCoreError, TaskNotFound
 from opscore.models import Run, Task
-from opscore.states import Reason
+from opscore.states import Reason, RunStatus
 from opscore.workflows import StoredWorkflow
 
 # --- Branches ------------------------------------------------------------------------------------
@@ -176,10 +177,11 @@ _BEGIN_CHILD = Prepared(
 _ANCESTORS = Prepared(
     """
 WITH RECURSIVE line AS (
-    SELECT id, workflow_id, depth, parent_task_id, priority, labels, request_id FROM runs
+    SELECT id, workflow_id, depth, parent_task_id, priority, labels, request_id, status FROM runs
     WHERE id = :run_id
     UNION ALL
-    SELECT r.id, r.workflow_id, r.depth, r.parent_task_id, r.priority, r.labels, r.request_id
+    SELECT r.id, r.workflow_id, r.depth, r.parent_task_id, r.priority, r.labels, r.request_id,
+           r.status
     FROM line JOIN tasks t ON t.id = line.parent_task_id JOIN runs r ON r.id = t.run_id
 )
 SELECT * FROM line ORDER BY depth DESC
@@ -203,12 +205,14 @@ def begin_child(
 ) -> Plan | None:
     """Start the run of a sub-workflow and let its task wait for it, all in this transaction.
 
-    None if the attempt is over or its run ends. Publish the plan after the commit.
+    Below a paused run it is paused too. None if the attempt is over or its run ends. Publish the
+    plan after the commit.
 
     Raises:
         CannotNest
         InvalidInput, InvalidRequest: the run cannot be submitted; as for `submit_run`.
     """
+    lock_run(tx, claimed.run_id)  # a pause at this moment takes the new run along, or is seen here
     above = list(_ANCESTORS(tx, {"run_id": claimed.run_id}))
     if len(above) >= MAX_DEPTH or stored.workflow_id in {run.workflow_id for run in above}:
         raise CannotNest(workflow_id=stored.workflow_id, most=MAX_DEPTH + 1)
@@ -225,4 +229,7 @@ def begin_child(
     mine = {"task_id": claimed.task_id, "attempt": claimed.attempt}
     if _BEGIN_CHILD(tx, mine | {"run_id": run_id, "message": message}).first() is None:
         return None
-    return submit_run(tx, stored, submission, run_id)
+    plan = submit_run(tx, stored, submission, run_id)
+    if above[0].status == RunStatus.PAUSED:
+        pause_run(tx, run_id, "parent")
+    return plan
