@@ -252,7 +252,8 @@ class Run(Base):
     rerun_of: Mapped[uuid.UUID | None]
     """The run it is another of, with the same version and input."""
     start_at: Mapped[datetime | None]
-    """It is `queued` with the reason `start_at` until then."""
+    """It is `queued` with the reason `start_at` until then. Of a run that was tried again, when
+    that was asked for: its time counts from there."""
     deadline_at: Mapped[datetime | None]
     """It fails if it is not over by then."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())

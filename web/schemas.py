@@ -527,7 +527,7 @@ class RunSummary(Answer):
     cancel_requested_at = Moment("Set once somebody cancelled it.", null=True)
     parent_task_id = _uuid("The task that runs it as its sub-workflow, if any.", null=True)
     rerun_of = _uuid("The run it is another of, if any.", null=True)
-    start_at = Moment("When it was to begin, if not at once.", null=True)
+    start_at = Moment("When it was to begin, or was tried again; null: at once.", null=True)
     deadline_at = Moment("It fails if it is not over by then.", null=True)
     created_at = Moment("When it was submitted.")
     started_at = Moment("When its first task started.", null=True)

@@ -162,7 +162,8 @@ WITH reopened AS (
     UPDATE runs r
     SET status = 'queued', error = NULL, output = NULL, started_at = NULL, finished_at = NULL,
         generation = r.generation + 1, generation_at = now(),
-        deadline_at = now() + (r.deadline_at - coalesce(r.start_at, r.created_at)), start_at = NULL,
+        deadline_at = now() + (r.deadline_at - coalesce(r.start_at, r.created_at)),
+        start_at = now(),
         reason = CASE WHEN r.max_concurrent IS NOT NULL THEN '{HELD}' END
     WHERE r.id = :run_id AND r.status = 'failed'
     RETURNING r.id, r.generation, r.reason, r.workflow_id
