@@ -882,10 +882,11 @@ def test_the_run_of_a_failed_sub_workflow_is_tried_again_itself(desk: Desk) -> N
     assert claimed.expanded and claimed.child["status"] == "failed"
     desk.fail(claimed, retryable=False)
     settle(desk)
-    plans = retry(desk)
-    assert [(p.run_id, p.generation) for p in plans] == [(desk.plan.run_id, 2), (below.run_id, 2)]
-    assert state(desk, "x", "z") == ["waiting children", "pending"]
-    assert isinstance(desk.claim("x"), Elsewhere), "its run is not over"
+    (plan,) = retry(desk)
+    assert plan.run_id == desk.plan.run_id and state(desk, "x", "z") == ["pending"] * 2
+    plan = begin(desk, "x")
+    assert (plan.run_id, plan.generation) == (below.run_id, 2)
+    assert state(desk, "x") == ["waiting children"] and desk.claim("x") == Elsewhere()
     with at(desk, below):
         assert desk.run().status == "queued" and state(desk, "p", "q") == ["completed", "pending"]
         (event,) = desk.rows("SELECT data FROM events WHERE run_id = :run AND type = 'run.retried'")
@@ -903,10 +904,92 @@ def test_a_sub_workflow_that_was_cancelled_with_its_parent_is_run_anew(desk: Des
     break_down(desk, "a")
     with at(desk, below):
         assert settle(desk) and desk.run().status == "cancelled"
-    assert len(retry(desk)) == 1
-    assert state(desk, "x") == ["pending"] and desk.task("x").child_run_id is None
+    retry(desk)
     again = begin(desk, "x")
     assert again.run_id != below.run_id and desk.task("x").child_run_id == again.run_id
+
+
+def test_a_sub_workflow_that_gets_other_parameters_is_run_anew_with_them(desk: Desk) -> None:
+    create(desk, "below", task("p", retry=ONCE))
+    desk.submit(child("x"))
+    below = begin(desk, "x", input={"n": 1})
+    with at(desk, below):
+        break_down(desk, "p")
+    wake_parent(desk, desk.id("x"))
+    break_down(desk, "x")
+    retry(desk, x={"n": 2})
+    claimed = desk.claim("x")
+    assert not claimed.expanded and claimed.overrides == {"n": 2} and claimed.child is None
+    again = begin_claimed(desk, claimed, input={"n": 2})
+    assert again is not None and again.run_id != below.run_id
+
+
+def test_a_sub_workflow_that_was_over_before_its_task_was_cancelled_is_not_run_again(
+    desk: Desk,
+) -> None:
+    create(desk, "below", task("p"))
+    desk.submit(child("x", dependsOn=[]), task("a", dependsOn=[]))
+    below = begin(desk, "x")
+    with at(desk, below):
+        desk.complete(desk.claim("p"), 1, "kept")
+    break_down(desk, "a")
+    assert state(desk, "x") == ["cancelled"]
+    retry(desk)
+    plan = begin(desk, "x")
+    assert (plan.run_id, plan.nodes, plan.is_due) == (below.run_id, (), False)
+    assert [woken.task_id for woken in wake_parent(desk, desk.id("x"))] == [desk.id("x")]
+    assert desk.claim("x").child["output"] == "kept"
+    with at(desk, below):
+        assert desk.task("p").attempt == 1
+
+
+def test_failed_sub_workflows_of_items_come_back_as_their_items_have_their_turn(
+    desk: Desk,
+) -> None:
+    create(desk, "below", task("p", retry=ONCE))
+    desk.submit(child("f", forEach={"items": "${input.n}", "maxParallel": 1}))
+    spread(desk, [1, 2, 3], tolerates=1)
+    plans = []
+    for n in range(2):
+        plans.append(begin(desk, "f", index=n))
+        with at(desk, plans[n]):
+            break_down(desk, "p")
+        wake_parent(desk, desk.id("f", n))
+        desk.fail(desk.claim("f", n), retryable=False)
+        wake_parent(desk, desk.id("f"))
+    settle(desk)
+    assert items(desk) == "ffc" and desk.run().status == "failed"
+    retry(desk)
+    for n in range(2):
+        assert items(desk) == "c" * n + "p" + "m" * (2 - n)
+        assert begin(desk, "f", index=n).run_id == plans[n].run_id
+        with at(desk, plans[n]):
+            desk.do("p")
+        wake_parent(desk, desk.id("f", n))
+        desk.complete(desk.claim("f", n))
+        wake_parent(desk, desk.id("f"))
+    assert items(desk) == "ccp"
+
+
+def test_what_is_tried_again_of_a_sub_workflow_in_a_paused_run_is_paused(desk: Desk) -> None:
+    create(desk, "below", task("p", retry=ONCE))
+    desk.submit(child("x", dependsOn=[]), child("y", dependsOn=[]))
+    failed, over = begin(desk, "x"), begin(desk, "y")
+    with at(desk, over):
+        desk.do("p")
+    with at(desk, failed):
+        break_down(desk, "p")
+    wake_parent(desk, desk.id("x"))
+    break_down(desk, "x")
+    retry(desk)
+    claimed = [desk.claim(name) for name in "xy"]
+    pause(desk)
+    for one in claimed:
+        assert begin_claimed(desk, one) is not None
+    for plan, status in ((failed, "paused"), (over, "completed")):
+        with at(desk, plan):
+            assert desk.run().status == status
+    assert [plan.run_id for plan in resume(desk)] == [desk.plan.run_id, failed.run_id]
 
 
 def test_every_retry_gives_the_run_its_whole_time_again_and_no_more(desk: Desk) -> None:

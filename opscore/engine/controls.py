@@ -88,6 +88,11 @@ def pause_run(tx: Tx, run_id: UUID, by: str | None = None) -> None:
     # Repeated for those that a `forEach` wrote, or released, at this moment.
     while _HOLD_UP(tx, {"run_id": run_id}):
         pass
+    pause_children(tx, run_id)
+
+
+def pause_children(tx: Tx, run_id: UUID) -> None:
+    """Pause the runs of a paused run's sub-workflows."""
     for child in _CHILDREN(tx, {"run_id": run_id, "paused": False}).scalars():
         pause_run(tx, child, "parent")
 
@@ -184,19 +189,10 @@ SELECT reason, workflow_id FROM reopened
 _AGAIN = """t.run_id = :run_id AND (t.status = 'cancelled' OR t.status = 'failed' AND (
     NOT t.goes_on OR EXISTS (SELECT FROM tasks p WHERE p.id = t.parent_id AND (
         p.status = 'cancelled' OR p.status = 'failed' AND NOT p.goes_on))))"""
-_FAILED_CHILDREN = Prepared(
-    f"""
-SELECT c.id FROM tasks t JOIN runs c ON c.id = t.child_run_id
-WHERE {_AGAIN} AND c.status = 'failed'
-FOR NO KEY UPDATE OF c
-"""
-)
 _REOPEN = Prepared(
     f"""
 WITH again AS MATERIALIZED (
-    SELECT t.id, t.kind, t.items, t.parent_id, t.max_parallel,
-           EXISTS (SELECT FROM runs c WHERE c.id = t.child_run_id AND c.status <> 'cancelled')
-               AS has_child,
+    SELECT t.id, t.definition_id, t.kind, t.items, t.parent_id,
            row_number() OVER (PARTITION BY t.parent_id ORDER BY t.index) AS place,
            (SELECT p.max_parallel FROM tasks p WHERE p.id = t.parent_id) AS most
     FROM tasks t WHERE {_AGAIN}
@@ -210,13 +206,12 @@ SET status = CASE WHEN waits_for IS NULL THEN 'pending' ELSE 'waiting' END, reas
     waits = 0, waiting_since = NULL, wake_at = NULL, woken_at = NULL, kept_until = NULL,
     not_before = NULL, message = NULL, decision = NULL,
     items = CASE WHEN waits_for = 'children' THEN t.items END,
-    child_run_id = CASE WHEN waits_for = 'children' THEN t.child_run_id END,
-    overrides = coalesce(t.overrides, '{{}}')
-        || coalesce(cast(:overrides AS jsonb) -> t.definition_id, '{{}}')
+    child_run_id = CASE WHEN more.parameters IS NULL THEN t.child_run_id END,
+    overrides = coalesce(t.overrides, '{{}}') || coalesce(more.parameters, '{{}}')
 FROM again CROSS JOIN LATERAL (SELECT CASE
     WHEN again.kind = 'for_each' AND again.items IS NOT NULL THEN 'children'
-    WHEN again.has_child THEN 'children'
-    WHEN again.place > again.most THEN 'max_parallel' END AS waits_for) AS next
+    WHEN again.place > again.most THEN 'max_parallel' END AS waits_for) AS next,
+    LATERAL (SELECT cast(:overrides AS jsonb) -> again.definition_id AS parameters) AS more
 WHERE t.id = again.id
 """,
     json=("overrides",),
@@ -232,8 +227,8 @@ def retry_run(
     """Have what failed of a failed run tried again, and what was cancelled for it.
 
     Finished tasks keep their outputs. `overrides` (definition id -> parameters) are merged over the
-    parameters of tasks that are tried again. The run of a sub-workflow that failed is itself tried
-    again. Publish the plans after the commit.
+    parameters of tasks that are tried again; a sub-workflow that gets some is run anew, else
+    `begin_child` goes on with its run. Publish the plans after the commit.
 
     Raises:
         RunNotFound
@@ -248,11 +243,9 @@ def retry_run(
     if status != RunStatus.FAILED:
         raise RunNotFailed(status=status)
     _check_overrides(tx, run_id, overrides or {})
-    children = _FAILED_CHILDREN(tx, {"run_id": run_id}).scalars()
-    plans = [plan for child in children for plan in retry_run(tx, child, by="parent")]
     given = {"run_id": run_id, "overrides": dict(overrides or {})}
     _REOPEN(tx, given)
-    return _published(tx, run_id, _RETRY_RUN(tx, given | {"by": by}).first()) + plans
+    return _published(tx, run_id, _RETRY_RUN(tx, given | {"by": by}).first())
 
 
 def _check_overrides(tx: Tx, run_id: UUID, overrides: Mapping[str, Mapping[str, Any]]) -> None:

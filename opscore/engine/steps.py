@@ -15,7 +15,7 @@ from uuid6 import uuid7
 from opscore.db import Prepared, Tx
 from opscore.engine.claims import Claimed
 from opscore.engine.clauses import MINE, RUN_ALIVE, RUN_OPEN, WAITS, WAKE_AT, WOKEN, still
-from opscore.engine.controls import pause_run
+from opscore.engine.controls import pause_children, retry_run
 from opscore.engine.outcomes import Finished, leave, lock_run
 from opscore.engine.runs import Plan, Submission, submit_run
 from opscore.engine.waits import Woken, as_woken
@@ -174,6 +174,13 @@ _BEGIN_CHILD = Prepared(
     ),
     json=("message",),
 )
+_EARLIER_CHILD = Prepared(
+    """
+SELECT c.id, c.status FROM tasks t JOIN runs c ON c.id = t.child_run_id
+WHERE t.id = :task_id AND c.cancel_requested_at IS NULL
+FOR NO KEY UPDATE OF c
+"""
+)
 _ANCESTORS = Prepared(
     """
 WITH RECURSIVE line AS (
@@ -205,8 +212,9 @@ def begin_child(
 ) -> Plan | None:
     """Start the run of a sub-workflow and let its task wait for it, all in this transaction.
 
-    Below a paused run it is paused too. None if the attempt is over or its run ends. Publish the
-    plan after the commit.
+    A task that is tried again goes on with the run it had, unless that was cancelled: what failed
+    of it is tried again. Below a paused run it is paused too. None if the attempt is over or its
+    run ends. Publish the plan after the commit, then call `wake_parent`: it may be over already.
 
     Raises:
         CannotNest
@@ -225,11 +233,23 @@ def begin_child(
         parent_task_id=claimed.task_id,
         depth=len(above),
     )
-    run_id = uuid7()
     mine = {"task_id": claimed.task_id, "attempt": claimed.attempt}
+    earlier = _EARLIER_CHILD(tx, mine).first()
+    run_id = uuid7() if earlier is None else earlier.id
     if _BEGIN_CHILD(tx, mine | {"run_id": run_id, "message": message}).first() is None:
         return None
-    plan = submit_run(tx, stored, submission, run_id)
+    if earlier is None:
+        plan = submit_run(tx, stored, submission, run_id)
+    else:
+        plan = _go_on_with(tx, run_id, earlier.status)
     if above[0].status == RunStatus.PAUSED:
-        pause_run(tx, run_id, "parent")
+        pause_children(tx, claimed.run_id)
+    return plan
+
+
+def _go_on_with(tx: Tx, run_id: UUID, status: str) -> Plan:
+    """Return what is to be published of the run that a task had before it was tried again."""
+    if status != RunStatus.FAILED:
+        return Plan(run_id, 0, None, (), is_due=False)
+    (plan,) = retry_run(tx, run_id, by="parent")
     return plan
