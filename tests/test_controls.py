@@ -271,6 +271,22 @@ def test_a_run_that_is_ending_is_neither_paused_nor_resumed_nor_tried_again(
     assert desk.events() == before and desk.run().status == "running"
 
 
+@pytest.mark.parametrize("why", ["cancelled", "failing"])
+def test_a_run_that_ends_while_it_is_paused_is_refused_as_ending(desk: Desk, why: str) -> None:
+    desk.submit(task("a", dependsOn=[]), task("b", dependsOn=[]))
+    running = desk.claim("a")
+    desk.claim("b")
+    pause(desk)
+    if why == "cancelled":
+        cancel(desk)
+    else:
+        desk.fail(running, retryable=False)
+    assert desk.run().status == "paused"
+    for control in (pause, resume):
+        with pytest.raises(RunEnding):
+            control(desk)
+
+
 def test_only_who_is_paused_is_resumed_and_only_who_failed_is_tried_again(desk: Desk) -> None:
     desk.submit(task("a"))
     for _ in range(2):

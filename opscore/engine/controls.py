@@ -81,10 +81,11 @@ def pause_run(tx: Tx, run_id: UUID, by: str | None = None) -> None:
         RunEnding: it was cancelled, or it failed and waits for what still runs.
     """
     row = open_run(tx, run_id)
+    if row.cancel_requested_at is not None or row.error is not None:
+        raise RunEnding
     if row.status == RunStatus.PAUSED:
         return
-    if _PAUSE(tx, {"run_id": run_id, "by": by}).first() is None:
-        raise RunEnding
+    _PAUSE(tx, {"run_id": run_id, "by": by})
     # Repeated for those that a `forEach` wrote, or released, at this moment.
     while _HOLD_UP(tx, {"run_id": run_id}):
         pass
@@ -139,11 +140,12 @@ def resume_run(tx: Tx, run_id: UUID, by: str | None = None) -> list[Plan]:
         RunNotFound
         RunFinished: it is over already.
         RunNotPaused
+        RunEnding: it was cancelled while it was paused, or failed.
     """
-    open_run(tx, run_id)
+    status = open_run(tx, run_id).status
     row = _RESUME(tx, {"run_id": run_id, "by": by}).first()
     if row is None:
-        raise RunNotPaused
+        raise RunEnding if status == RunStatus.PAUSED else RunNotPaused
     _LET_GO_ON(tx, {"run_id": run_id})
     plans = _published(tx, run_id, row)
     for child in _CHILDREN(tx, {"run_id": run_id, "paused": True}).scalars():
