@@ -617,11 +617,11 @@ _WAITS: Mapping[str, Callable[[Row], str]] = {
     Reason.DEPENDENCIES: lambda task: f"tasks it depends on are not over{_again(task)}",
     Reason.MAX_PARALLEL: lambda _: "as many items as maxParallel allows are out already",
     Reason.CHILDREN: _children,
-    "approval": lambda _: "waiting for somebody to approve or reject it",
-    "delay": lambda task: (
+    Reason.APPROVAL: lambda _: "waiting for somebody to approve or reject it",
+    Reason.DELAY: lambda task: (
         f"waiting until {_moment(task['wake_at'])}" if task["wake_at"] else "its delay is over"
     ),
-    "paused": lambda _: "the run is paused",
+    Reason.PAUSED: lambda _: "the run is paused",
 }
 
 

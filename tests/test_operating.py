@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import text
 from stack import Servers, Stack, running_stack, wait_until
 
-from opscore import engine, workflows
+from opscore import engine, queries, workflows
 from opscore.definition import parse
 
 
@@ -425,6 +425,29 @@ def test_a_run_is_run_anew(stack: Stack) -> None:
     stack.dispatcher.publish(plan)
     again = stack.finished(plan.run_id)
     assert (again.output, again.rerun_of, again.version) == (5, first.id, first.version)
+
+
+def test_whoever_looks_at_a_run_is_told_what_it_waits_for(stack: Stack) -> None:
+    create(stack, "asks", approval("ok"))
+    run_id = submit(
+        stack,
+        approval("ok", dependsOn=[]),
+        {"taskId": "nap", "type": "delay", "seconds": 3600, "dependsOn": []},
+        child("below", "asks", dependsOn=[]),
+        task("broken", "broken", retry={"backoffSeconds": 3600}, dependsOn=[]),
+    )
+    for name, reason in {"ok": "approval", "nap": "delay", "below": "children"}.items():
+        waits(stack, run_id, name, reason)
+    waits(stack, run_id, "broken", "retry")
+    with stack.database.transaction() as tx:
+        engine.pause_run(tx, run_id)
+        ok, nap, below, broken = (
+            one["waiting_for"] for one in queries.get_run_detail(tx, run_id)["tasks"]
+        )
+        engine.cancel_run(tx, run_id)
+    assert ok == "waiting for somebody to approve or reject it"
+    assert nap.startswith("waiting until 20")
+    assert (below, broken) == ("its sub-workflow is not over", "the run is paused")
 
 
 # --- Clocks
