@@ -343,6 +343,7 @@ class _Fields:
             return None
         if source.startswith("${"):
             self.fault(key, "Here the expression stands by itself: write it without ${ and }.")
+            return None
         return Template.condition(source, at(self.pointer, key), self.faults)
 
     def template(self, key: str, names: frozenset[str] = NAMES) -> Template:

@@ -114,7 +114,7 @@ class KeyReused(Conflict):
 
 
 class RunFinished(Conflict):
-    """The run is over: its status is {status}."""
+    """The run is over: its status is {status}; /rerun runs it anew, /retry what failed of it."""
 
     code = "run_finished"
 
@@ -126,7 +126,7 @@ class RunEnding(Conflict):
 
 
 class RunNotPaused(Conflict):
-    """The run is not paused."""
+    """Only a paused run can be resumed, and its status is {status}."""
 
     code = "run_not_paused"
 

@@ -38,7 +38,7 @@ from sqlalchemy.orm import aliased
 
 from opscore.db import Tx
 from opscore.engine.clauses import FOR_CAPABILITY, ORDER, is_open, still
-from opscore.errors import AgentNotFound, RunNotFound, TaskNotFound, WorkflowNotFound
+from opscore.errors import AgentNotFound, RunNotFound, TaskNotFound
 from opscore.models import (
     IN_LINE,
     RUN_STATUS,
@@ -54,6 +54,7 @@ from opscore.models import (
     listed,
 )
 from opscore.states import RUN_ENDED, Reason, RunStatus, TaskStatus
+from opscore.workflows import no_workflow
 
 ITEMS_SHOWN = 200
 """Item rows in the detail of a run; the rest is paged."""
@@ -235,6 +236,7 @@ _TASK = (
     Task.wanted_capability.label("agent_capability"),
     Task.status,
     Task.reason,
+    Task.decision,
     case((Task.status == TaskStatus.WAITING, Task.wake_at)).label("wake_at"),
     Task.fallback,
     Task.line_agent_id,
@@ -589,6 +591,18 @@ def _children(task: Row) -> str:
     return f"{over} of {items['total']} items are over"
 
 
+def _approval(task: Row) -> str:
+    if task["decision"] is not None:
+        said = "approved" if task["decision"]["approved"] else "rejected"
+        return f"{said} by {task['decision']['principal']}; it goes on"
+    until = "" if task["wake_at"] is None else f", until {_moment(task['wake_at'])}"
+    return f"waiting for somebody to approve or reject it{until}"
+
+
+def _delay(task: Row) -> str:
+    return f"waiting until {_moment(task['wake_at'])}" if task["wake_at"] else "its delay is over"
+
+
 def _again(task: Row) -> str:
     return "" if task["wake_at"] is None else f"; it is tried again at {_moment(task['wake_at'])}"
 
@@ -617,10 +631,8 @@ _WAITS: Mapping[str, Callable[[Row], str]] = {
     Reason.DEPENDENCIES: lambda task: f"tasks it depends on are not over{_again(task)}",
     Reason.MAX_PARALLEL: lambda _: "as many items as maxParallel allows are out already",
     Reason.CHILDREN: _children,
-    Reason.APPROVAL: lambda _: "waiting for somebody to approve or reject it",
-    Reason.DELAY: lambda task: (
-        f"waiting until {_moment(task['wake_at'])}" if task["wake_at"] else "its delay is over"
-    ),
+    Reason.APPROVAL: _approval,
+    Reason.DELAY: _delay,
     Reason.PAUSED: lambda _: "the run is paused",
 }
 
@@ -785,7 +797,7 @@ def get_workflow(tx: Tx, workflow_id: str, version: int | None = None) -> Row:
     )
     row = _row(tx, statement)
     if row is None:
-        raise _no_workflow(workflow_id, version)
+        raise no_workflow(workflow_id, version)
     return row
 
 
@@ -800,14 +812,8 @@ def list_versions(tx: Tx, workflow_id: str, *, after: Key | None, limit: int) ->
         statement = statement.where(tuple_(Workflow.version) < after)
     page = _page(tx, statement.order_by(Workflow.version.desc()), limit, "version")
     if not page.items and after is None:
-        raise _no_workflow(workflow_id)
+        raise no_workflow(workflow_id)
     return page
-
-
-def _no_workflow(workflow_id: str, version: int | None = None) -> WorkflowNotFound:
-    if version is None:
-        return WorkflowNotFound(workflow_id=workflow_id)
-    return WorkflowNotFound(f"There is no version {version} of workflow {workflow_id!r}.")
 
 
 # --- Agents -------------------------------------------------------------------------------------

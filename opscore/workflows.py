@@ -112,11 +112,17 @@ def find_workflow(tx: Tx, workflow_id: str, version: int | None = None) -> Store
         query = query.where(Workflow.version == version)
     row = tx.execute(query).one_or_none()
     if row is None:
-        named = workflow_id if version is None else f"{workflow_id} version {version}"
-        raise WorkflowNotFound(workflow_id=named)
+        raise no_workflow(workflow_id, version)
     return StoredWorkflow(
         workflow_id, row.version, _compile(tx, workflow_id, row.version, row.digest)
     )
+
+
+def no_workflow(workflow_id: str, version: int | None = None) -> WorkflowNotFound:
+    """Return the error that says so, of a workflow or of a version of it."""
+    if version is None:
+        return WorkflowNotFound(workflow_id=workflow_id)
+    return WorkflowNotFound(f"There is no version {version} of workflow {workflow_id!r}.")
 
 
 def _compile(tx: Tx, workflow_id: str, version: int, digest: str) -> Definition:
@@ -164,21 +170,22 @@ def check_children(tx: Tx, workflow_id: str, definition: Definition) -> None:
 
 def _why_no_child(tx: Tx, workflow_id: str, child: Child) -> str | None:
     seen: set[tuple[str, int | None]] = set()
-    ways = [(child.workflow_id, child.version)]
+    ways = [[(child.workflow_id, child.version)]]
     while ways:
         way = ways.pop()
-        if way[0] == workflow_id:
-            return "This leads back to the workflow itself; name one that does not run it."
-        if way in seen:
+        if way[-1][0] == workflow_id:
+            circle = " → ".join([workflow_id, *(id for id, _ in way)])
+            return f"This leads back to the workflow itself: {circle}; name another one."
+        if way[-1] in seen:
             continue
-        seen.add(way)
+        seen.add(way[-1])
         try:
-            found = find_workflow(tx, *way).definition
+            found = find_workflow(tx, *way[-1]).definition
         except WorkflowNotFound as error:
             if len(seen) == 1:
                 return f"{error} Create it first."
             continue
-        ways += [(below.workflow_id, below.version) for _, below in found.children()]
+        ways += [[*way, (below.workflow_id, below.version)] for _, below in found.children()]
     return None
 
 

@@ -1,6 +1,7 @@
 """Runs as operators see them, on real workers: branches, approvals, delays, controls, clocks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -10,6 +11,7 @@ from stack import Servers, Stack, running_stack, wait_until
 
 from opscore import engine, queries, workflows
 from opscore.definition import parse
+from opscore.errors import InvalidDefinition, InvalidRequest, OpsCoreError
 
 
 @pytest.fixture(scope="module")
@@ -432,22 +434,115 @@ def test_whoever_looks_at_a_run_is_told_what_it_waits_for(stack: Stack) -> None:
     run_id = submit(
         stack,
         approval("ok", dependsOn=[]),
+        approval("soon", timeoutSeconds=3600, dependsOn=[]),
         {"taskId": "nap", "type": "delay", "seconds": 3600, "dependsOn": []},
         child("below", "asks", dependsOn=[]),
         task("broken", "broken", retry={"backoffSeconds": 3600}, dependsOn=[]),
     )
-    for name, reason in {"ok": "approval", "nap": "delay", "below": "children"}.items():
+    for name, reason in {
+        "ok": "approval",
+        "soon": "approval",
+        "nap": "delay",
+        "below": "children",
+    }.items():
         waits(stack, run_id, name, reason)
     waits(stack, run_id, "broken", "retry")
     with stack.database.transaction() as tx:
         engine.pause_run(tx, run_id)
-        ok, nap, below, broken = (
+        ok, soon, nap, below, broken = (
             one["waiting_for"] for one in queries.get_run_detail(tx, run_id)["tasks"]
         )
+        approve(tx, named(stack, run_id, "ok").id)
+        decided = queries.get_task(tx, named(stack, run_id, "ok").id)["waiting_for"]
         engine.cancel_run(tx, run_id)
     assert ok == "waiting for somebody to approve or reject it"
+    assert soon.startswith(f"{ok}, until 20") and decided == "approved by key:test; it goes on"
     assert nap.startswith("waiting until 20")
     assert (below, broken) == ("its sub-workflow is not over", "the run is paused")
+
+
+def refusal(stack: Stack, control: Callable[..., Any], *args: Any) -> str:
+    with pytest.raises(OpsCoreError) as refused, stack.database.transaction() as tx:
+        control(tx, *args)
+    return str(refused.value)
+
+
+approve = partial(engine.decide_approval, approved=True, comment=None, by="key:test")
+
+
+def test_whoever_asks_for_what_cannot_be_is_told_what_can(stack: Stack) -> None:
+    run_id = submit(stack, task("a"), approval("ok"), approval("then"))
+    ok = waits(stack, run_id, "ok", "approval").id
+    no, later = (named(stack, run_id, name).id for name in ("a", "then"))
+    assert refusal(stack, approve, no) == "The task is no approval: its type is agent."
+    assert refusal(stack, approve, later).endswith(
+        "decide it once its status is waiting and its reason approval."
+    )
+    assert "its status is running; /rerun" in refusal(stack, engine.retry_run, run_id)
+    only = "Only a paused run can be resumed, and its status is running."
+    assert refusal(stack, engine.resume_run, run_id) == only
+    decide(stack, ok, True)
+    assert refusal(stack, approve, ok) == "It was approved already, by key:test."
+    waits(stack, run_id, "then", "approval")
+    with stack.database.transaction() as tx:
+        engine.cancel_run(tx, run_id)
+    stack.dispatcher.follow_end(run_id)
+    assert refusal(stack, approve, later).startswith("It is over: its status is cancelled")
+    over = (
+        "The run is over: its status is cancelled; /rerun runs it anew, /retry what failed of it."
+    )
+    for control in (engine.cancel_run, engine.pause_run, engine.resume_run):
+        assert refusal(stack, control, run_id) == over
+    assert "its status is cancelled; /rerun" in refusal(stack, engine.retry_run, run_id)
+
+
+def test_a_paused_run_that_fails_meanwhile_cannot_be_resumed(stack: Stack) -> None:
+    run_id = submit(
+        stack,
+        task("slow", "until-told", dependsOn=[]),
+        approval("ok", dependsOn=[]),
+    )
+    wait_until(lambda: named(stack, run_id, "slow").status, says=lambda s: s == "running")
+    ok = waits(stack, run_id, "ok", "approval").id
+    with stack.database.transaction() as tx:
+        engine.pause_run(tx, run_id)
+        # As the failure of another task leaves it while this one goes on.
+        why = text("""UPDATE runs SET error = '{"code": "c", "message": "m"}' WHERE id = :id""")
+        tx.execute(why, {"id": run_id})
+    assert refusal(stack, engine.resume_run, run_id).startswith("The run is ending")
+    assert "too late" in refusal(stack, approve, ok)
+
+
+def test_what_cannot_get_other_parameters_is_named_with_what_can(stack: Stack) -> None:
+    broken = task("b", "broken", retry={"maxAttempts": 1})
+    run_id = stack.finished(submit(stack, task("a"), broken)).id
+    asked = stack.finished(submit(stack, approval("ok", timeoutSeconds=0.1))).id
+    for failed, name, names in (
+        (run_id, "a", "b"),
+        (asked, "ok", "of this run nothing that takes any"),
+    ):
+        with pytest.raises(InvalidRequest) as refused, stack.database.transaction() as tx:
+            engine.retry_run(tx, failed, {name: {"x": 1}})
+        sentence = f"Only what is tried again can get other parameters: {names}."
+        assert refused.value.errors == {f"/parameters/{name}": [sentence]}
+
+
+def test_a_workflow_cannot_lead_back_to_itself_by_a_later_version(stack: Stack) -> None:
+    create(stack, "lowest", task("a"))
+    create(stack, "middle", child("x", "lowest"))
+    create(stack, "highest", child("x", "middle"))
+    sentence = "This leads back to the workflow itself: lowest → highest → middle → lowest; name"
+    for below, said in [
+        (child("x", "highest"), f"{sentence} another one."),
+        (
+            child("x", "middle", version=7),
+            "There is no version 7 of workflow 'middle'. Create it first.",
+        ),
+        (child("x", "nowhere"), "There is no workflow 'nowhere'. Create it first."),
+    ]:
+        with pytest.raises(InvalidDefinition) as refused:
+            create(stack, "lowest", task("a"), below)
+        assert refused.value.errors == {"/tasks/1/workflowId": [said]}
 
 
 # --- Clocks

@@ -143,9 +143,11 @@ def resume_run(tx: Tx, run_id: UUID, by: str | None = None) -> list[Plan]:
         RunEnding: it was cancelled while it was paused, or failed.
     """
     status = open_run(tx, run_id).status
+    if status != RunStatus.PAUSED:
+        raise RunNotPaused(status=status)
     row = _RESUME(tx, {"run_id": run_id, "by": by}).first()
     if row is None:
-        raise RunEnding if status == RunStatus.PAUSED else RunNotPaused
+        raise RunEnding
     _LET_GO_ON(tx, {"run_id": run_id})
     plans = _published(tx, run_id, row)
     for child in _CHILDREN(tx, {"run_id": run_id, "paused": True}).scalars():
@@ -254,7 +256,8 @@ def _check_overrides(tx: Tx, run_id: UUID, overrides: Mapping[str, Mapping[str, 
     if not overrides:
         return
     tried = _TRIED(tx, {"run_id": run_id}).scalars()
-    sentence = f"Only what is tried again can get other parameters: {', '.join(sorted(tried))}."
+    names = ", ".join(sorted(tried)) or "of this run nothing that takes any"
+    sentence = f"Only what is tried again can get other parameters: {names}."
     if faults := {f"/parameters/{name}": [sentence] for name in set(overrides) - set(tried)}:
         raise InvalidRequest(faults)
 

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from uuid6 import uuid7
 
 from opscore.db import Prepared, Tx
@@ -141,20 +141,26 @@ def decide_approval(
 
 def _why_refused(tx: Tx, task_id: UUID) -> OpsCoreError:
     query = (
-        select(Task.kind, Task.status, Task.reason, Task.decision, Run.status.label("run_status"))
+        select(
+            func.coalesce(Task.item_kind, Task.kind).label("type"),
+            *(Task.status, Task.reason, Task.decision, Run.status.label("run_status")),
+        )
         .join(Run, Run.id == Task.run_id)
         .where(Task.id == task_id, Task.kind != "end")
     )
     row = tx.execute(query).one_or_none()
     if row is None:
         return TaskNotFound(task_id=task_id)
-    if row.kind != "approval":
-        return ApprovalRefused("The task is no approval.")
+    if row.type != "approval":
+        return ApprovalRefused(f"The task is no approval: its type is {row.type}.")
     if row.decision is not None:
         said = "approved" if row.decision["approved"] else "rejected"
         return ApprovalRefused(f"It was {said} already, by {row.decision['principal']}.")
     if row.status in ("pending", "waiting") and row.reason != Reason.APPROVAL:
-        return ApprovalRefused("It is not asked for yet: what it depends on is not over.")
+        way = "decide it once its status is waiting and its reason approval"
+        return ApprovalRefused(f"It is not asked for yet; {way}.")
+    if row.status == "waiting":
+        return ApprovalRefused("It is too late: its timeoutSeconds have passed, or its run ends.")
     return ApprovalRefused(f"It is over: its status is {row.status}, its run's {row.run_status}.")
 
 
