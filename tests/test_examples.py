@@ -1,5 +1,5 @@
-"""The examples: the audit's agents, on a small folder of distributions made for each test, and the
-fleet's play.
+"""The examples: the audit's agents, on a small folder of distributions made for each test; the
+fleet's play; and triage, research and incident on real workers.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from base64 import urlsafe_b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,7 +21,10 @@ from typing import Any
 import psutil
 import pytest
 from rich.console import Console
+from stack import API_KEY, Servers, running_stack, wait_until
+from werkzeug.serving import make_server
 
+from examples import incident_response, nightly_research, plays, support_triage
 from examples.demo import DemoFailed
 from examples.dependency_audit import (
     audit_distribution,
@@ -30,9 +34,11 @@ from examples.dependency_audit import (
 )
 from examples.fleet import LIE, TRUTH, Fleet
 from examples.fleet_demo import judge
+from examples.mail import write_mail
 from opscore import Context, GiveUp
 from opscore.agentkit import load_agents
 from opscore.definition import parse, read_document
+from web.app import create_app
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"python": "3.11.0", "platform": "Test", "paths": ["/site-packages"]}
@@ -345,9 +351,9 @@ def folder() -> Iterator[Path]:
 
 
 @contextmanager
-def playing(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def playing(folder: Path, name: str = "fleet_demo.py") -> Iterator[subprocess.Popen[str]]:
     play = subprocess.Popen(
-        [sys.executable, ROOT / "examples" / "fleet_demo.py"],
+        [sys.executable, ROOT / "examples" / name],
         env=os.environ | {"TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -431,3 +437,211 @@ def test_the_verdict_on_the_fleet_names_what_is_not_as_it_must_be(
             judge(console, fleet, fault.get("runs", [RUN]), agents)
     bad = [line.split(":")[0] for line in console.export_text().splitlines() if ": 1 of" in line]
     assert words in bad if fault else not bad
+
+
+# Triage, research, incident
+
+SECRET = "a-secret-that-signs"
+Json = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def api(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an API with workers that have the agents of the three plays."""
+    log = tmp_path_factory.mktemp("plays") / "log"
+    names = {"OPSCORE_AGENTS": plays.AGENTS, "OPSCORE_AGENT_HOSTS": "127.0.0.1"}
+    with running_stack(servers, log, OPSCORE_WEBHOOK_SECRET=SECRET, **names) as stack:
+        stack.start_worker()
+        app = create_app(stack.settings)
+        server = make_server("127.0.0.1", 0, app, threaded=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        app.extensions["opscore"].close()
+
+
+@pytest.fixture
+def fleet(api: str) -> Iterator[Fleet]:
+    """A client of that API, with room for agents behind HTTP."""
+    with Fleet(api, API_KEY, SECRET) as fleet:
+        yield fleet
+        for agent in fleet.agents.values():
+            fleet.notify("DEREGISTER", agent)
+
+
+def document(name: str) -> Json:
+    read: Json = read_document((ROOT / "examples" / f"{name}.yaml").read_text(), "yaml")
+    return read
+
+
+def submit(fleet: Fleet, workflow: Json, value: Json) -> str:
+    fleet.ask("POST", "/workflows", workflow)
+    run = fleet.ask("POST", "/runs", {"workflowId": workflow["id"], "input": value})
+    return str(run["runId"])
+
+
+def ended(fleet: Fleet, run_id: str, status: str = "completed") -> Json:
+    run = fleet.ask("GET", f"/runs/{run_id}?waitSeconds=30")
+    assert run["status"] == status, run
+    return run
+
+
+def standing(run: Json) -> dict[str, str]:
+    return {task["taskDefinitionId"]: task["status"] for task in run["tasks"]}
+
+
+def asked(fleet: Fleet, run_id: str) -> Json:
+    """Return the task that waits for somebody's word."""
+    (task,) = wait_until(
+        lambda: [
+            task
+            for task in fleet.ask("GET", f"/runs/{run_id}")["tasks"]
+            if task["reason"] == "approval"
+        ]
+    )
+    return dict(task)
+
+
+def test_a_reply_that_is_approved_is_sent(fleet: Fleet, tmp_path: Path) -> None:
+    value = {"tickets": support_triage.SAMPLE, "folder": str(tmp_path)}
+    run_id = submit(fleet, document("support_triage"), value)
+    task = asked(fleet, run_id)
+    fleet.ask("POST", f"/tasks/{task['taskId']}/approve", {"comment": "Fine."})
+    run = ended(fleet, run_id)
+    assert (standing(run)["send"], standing(run)["escalate"]) == ("completed", "skipped")
+    (mail,) = tmp_path.iterdir()
+    assert run["output"] == {
+        "way": "sent",
+        "ticketId": "T-2",
+        "reason": None,
+        "mail": {"to": "bob@example.com", "file": str(mail)},
+    }
+    assert "> URGENT: production is down" in mail.read_text()
+
+
+@pytest.mark.parametrize("comment", ["Ask for the request id.", None])
+def test_a_reply_that_is_rejected_is_handed_on_with_the_reason(
+    fleet: Fleet, tmp_path: Path, comment: str | None
+) -> None:
+    workflow = document("support_triage")
+    if comment is None:  # nobody says a word
+        (review,) = [task for task in workflow["tasks"] if task["taskId"] == "review"]
+        review["timeoutSeconds"] = 0.2
+    value = {"tickets": support_triage.SAMPLE, "folder": str(tmp_path)}
+    run_id = submit(fleet, workflow, value)
+    if comment is not None:
+        task = asked(fleet, run_id)
+        fleet.ask("POST", f"/tasks/{task['taskId']}/reject", {"comment": comment})
+    run = ended(fleet, run_id)
+    assert (standing(run)["send"], standing(run)["escalate"]) == ("skipped", "completed")
+    (mail,) = tmp_path.iterdir()
+    output = run["output"]
+    assert (output["way"], output["mail"]["to"]) == ("escalated", "second-line@example.com")
+    assert output["reason"] == (comment or "Nobody decided within 0.2 seconds.")
+    assert output["reason"] in mail.read_text()
+
+
+def test_tickets_are_sorted_by_their_words() -> None:
+    found = [
+        support_triage.classify_ticket({"ticket": ticket}, Context.for_testing())
+        for ticket in support_triage.SAMPLE
+    ]
+    assert [(one["topic"], one["urgency"]) for one in found] == [
+        *(("billing", 1), ("outage", 8), ("access", 0), ("other", 0))
+    ]
+    nobody = {"tickets": [found[0] | {"from": "a stranger"}]}
+    with pytest.raises(GiveUp, match="no address"):
+        support_triage.draft_reply(nobody, Context.for_testing())
+
+
+def test_a_mail_that_is_written_again_is_the_same_mail(tmp_path: Path) -> None:
+    parameters = {
+        "to": "a@example.com",
+        "subject": "on\ntwo lines",
+        "text": "Ä",
+        "folder": tmp_path,
+    }
+    first = write_mail(parameters, Context.for_testing())
+    assert write_mail(parameters, Context.for_testing(attempt=2)) == first
+    (file,) = tmp_path.iterdir()
+    assert "Subject: on two lines\n" in file.read_text()
+
+
+def test_research_goes_without_the_stations_that_are_broken_and_names_them(fleet: Fleet) -> None:
+    stations = nightly_research.sample(200, broken=20)
+    run = ended(fleet, submit(fleet, document("nightly_research"), {"stations": stations}))
+    output = run["output"]
+    assert (output["studied"], len(output["leftOut"])) == (180, 20)
+    assert output["leftOut"][:2] == ["station-000", "station-010"]
+    assert all(name in output["text"] for name in output["leftOut"])
+    assert output["warming"][0]["trend"] > 0.3 and output["cooling"][0]["trend"] < -0.3
+    assert run["deadlineAt"] is not None
+
+
+def test_research_fails_if_more_stations_are_broken_than_may_be(fleet: Fleet) -> None:
+    stations = nightly_research.sample(200, broken=21)
+    run_id = submit(fleet, document("nightly_research"), {"stations": stations})
+    run = ended(fleet, run_id, "failed")
+    # It ends as soon as that is known, with items that were not studied.
+    assert run["tasks"][0]["items"]["failed"] == 21
+    assert standing(run)["digest"] == "cancelled"
+
+
+def test_a_bad_incident_is_analysed_behind_http_and_pages_somebody(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    fleet.register(fleet.add("analyst", incident_response.Analyst))
+    run = respond(fleet, tmp_path, bad=True)
+    (page,) = tmp_path.iterdir()
+    assert run["output"]["page"]["file"] == str(page)
+    assert run["output"] | {"page": None} == {
+        "severity": 2,
+        "summary": "30 of 180 lines are errors, most of payments since 2026-01-31T12:00:30Z: no"
+        " answer in # ms.",
+        "analysedBy": "analyst",
+        "page": None,
+    }
+    (evidence,) = [task for task in run["tasks"] if task["taskDefinitionId"] == "evidence"]
+    child = ended(fleet, evidence["childRunId"])
+    assert child["parentTaskId"] == evidence["taskId"]
+    assert child["output"] == evidence["output"]
+
+
+def test_nobody_is_paged_for_nothing(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.register(fleet.add("analyst", incident_response.Analyst))
+    run = respond(fleet, tmp_path, bad=False)
+    assert (run["output"]["severity"], run["output"]["page"]) == (0, None)
+    assert standing(run)["page"] == "skipped" and list(tmp_path.iterdir()) == []
+
+
+def test_somebody_stands_in_for_an_analyst_who_is_dead(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.register(fleet.add("analyst", "dead"))
+    fleet.ask("PATCH", "/agents/analyst", {"heartbeatSeconds": 0.1})
+    wait_until(lambda: not fleet.ask("GET", "/agents/analyst")["available"])
+    run = respond(fleet, tmp_path, bad=True)
+    assert run["output"]["analysedBy"] == "stand-in-analyst"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def respond(fleet: Fleet, folder: Path, *, bad: bool) -> Json:
+    fleet.ask("POST", "/workflows", document("incident_evidence"))
+    value = {"logs": incident_response.sample(bad=bad), "folder": str(folder)}
+    return ended(fleet, submit(fleet, document("incident_response"), value))
+
+
+@pytest.mark.timeout(120)
+def test_the_three_plays_end_as_they_must_and_leave_nothing_behind(folder: Path) -> None:
+    with playing(folder, "plays.py") as play:
+        said, _ = play.communicate()
+    assert play.returncode == 0, said
+    for words in ("was sent:", "was escalated:", "15 left out", "says stand-in-analyst"):
+        assert words in said
+    assert left_behind(folder) == []
+
+
+def test_a_play_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plays.main(["traige"]) == 2
+    assert "There is no traige; there are triage, research, incident." in capsys.readouterr().out
