@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet install
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fleet up down test bench chaos growth lint check clean
+.PHONY: help setup demo fleet plays up down test bench chaos growth lint check clean
 
 help: ## Show this
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -18,6 +18,9 @@ demo: .venv/.run ## Start the stack, run the example workflow, show its result, 
 
 fleet: .venv/.run ## Show agents behind HTTP at work, a third of them dead, deaf or lying
 	@.venv/bin/python examples/fleet_demo.py $(ARGS)
+
+plays: .venv/.run ## Play triage, research and incident response (ARGS="triage")
+	@.venv/bin/python examples/plays.py $(ARGS)
 
 up: .venv/.run ## Start the stack and leave it running (ARGS="--agents my_agents")
 	@.venv/bin/opscore up --detach $(ARGS)

@@ -19,7 +19,7 @@ def write_mail(parameters: dict[str, Any], context: Context) -> dict[str, Any]:
     mail["To"] = parameters["to"]
     mail["Subject"] = " ".join(parameters["subject"].split())
     mail["Message-ID"] = f"<{context.idempotency_key}@opscore.invalid>"
-    mail.set_content(parameters["text"])
+    mail.set_content(parameters["text"], cte="8bit")
     folder = Path(parameters["folder"]).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{context.idempotency_key}.eml"

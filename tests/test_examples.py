@@ -585,8 +585,8 @@ def test_research_fails_if_more_stations_are_broken_than_may_be(fleet: Fleet) ->
     stations = nightly_research.sample(200, broken=21)
     run_id = submit(fleet, document("nightly_research"), {"stations": stations})
     run = ended(fleet, run_id, "failed")
-    # It ends as soon as that is known, with items that were not studied.
     assert run["tasks"][0]["items"]["failed"] == 21
+    assert "More items failed than forEach.tolerate allows" in run["tasks"][0]["error"]["message"]
     assert standing(run)["digest"] == "cancelled"
 
 

@@ -8,11 +8,13 @@ import sys
 import tempfile
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from stack import Servers, running_stack
+from stack import Servers, Stack, running_stack, wait_until
 
+from opscore import engine
 from opscore.config import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -41,9 +43,9 @@ def test_the_make_targets_it_names_exist() -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the tour is made with curl")
-def test_the_tour_runs_as_it_is_written() -> None:
-    (tour,) = re.findall(r"```sh\n(.+?)```", README, re.DOTALL)
-    setup, _, script = tour.partition("\n")
+def test_the_tours_run_as_they_are_written() -> None:
+    tours = re.findall(r"```sh\n(.+?)```", README, re.DOTALL)
+    setup, _, script = "".join(tours).partition("\n")  # all in one shell
     assert setup.startswith("make setup")
     folder = Path(tempfile.mkdtemp(prefix="opscore-test-"))
     folder.chmod(0o755)  # nobody, who runs PostgreSQL for root, may pass
@@ -53,7 +55,7 @@ def test_the_tour_runs_as_it_is_written() -> None:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
             cwd=folder,
-            env={**os.environ, "PATH": commands},
+            env={**os.environ, "PATH": commands, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=110,
@@ -67,8 +69,19 @@ def test_the_tour_runs_as_it_is_written() -> None:
         )
         shutil.rmtree(folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "\ncompleted {" in done.stdout
-    assert "run.completed" in done.stdout
+    first, _, second = done.stdout.partition("queued start_at ")
+    assert "\ncompleted {" in first
+    assert "run.completed" in first
+    said = [
+        *("2099-01-01T00:00:00Z", "cancelled"),
+        *("paused", ("queued", "running")),
+        *("waiting for somebody", "completed {'no': None, 'yes': {'comment': 'Looks good.'"),
+        "completed {'no': {'code': 'rejected', 'message': 'Not today.'}",
+        *("failed None {'code': 'gave_up'", ("queued", "running"), "completed {'no': None"),
+        "Stopped.",
+    ]
+    for line, start in zip(second.splitlines(), said, strict=True):
+        assert line.startswith(start), second
 
 
 def test_the_agent_it_shows_runs_as_pasted() -> None:
@@ -85,15 +98,33 @@ def test_the_agent_it_shows_runs_as_pasted() -> None:
         write({"topic": "queues", "quota": 0}, Context.for_testing())
 
 
-def test_the_workflow_it_shows_runs_on_the_agents_it_shows(
+def test_the_workflows_it_shows_run_on_the_agents_it_shows(
     servers: Servers, tmp_path: Path
 ) -> None:
     (source,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
-    (document,) = re.findall(r"```yaml\n(.+?)```", README, re.DOTALL)
+    first, second = re.findall(r"```yaml\n(.+?)```", README, re.DOTALL)
     (tmp_path / "my_agents.py").write_text(source)
     env = {"OPSCORE_AGENTS": "my_agents", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     with running_stack(servers, tmp_path / "log", **env) as stack:
         stack.start_worker()
-        run_id = stack.submit(yaml.safe_load(document), {"tickets": ["fire", "water", "air"]})
-        run = stack.finished(run_id)
+        tickets = {"tickets": ["fire", "water", "air"]}
+        run = stack.finished(stack.submit(yaml.safe_load(first), tickets))
         assert (run.status, run.output) == ("completed", {"text": "All about 3 tickets"})
+        for approved, output in [
+            (True, {"sent": {"text": "All about All about 3 tickets"}, "escalated": None}),
+            (False, {"sent": None, "escalated": {"text": "All about no"}}),
+        ]:
+            run_id = stack.submit(yaml.safe_load(second), tickets)
+            decide(stack, run_id, approved)
+            run = stack.finished(run_id)
+            assert (run.status, run.output) == ("completed", output)
+
+
+def decide(stack: Stack, run_id: Any, approved: bool) -> None:
+    """Approve or reject what a run asks for, once it does."""
+    (task,) = wait_until(
+        lambda: [task for task in stack.tasks(run_id) if task.reason == "approval"]
+    )
+    with stack.database.transaction() as tx:
+        woken = engine.decide_approval(tx, task.id, approved=approved, comment="no", by="key:test")
+    stack.dispatcher.wake(woken)
