@@ -26,7 +26,8 @@ DEFAULT_TIMEOUT_SECONDS = 600.0
 MAX_ATTEMPTS = 100
 MAX_PARALLEL = 1_000
 MAX_FALLBACKS = 16
-MAX_CONCURRENT_RUNS = 1_000_000
+MAX_CONCURRENT_RUNS = 10_000
+"""Each of them is a row that creating the workflow writes."""
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _TOP = {"id", "name", "description", "version", "inputSchema", "tasks", "output"}
 _TOP |= {"maxConcurrentRuns", "deadlineSeconds"}

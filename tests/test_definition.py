@@ -684,8 +684,8 @@ def test_fallbacks_are_agents_named_once_behind_one_that_is_wanted() -> None:
     assert list(refused.value.errors) == ["/tasks/0/fallback"]
 
 
-@pytest.mark.parametrize("most", [0, -1, 1.5, "2", True, None])
-def test_runs_at_once_are_a_whole_number(most: object) -> None:
+@pytest.mark.parametrize("most", [0, -1, 1.5, "2", True, None, 10_001])
+def test_runs_at_once_are_a_whole_number_of_rows_soon_written(most: object) -> None:
     with pytest.raises(InvalidDefinition) as refused:
         parse({"id": "w", "maxConcurrentRuns": most, "tasks": [{"taskId": "a", "agentId": "x"}]})
     assert list(refused.value.errors) == ["/maxConcurrentRuns"]
