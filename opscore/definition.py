@@ -44,7 +44,8 @@ _TYPES: Mapping[str, set[str]] = {
 """What each type of task may say beside what all may."""
 CONTROL_TIMEOUT_SECONDS = 60.0
 """Of the visits of tasks that no agent does."""
-_PERCENTAGE = re.compile(r"\d{1,3}(\.\d{1,3})?%")
+PERCENTAGE = r"^[0-9]{1,3}(\.[0-9]{1,3})?%$"
+_PERCENTAGE = re.compile(PERCENTAGE, re.ASCII)
 _BACKOFF = ("backoffSeconds", "maxBackoffSeconds")
 
 

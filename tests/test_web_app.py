@@ -17,6 +17,7 @@ import psutil
 import pytest
 import structlog
 from http_client import Client, open_client, problem
+from jsonschema import Draft202012Validator
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -98,6 +99,16 @@ def test_whoever_asks_is_named_by_the_hash_of_the_key(client: Client) -> None:
     assert answer.json == {"principal": f"key:{digest[:8]}"}
 
 
+@pytest.mark.parametrize(
+    "path", ["/health", "/ready", "/docs", "/docs/start.js", "/internal/agent/notify"]
+)
+def test_a_wrong_method_needs_no_key_where_the_right_one_needs_none(
+    client: Client, path: str
+) -> None:
+    problem(client.without_key().send("DELETE", path), 405, "method_not_allowed")
+    problem(client.without_key().send("DELETE", "/runs"), 401, "unauthorized")
+
+
 # --- Request ids and headers --------------------------------------------------------------------
 
 
@@ -133,6 +144,11 @@ def test_a_wrong_method_is_a_problem_that_allows_the_right_ones(client: Client) 
 
 def test_a_path_with_nul_names_nothing(client: Client) -> None:
     problem(client.get("/agents/a%00b"), 404, "not_found")
+
+
+@pytest.mark.parametrize("path", ["//runs", "/runs/", "/agents//state/history", "/agents/%2F"])
+def test_a_path_is_taken_as_it_is_and_never_sent_elsewhere(client: Client, path: str) -> None:
+    problem(client.get(path), 404, "not_found")
 
 
 def test_every_error_of_ours_has_a_status() -> None:
@@ -546,6 +562,46 @@ def test_the_description_names_the_key_and_only_things_that_exist(client: Client
         found = document
         for step in reference.split("/"):
             found = found[step]
+
+
+DETAILS = {"agentId": "a", "agentName": "A", "version": "1", "contactEndpoint": "https://a.example"}
+
+
+def one_task(**more: Any) -> tuple[str, Any]:
+    return "WorkflowDefinition", {"tasks": [{"taskId": "a", **more}]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "body"),
+    [
+        ("WorkflowDefinition", {"tasks": []}),
+        ("WorkflowDefinition", {"tasks": [{}]}),
+        ("WorkflowDefinition", {"tasks": [{"taskId": "a"}], "maxConcurrentRuns": 0}),
+        ("WorkflowDefinition", {"tasks": [{"taskId": "a"}], "id": "no name"}),
+        one_task(taskId="x" * 65),
+        one_task(agentId=""),
+        one_task(agentCapability="a b"),
+        one_task(dependsOn=["ä"]),
+        one_task(nextTaskId=""),
+        one_task(fallback=["b", "b"]),
+        one_task(retry={"maxAttempts": 101}),
+        one_task(retry={"backoffSeconds": 0}),
+        one_task(busy={"maxWaitSeconds": -1}),
+        one_task(timeoutSeconds=1e300),
+        one_task(forEach={"items": [], "maxParallel": 1001}),
+        ("RunArguments", {"workflowId": "w", "labels": {"a": "x" * 257}}),
+        ("RunArguments", {"workflowId": "w", "labels": {str(n): "" for n in range(33)}}),
+        ("AgentChange", {"heartbeatSeconds": 0}),
+        ("AgentDetails", {**DETAILS, "agentId": "a b"}),
+        ("AgentDetails", {**DETAILS, "capabilities": [""]}),
+    ],
+)
+def test_the_description_forbids_what_the_server_refuses(
+    client: Client, schema: str, body: Any
+) -> None:
+    described = client.get("/openapi.json").json["components"]
+    whole = {"$ref": f"#/components/schemas/{schema}", "components": described}
+    assert list(Draft202012Validator(whole).iter_errors(body))
 
 
 class References(HTMLParser):

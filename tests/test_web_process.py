@@ -71,6 +71,12 @@ def ask(port: int, method: str, path: str, body: Any = None, **headers: str) -> 
         connection.close()
 
 
+def raw(method: str, path: str, headers: str = "", body: bytes = b"") -> bytes:
+    """Return a request as it goes over the wire, with the key."""
+    always = f"Host: x\r\nConnection: close\r\nAuthorization: Bearer {API_KEY}\r\n"
+    return f"{method} {path} HTTP/1.1\r\n{always}{headers}\r\n".encode() + body
+
+
 def test_bodies_of_100_mb_are_refused_without_being_kept(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -102,6 +108,33 @@ def test_a_head_that_is_too_large_to_be_read_is_refused_with_a_problem(
         assert ask(port, "GET", "/health")[0] == 200
 
 
+RUNS = "/v1/opscore/runs"
+CHUNKED = "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
+ODD_REQUESTS: dict[str, tuple[bytes, int]] = {
+    "no HTTP": (b"\x16\x03\x01\x02\x00\x01\xfc\r\n\r\n", 400),
+    "a header of 64 KB": (raw("GET", RUNS, f"X-Long: {'x' * 2**16}\r\n"), 431),
+    "a path of 64 KB": (raw("GET", f"{RUNS}/{'x' * 2**16}"), 414),
+    "a NUL in a header": (raw("GET", RUNS, "X-Odd: a\0b\r\n"), 400),
+    "a NUL in a path": (raw("GET", f"{RUNS}/a\0b"), 400),
+    "a path that is no UTF-8": (raw("GET", f"{RUNS}/%ff"), 404),
+    "slashes in an id": (raw("GET", "/v1/opscore/agents/a%2F%2Fb"), 404),
+    "dots for an id": (raw("GET", "/v1/opscore/agents/%2e%2e"), 404),
+    "a query that is no UTF-8": (raw("GET", f"{RUNS}?workflowId=%ff"), 200),
+    "an unknown method": (raw("BREW", RUNS), 405),
+    "another server's name": (raw("GET", f"http://elsewhere.example{RUNS}"), 200),
+    "a key twice": (raw("GET", RUNS, "Authorization: Bearer x\r\n"), 401),
+    "a body where none is read": (raw("GET", RUNS, "Content-Length: 2\r\n", b"{}"), 200),
+    "a length that is no number": (raw("POST", RUNS, "Content-Length: x\r\n"), 400),
+    "a length below 0": (raw("POST", RUNS, "Content-Length: -1\r\n"), 400),
+    "two ways to tell the length": (raw("POST", RUNS, f"{CHUNKED}Content-Length: 2\r\n"), 400),
+    "a chunk without a size": (raw("POST", RUNS, CHUNKED, b"zz\r\n{}\r\n0\r\n\r\n"), 400),
+    "a chunk of less than nothing": (raw("POST", RUNS, CHUNKED, b"-2\r\n{}\r\n0\r\n\r\n"), 400),
+    "a chunk that is too short": (raw("POST", RUNS, CHUNKED, b"1\r\n{}\r\n0\r\n\r\n"), 400),
+    "chunks that end too soon": (raw("POST", RUNS, CHUNKED, b"9\r\n{}"), 400),
+    "good chunks": (raw("POST", RUNS, CHUNKED, b"1\r\n{\r\n1\r\n}\r\n0\r\n\r\n"), 422),
+}
+
+
 def refused(port: int, headers: dict[str, str], piece: bytes) -> int:
     """Send a hundred pieces as a body, as far as the server listens; return the status."""
     lines = {"Host": "x", "Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"}
@@ -117,6 +150,23 @@ def refused(port: int, headers: dict[str, str], piece: bytes) -> int:
         assert not sender.is_alive()
     assert b"body_too_large" in answer, answer
     return int(answer.split()[1])
+
+
+def test_no_odd_request_is_an_accident(environment: dict[str, str], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving(environment, log) as (_, port):
+        found = {name: status_of(port, request) for name, (request, _) in ODD_REQUESTS.items()}
+        assert found == {name: status for name, (_, status) in ODD_REQUESTS.items()}
+        assert ask(port, "GET", "/health")[0] == 200
+    assert "Traceback" not in log.read_text()
+
+
+def status_of(port: int, request: bytes) -> int:
+    """Send bytes, and nothing after them; return the status of the answer."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.sendall(request)
+        sock.shutdown(socket.SHUT_WR)
+        return int(sock.recv(4096).split()[1])
 
 
 def send_all(sock: socket.socket, piece: bytes) -> None:

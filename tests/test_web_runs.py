@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import pytest
 from http_client import Client, open_client, problem
 from redis import Redis
-from rows import NOW, add_attempt, add_event, add_items, add_log, add_run, add_task
+from rows import FAULT, NOW, add_attempt, add_event, add_items, add_log, add_run, add_task
 from sqlalchemy import func, select, text
 
 from opscore.config import Settings
@@ -343,6 +343,16 @@ def test_a_task_and_its_attempt_show_logs_progress_and_traceback(client: Client)
     for number in ("2", "0", "99999999999", "x"):
         answer = client.get(f"/tasks/{task_id}/attempts/{number}")
         assert answer.status_code == 404
+
+
+def test_a_fault_has_every_member_also_where_nothing_is_known_of_it(client: Client) -> None:
+    with client.database.transaction() as tx:
+        run_id = add_run(tx, "failed")
+        task_id = add_task(tx, run_id, "a", "failed", attempt=1)
+        add_attempt(tx, task_id, 1, "lost", error=FAULT)
+    assert client.get(f"/runs/{run_id}").json["error"] == {**FAULT, "taskId": None}
+    attempt = client.get(f"/tasks/{task_id}/attempts/1").json
+    assert attempt["error"] == {**FAULT, "traceback": None}
 
 
 def test_events_are_followed_from_where_one_was(client: Client) -> None:

@@ -42,6 +42,8 @@ def create_app(settings: Settings) -> Flask:
     migrations.check(settings.database_url)
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    # A path with // in it names nothing; the default redirects, with a page, to one without.
+    app.url_map.merge_slashes = False
     app.json.sort_keys = False  # type: ignore[attr-defined]
     attach(app, _make_parts(settings))
     requests.register(app)

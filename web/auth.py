@@ -7,7 +7,8 @@ signature instead. What is wrong is said, never what the key is or how much of i
 import hmac
 from hashlib import sha256
 
-from flask import Flask, g, request
+from flask import Flask, current_app, g, request
+from werkzeug.exceptions import MethodNotAllowed
 
 from web.errors import Refused
 
@@ -31,7 +32,7 @@ def register(app: Flask, api_key: str) -> None:
     name = f"key:{expected.hex()[:8]}"
 
     def check_key() -> None:
-        if request.endpoint not in OPEN_ENDPOINTS:
+        if _endpoint() not in OPEN_ENDPOINTS:
             _check(request.headers.get("Authorization"), expected)
             g.principal = name
 
@@ -44,6 +45,15 @@ def principal() -> str:
     Today that is always `key:` and the first 8 hex digits of the SHA-256 of the key; never the key.
     """
     return str(g.principal)
+
+
+def _endpoint() -> str | None:
+    """Return what the path is of, also where the method is not one of those it has."""
+    error = request.routing_exception
+    urls = current_app.create_url_adapter(request)
+    if urls is None or not isinstance(error, MethodNotAllowed) or not error.valid_methods:
+        return request.endpoint
+    return str(urls.match(method=next(iter(error.valid_methods)))[0])
 
 
 def _check(header: str | None, expected: bytes) -> None:

@@ -5,12 +5,14 @@ JSON everywhere; YAML as well where a workflow definition is the body. What cann
 """
 
 import json
+import re
 from collections.abc import Callable
 from hashlib import sha256
 from typing import Any, NoReturn
 
 from flask import Request, g, request
-from marshmallow import Schema, ValidationError
+from gunicorn.http.errors import ParseException
+from marshmallow import Schema, ValidationError, fields
 from webargs.flaskparser import FlaskParser
 from werkzeug.exceptions import RequestEntityTooLarge
 
@@ -21,6 +23,8 @@ from web.errors import Refused, pointers
 
 JSON = "application/json"
 YAML = ("application/yaml", "application/x-yaml", "text/yaml")
+_NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
+"""How numbers are written in a query; Python reads 1_0 and Arabic digits, too."""
 
 
 def read_json() -> Any:
@@ -52,7 +56,10 @@ def read_definition() -> Any:
 
 def raw_body() -> bytes:
     """Return the body of the request at hand as it was sent."""
-    body = request.get_data(cache=True)
+    try:
+        body = request.get_data(cache=True)
+    except ParseException as error:
+        raise Refused(400, f"The body cannot be read. {error}") from None
     if request.content_length is None and len(body) >= (request.max_content_length or 0):
         raise RequestEntityTooLarge  # werkzeug cuts a chunked body off at the limit, silently
     return body
@@ -89,9 +96,12 @@ class Parser(FlaskParser):
         return read_json()
 
     def load_querystring(self, req: Request, schema: Schema) -> Any:
+        numbers = {f.data_key for f in schema.load_fields.values() if isinstance(f, fields.Number)}
         for name, value in req.args.items(multi=True):
             if "\0" in value:
                 raise InvalidRequest({f"/{name}": ["NUL characters (%00) mean nothing here."]})
+            if name in numbers and not _NUMBER.fullmatch(value):
+                raise InvalidRequest({f"/{name}": ["Must be a number, such as 10."]})
         return super().load_querystring(req, schema)
 
     def handle_error(

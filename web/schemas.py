@@ -21,6 +21,7 @@ from marshmallow import (
     validates_schema,
 )
 
+from opscore import definition
 from opscore.definition import DEFAULT_TIMEOUT_SECONDS, MAX_SECONDS
 from opscore.json_values import check_json
 from opscore.remote import read_report
@@ -84,6 +85,8 @@ class Answer(_Camel):
     def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
         super().on_bind_field(field_name, field_obj)
         field_obj.required = True
+        if field_obj.allow_none:
+            field_obj.dump_default = None
 
 
 def _about(text: str, **more: Any) -> dict[str, Any]:
@@ -122,7 +125,8 @@ def _check_id(value: str) -> None:
 
 
 def _id(text: str, **more: Any) -> fields.String:
-    return fields.String(validate=_check_id, metadata=_about(text), **more)
+    pattern = f"^{_ID.pattern}$"
+    return fields.String(validate=_check_id, metadata=_about(text, pattern=pattern), **more)
 
 
 def _words(text: str, longest: int, **more: Any) -> fields.String:
@@ -148,7 +152,7 @@ class Seconds(fields.Float):
     def __init__(self, text: str, longest: float, **more: Any) -> None:
         sentence = "Must be more than {min}, and at most {max}."
         bounds = validate.Range(0, longest, min_inclusive=False, error=sentence)
-        super().__init__(validate=bounds, metadata=_about(text), **more)
+        super().__init__(validate=bounds, metadata=_about(text, exclusiveMinimum=0), **more)
 
     def _validated(self, value: Any) -> float:
         if isinstance(value, str):
@@ -270,45 +274,66 @@ class AttemptFault(Fault):
 # --- Workflows ----------------------------------------------------------------------------------
 
 
+def _seconds(text: str, **more: Any) -> fields.Float:
+    bounds = {"exclusiveMinimum": 0, "maximum": definition.MAX_SECONDS}
+    return fields.Float(metadata=_about(text, **bounds, **more))
+
+
+def _count(text: str, most: int, **more: Any) -> fields.Integer:
+    return fields.Integer(metadata=_about(text, minimum=1, maximum=most, **more))
+
+
 class RetryPolicy(Arguments):
     """When a failed attempt is followed by another: doubling pauses with full jitter."""
 
-    max_attempts = fields.Integer(metadata=_about("Attempts in all.", default=3))
-    backoff_seconds = fields.Float(metadata=_about("The first pause.", default=2))
-    max_backoff_seconds = fields.Float(metadata=_about("The longest pause.", default=60))
+    max_attempts = _count("Attempts in all.", definition.MAX_ATTEMPTS, default=3)
+    backoff_seconds = _seconds("The first pause.", default=2)
+    max_backoff_seconds = _seconds("The longest pause.", default=60)
 
 
 class BusyPolicy(Arguments):
     """How long, and how often tried, a task waits for its agent."""
 
-    backoff_seconds = fields.Float(metadata=_about("The first pause.", default=1))
-    max_backoff_seconds = fields.Float(metadata=_about("The longest pause.", default=60))
-    max_wait_seconds = fields.Float(metadata=_about("Then the task fails.", default=86400))
+    backoff_seconds = _seconds("The first pause.", default=1)
+    max_backoff_seconds = _seconds("The longest pause.", default=60)
+    max_wait_seconds = _seconds("Then the task fails.", default=86400)
 
 
 class ForEachDefinition(Arguments):
     """Runs the task once for every item of a list."""
 
     items = _json("A list, or an expression for one.", required=True)
-    max_parallel = fields.Integer(metadata=_about("How many items at once; no limit if left out."))
-    tolerate = _json('How many items may fail: a number, or a part such as `"10%"`.')
+    max_parallel = _count("How many items at once; no limit if left out.", definition.MAX_PARALLEL)
+    tolerate = fields.Raw(
+        metadata=_about(
+            'How many items may fail: a number, or a part such as `"10%"`.',
+            oneOf=[
+                {"type": "integer", "minimum": 0},
+                {"type": "string", "pattern": definition.PERCENTAGE},
+            ],
+        )
+    )
 
 
 class TaskDefinition(Arguments):
     """One task of a workflow."""
 
-    task_id = _text("Unique within the workflow; `[A-Za-z0-9_.-]{1,64}`.", example="fetch")
+    task_id = _id("Unique within the workflow.", required=True)
     name = _text("A label.")
     type = _one_of(
         ["agent", "approval", "delay", "workflow"],
         "Who does it: an agent, somebody who says yes or no, the clock, or another workflow.",
     )
     when = _text("An expression without `${}`; the task is skipped unless it comes to true.")
-    agent_id = _text("The agent that does it.")
-    agent_capability = _text("Or: what an agent must be able to do.")
+    agent_id = _id("The agent that does it.")
+    agent_capability = _id("Or: what an agent must be able to do.")
     fallback = fields.List(
-        fields.String(),
-        metadata=_about("Agents asked, in this order, while none of those it wants is available."),
+        _id("An agent."),
+        metadata=_about(
+            "Agents asked, in this order, while none of those it wants is available.",
+            maxItems=definition.MAX_FALLBACKS,
+            uniqueItems=True,
+        ),
     )
     parameters = fields.Raw(
         metadata=_about(
@@ -317,40 +342,45 @@ class TaskDefinition(Arguments):
             type=["object", "string"],
         )
     )
-    depends_on = fields.List(fields.String(), metadata=_about("Tasks that must be over before."))
-    next_task_id = _text("The older spelling of a single edge.", null=True)
+    depends_on = fields.List(_id("A task."), metadata=_about("Tasks that must be over before."))
+    next_task_id = _id("The older spelling of a single edge.", allow_none=True)
     for_each = fields.Nested(ForEachDefinition)
     retry = fields.Nested(RetryPolicy)
     busy = fields.Nested(BusyPolicy)
-    timeout_seconds = fields.Float(
-        metadata=_about(
-            "Of one attempt, 600 if left out; of an approval or a sub-workflow in all, no limit if"
-            " left out."
-        )
+    timeout_seconds = _seconds(
+        "Of one attempt, 600 if left out; of an approval or a sub-workflow in all, no limit if left"
+        " out."
     )
     on_timeout = _one_of(["reject", "approve"], "What an approval comes to that nobody decided.")
-    seconds = _json("Of a delay: how long, a number or an expression.")
-    until = _json("Of a delay: a moment in ISO 8601, or an expression.")
-    workflow_id = _text("Of a sub-workflow: which. `parameters` are its input.")
-    version = fields.Integer(metadata=_about("Of a sub-workflow; the newest if left out."))
+    seconds = fields.Raw(
+        metadata=_about(
+            "Of a delay: how long, a number or an expression.", type=["number", "string"]
+        )
+    )
+    until = _text("Of a delay: a moment in ISO 8601, or an expression.")
+    workflow_id = _id("Of a sub-workflow: which. `parameters` are its input.")
+    version = _count("Of a sub-workflow; the newest if left out.", LARGEST_INTEGER)
     on_failure = _one_of(["fail", "continue"], "What its final failure means for the run.")
 
 
 class WorkflowDefinition(Arguments):
     """A workflow as its author writes it, in JSON or YAML."""
 
-    id = _text("The workflow's id; made from the name if left out.", example="report")
+    id = _id("The workflow's id; made from the name if left out.")
     name = _text("A label.", example="Report")
     description = _text("A label.")
     version = _text("A label; opscore counts its own versions.")
     input_schema = fields.Dict(metadata=_about("JSON Schema that a run's input must match."))
-    max_concurrent_runs = fields.Integer(
-        metadata=_about("How many of its runs may be under way at once; no limit if left out.")
+    max_concurrent_runs = _count(
+        "How many of its runs may be under way at once; no limit if left out.",
+        definition.MAX_CONCURRENT_RUNS,
     )
-    deadline_seconds = fields.Float(
-        metadata=_about("A run that is not over so long after it could begin fails.")
+    tasks = fields.List(
+        fields.Nested(TaskDefinition),
+        required=True,
+        metadata={"minItems": 1, "maxItems": definition.MAX_TASKS},
     )
-    tasks = fields.List(fields.Nested(TaskDefinition), required=True)
+    deadline_seconds = _seconds("A run that is not over so long after it could begin fails.")
     output = _json("The run's output, usually with `${...}`.")
 
 
@@ -405,7 +435,8 @@ def _labels(**more: Any) -> fields.Dict:
     return fields.Dict(
         metadata=_about(
             "Words of your own to find runs by.",
-            additionalProperties={"type": "string"},
+            additionalProperties={"type": "string", "maxLength": LONGEST_LABEL},
+            maxProperties=MOST_LABELS,
             example={"team": "support"},
         ),
         **more,
@@ -491,7 +522,7 @@ RUN_FILTERS: Mapping[str, fields.Field[Any]] = {
     "workflow_id": _text("Runs of this workflow only."),
     "status": _several(RunStatus, "Runs with one of these statuses only."),
     "label": fields.List(
-        LabelFilter(metadata={"type": "string"}),
+        LabelFilter(metadata={"type": "string", "pattern": "^[^:]+:"}),
         load_default=list,
         metadata=_about("`key:value`; several: runs that have them all."),
     ),
