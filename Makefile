@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet install
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fleet plays up down test bench chaos growth lint check clean
+.PHONY: help setup demo fleet plays up down test fuzz bench chaos growth lint check clean
 
 help: ## Show this
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -30,6 +30,9 @@ down: .venv/.run ## Stop the stack
 
 test: .venv/.dev ## Run the tests (ARGS="-k name")
 	@.venv/bin/python -m pytest $(ARGS)
+
+fuzz: .venv/.dev ## Send the API what nobody thought of, for longer (ARGS="--examples 50 --seed 7")
+	@.venv/bin/python -m pytest tests/test_fuzz.py --capture=no --timeout=0 --examples=500 --seed=$$(date +%s) $(ARGS)
 
 bench: .venv/.dev ## Measure beside bare Celery (ARGS="--rounds 5 --only W1,W2")
 	@.venv/bin/python -m bench.bench $(ARGS)

@@ -63,3 +63,9 @@ def database(settings: Settings) -> Iterator[Database]:
 @pytest.fixture
 def dispatcher(settings: Settings, database: Database) -> Dispatcher:
     return Dispatcher(make_app(settings), database, settings)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzz", "the API, in test_fuzz.py")
+    group.addoption("--examples", type=int, help="Random requests an operation gets; else a few.")
+    group.addoption("--seed", type=int, default=1, help="Of those requests.")

@@ -11,7 +11,7 @@ from opscore.db import Tx
 from opscore.models import Agent, Attempt, AttemptLog, Event, Run, Slot, Task, Workflow
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
-ENDED = ("completed", "failed", "cancelled")
+ENDED = ("completed", "failed", "cancelled", "skipped")
 FAULT = {"code": "agent_failed", "message": "no"}
 
 
