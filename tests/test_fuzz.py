@@ -31,7 +31,7 @@ from test_engine import Desk, task
 from opscore import canvas, engine, logs
 from opscore.config import IO_QUEUE, Settings
 from opscore.remote import AGENT_PREFIX, sign
-from opscore.states import RunStatus, TaskStatus
+from opscore.states import Reason, RunStatus, TaskStatus
 from web.api.tasks import TOKEN
 from web.api.workflows import DEFINITION
 from web.bodies import YAML
@@ -54,20 +54,29 @@ that an id is that of the path, or that YAML's 1e3 is a number (400)."""
 
 
 def fill(client: Client) -> dict[str, list[Any]]:
-    """Write some of everything; return ids by the name of the parameter that takes them."""
+    """Write some of everything; return ids by the name of the parameter that takes them.
+
+    Behind the name of an operation those that it can do something with.
+    """
     client.post("/workflows", DEFINITION)
     runs, tasks = _rows(client)
     for state in ("error", "active", "idle"):
         client.post("/agent/abroad/state", {"state": state, "details": {"queue": 1}})
-    for task_id, run_id in _open_tasks(client):
+    asked = []
+    for task_id, run_id in itertools.chain(_failed(client), _open_tasks(client)):
         tasks.append(task_id)
         runs.append(run_id)
+    for task_id, _ in _asked(client):
+        tasks.insert(0, task_id)
+        asked.append(task_id)
     agents = ["writer", "abroad"]
     for _ in range(EACH):
         runs.append(client.post("/runs", {"workflowId": "report"}).json["runId"])
     return {
         "runId": runs[::-1],
         "taskId": tasks[::-1],
+        "tasks_approve taskId": asked,
+        "tasks_reject taskId": asked[::-1],
         "agentId": agents,
         "workflowId": ["report"],
         "number": [1],
@@ -113,6 +122,31 @@ def _open_tasks(client: Client) -> Iterator[tuple[str, str]]:
         yield str(claimed.task_id), str(claimed.run_id)
 
 
+def _asked(client: Client) -> Iterator[tuple[str, str]]:
+    """Ask for approvals, as a worker does."""
+    desk = Desk(client.database)
+    celery = client.app.extensions["opscore"].dispatcher.app
+    for _ in range(EACH):
+        desk.submit({"taskId": "ok", "type": "approval"})
+        claimed = desk.claim("ok")
+        visit = canvas.visit(celery, claimed.task_id, 1, timeout_seconds=60)
+        with desk.database.autocommit() as tx:
+            engine.begin_wait(tx, claimed, engine.Wait(Reason.APPROVAL), dict(visit))
+        yield str(claimed.task_id), str(claimed.run_id)
+
+
+def _failed(client: Client) -> Iterator[tuple[str, str]]:
+    """Have runs fail, as a worker does."""
+    desk = Desk(client.database)
+    for _ in range(EACH):
+        desk.submit(task("a"), task("b"))
+        claimed = desk.claim("a")
+        desk.fail(claimed, retryable=False)
+        with desk.tx() as tx:
+            engine.settle_run(tx, claimed.run_id)
+        yield str(claimed.task_id), str(claimed.run_id)
+
+
 # --- How it is asked ----------------------------------------------------------------------------
 
 
@@ -150,12 +184,20 @@ def description(client: Client, ids: Mapping[str, list[Any]], *, is_whole: bool)
                 operation.get("requestBody", {}).get("content", {}).pop(name, None)
             # Each operation has examples of its own, for some use theirs up.
             operation["parameters"] = [
-                {**parameter, "example": next(left[parameter["name"]])}
-                if parameter["in"] == "path" and parameter["name"] in left
-                else parameter
+                _with_example(parameter, operation["operationId"], left)
                 for parameter in shared + operation.get("parameters", [])
             ]
     return document
+
+
+def _with_example(
+    parameter: dict[str, Any], operation: str, left: Mapping[str, Iterator[Any]]
+) -> dict[str, Any]:
+    name = parameter["name"]
+    known = left.get(f"{operation} {name}") or left.get(name)
+    if parameter["in"] != "path" or known is None:
+        return parameter
+    return {**parameter, "example": next(known)}
 
 
 def judging(document: dict[str, Any]) -> list[str]:
