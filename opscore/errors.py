@@ -114,7 +114,7 @@ class KeyReused(Conflict):
 
 
 class RunFinished(Conflict):
-    """The run is over: its status is {status}; /rerun runs it anew, /retry what failed of it."""
+    """The run is over: its status is {status}; {way}."""
 
     code = "run_finished"
 

@@ -488,9 +488,7 @@ def test_whoever_asks_for_what_cannot_be_is_told_what_can(stack: Stack) -> None:
         engine.cancel_run(tx, run_id)
     stack.dispatcher.follow_end(run_id)
     assert refusal(stack, approve, later).startswith("It is over: its status is cancelled")
-    over = (
-        "The run is over: its status is cancelled; /rerun runs it anew, /retry what failed of it."
-    )
+    over = "The run is over: its status is cancelled; /rerun runs it anew."
     for control in (engine.cancel_run, engine.pause_run, engine.resume_run):
         assert refusal(stack, control, run_id) == over
     assert "its status is cancelled; /rerun" in refusal(stack, engine.retry_run, run_id)
@@ -516,6 +514,8 @@ def test_a_paused_run_that_fails_meanwhile_cannot_be_resumed(stack: Stack) -> No
 def test_what_cannot_get_other_parameters_is_named_with_what_can(stack: Stack) -> None:
     broken = task("b", "broken", retry={"maxAttempts": 1})
     run_id = stack.finished(submit(stack, task("a"), broken)).id
+    over = "The run is over: its status is failed; /retry tries again what failed of it."
+    assert refusal(stack, engine.pause_run, run_id) == over
     asked = stack.finished(submit(stack, approval("ok", timeoutSeconds=0.1))).id
     for failed, name, names in (
         (run_id, "a", "b"),

@@ -30,7 +30,7 @@ from opscore.graph import Canvas, Node, build
 from opscore.json_values import Faults
 from opscore.models import Agent, Run, listed
 from opscore.slots import RUNS
-from opscore.states import RUN_ENDED
+from opscore.states import RUN_ENDED, RunStatus
 from opscore.workflows import StoredWorkflow
 
 # --- Submitting ----------------------------------------------------------------------------------
@@ -346,7 +346,9 @@ def open_run(tx: Tx, run_id: UUID) -> Row[Any]:
     if row is None:
         raise RunNotFound(run_id=run_id)
     if row.status in RUN_ENDED:
-        raise RunFinished(status=row.status)
+        failed = row.status == RunStatus.FAILED
+        way = "/retry tries again what failed of it" if failed else "/rerun runs it anew"
+        raise RunFinished(status=row.status, way=way)
     return row
 
 
