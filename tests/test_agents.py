@@ -257,6 +257,25 @@ def test_a_fallback_is_not_asked_while_the_named_agent_is_merely_busy(fleet: Fle
     assert fleet.task("a").line_agent_id == "r"
 
 
+def test_a_fallback_is_asked_after_the_named_agent_was_not_there(fleet: Fleet) -> None:
+    fleet.register("dead")
+    away = engine.Failure("agent_unreachable", "Connection refused.")
+
+    def fail_at(agent_id: str, attempt: int) -> None:
+        claimed = fleet.claim("a")
+        assert (claimed.agent_id, claimed.attempt) == (agent_id, attempt)
+        with fleet.tx() as tx:
+            engine.fail_attempt(tx, claimed, away, delay_seconds=0, message={"m": 1})
+
+    fleet.submit(task("a", "dead", fallback=["other"], retry={"maxAttempts": 9}))
+    fail_at("dead", 1)
+    fail_at("dead", 2)  # there is nobody else
+    fleet.register("other")
+    fail_at("other", 3)
+    fleet.alter("UPDATE slots SET rests_until = now() - interval '1 s'")
+    fail_at("dead", 4)
+
+
 def test_who_waits_for_a_fallback_stands_in_its_line(fleet: Fleet) -> None:
     fleet.register("r", state="error")
     fleet.register("other")

@@ -318,7 +318,8 @@ def test_one_more_is_too_many(stack: Stack, on_failure: str) -> None:
     if on_failure == "continue":
         assert run.output["code"] == "items_failed" and "3 of 4" in run.output["message"]
     else:
-        assert run.status == "failed"
+        assert (run.status, run.error["code"]) == ("failed", "items_failed")
+        assert "forEach.tolerate" in run.error["message"]
         assert [t.status for t in stack.tasks(run.id) if t.index is not None] == [
             *("completed", "failed", "failed", "cancelled")
         ]

@@ -459,6 +459,16 @@ class RunArguments(Arguments):
     )
 
 
+def _check_parameters(parameters: Mapping[str, Any]) -> None:
+    faults = {
+        name: ["Must be an object: it is merged over the task's parameters."]
+        for name, value in parameters.items()
+        if not isinstance(value, dict)
+    }
+    if faults:
+        raise ValidationError(faults)
+
+
 class RetryArguments(Arguments):
     """How what failed is to be tried again."""
 
@@ -466,9 +476,12 @@ class RetryArguments(Arguments):
 
     parameters = fields.Dict(
         keys=fields.String(),
-        values=fields.Dict(keys=fields.String()),
         load_default=dict,
-        metadata=_about("The definition's `taskId` -> what is merged over its parameters."),
+        validate=_check_parameters,
+        metadata=_about(
+            "The definition's `taskId` -> what is merged over its parameters.",
+            additionalProperties={"type": "object"},
+        ),
     )
 
 

@@ -302,19 +302,21 @@ WITH t AS MATERIALIZED (
 ), wanted AS (
     SELECT a.agent_id, a.capacity, a.capabilities, 0 AS place,
            a.agent_id IS NOT DISTINCT FROM ready.preferred_agent_id AS preferred,
-           {is_open()} AS is_open, {is_ready()} AS is_ready
+           {is_open()} AS is_open, {is_ready()} AS is_ready, {rests("a")} AS rests
     FROM agents a, ready
     WHERE ready.kind = 'agent' AND CASE
         WHEN ready.wanted_agent_id IS NOT NULL THEN a.agent_id = ready.wanted_agent_id
         ELSE ready.wanted_capability = ANY (a.capabilities) END
     UNION ALL
-    SELECT a.agent_id, a.capacity, a.capabilities, f.place, false, {is_open()}, {is_ready()}
+    SELECT a.agent_id, a.capacity, a.capabilities, f.place, false, {is_open()}, {is_ready()}, false
     FROM ready, unnest(ready.fallback) WITH ORDINALITY AS f (id, place), agents a
     WHERE a.agent_id = f.id
 ), candidate AS (
-    -- Fallbacks are asked while none that is wanted is available.
+    -- Fallbacks are asked while none that is wanted is available, or was not there just now.
     SELECT * FROM wanted
-    WHERE is_open AND (place = 0 OR NOT (SELECT bool_or(is_open AND place = 0) FROM wanted))
+    WHERE is_open AND (place > 0) = (
+        SELECT NOT bool_or(is_open AND place = 0 AND NOT rests) AND bool_or(is_open AND place > 0)
+        FROM wanted)
 ), able AS MATERIALIZED (
     -- Looked at once for each agent, however many slots it has.
     SELECT c.*, work.held, work.last,

@@ -662,7 +662,8 @@ def _fail_run(tx: Tx, row: Row[Any], error: dict[str, Any]) -> None:
         sentence = f"Item {row.item_index} failed: {error['message']}"
         if row.goes_on:
             sentence = f"More items failed than forEach.tolerate allows. {sentence}"
-        item = {"code": "item_failed", "message": sentence}
+            error = {"code": "items_failed", "message": sentence}
+        item = {"code": "item_failed", "message": sentence} if not row.goes_on else error
         _FAIL_PARENT(tx, {"task_id": row.parent_id, "error": item})
     brief = {
         "code": error["code"],
