@@ -165,7 +165,7 @@ class Definition:
     max_concurrent_runs: int | None
     """Runs of it that are under way at once; the others wait their turn."""
     deadline_seconds: float | None
-    """A run that is not over so long after it could begin fails."""
+    """A run that is not over so long after it was submitted, or its `startAt`, fails."""
     _schema: Schema | None = field(repr=False, compare=False)
     _by_id: Mapping[str, TaskSpec] = field(repr=False, compare=False)
 

@@ -183,7 +183,7 @@ class Dispatcher:
         successors come by the canvas that visited it; for an item its `parent_id` is woken
         instead. `take` is as in `wake`.
         """
-        woken = list(finished.woken)
+        woken, frees = list(finished.woken), finished.frees
         line = None if woken else agent_id
         wakes = wakes and parent_id is None and not finished.failed_run
         try:
@@ -192,6 +192,7 @@ class Dispatcher:
                 with self.database.autocommit() as tx:
                     if finished.ends_run and (ended := engine.settle_run(tx, run_id)):
                         waiting.add(ended.parent_task_id)
+                        frees = ended.frees
                     for task in filter(None, waiting):
                         woken += engine.wake_parent(tx, task)
                     if wakes:
@@ -203,8 +204,8 @@ class Dispatcher:
             if finished.message is not None and not finished.failed_run:
                 self.send([finished.message], task_id=str(task_id))
             self.wake(woken, take)
-        if finished.frees is not None:
-            self.release_runs(finished.frees)
+        if frees is not None:
+            self.release_runs(frees)
 
     def follow_end(self, run_id: UUID) -> None:
         """End a run that was cancelled, or is over its deadline, if nothing of it runs any more."""

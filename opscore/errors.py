@@ -8,6 +8,7 @@
     │   └── InvalidRequest
     ├── NotFound                AgentNotFound, RunNotFound, TaskNotFound, WorkflowNotFound
     ├── Conflict                KeyReused, RunFinished, RunEnding, RunNotPaused, RunNotFailed,
+    │                           NothingToRetry,
     │                           ApprovalRefused, ReportRefused, StaleNotice
     ├── Unavailable             a server we need is away
     └── AgentSignal             AgentBusy, RetryLater, GiveUp: what an agent may raise on purpose
@@ -135,6 +136,12 @@ class RunNotFailed(Conflict):
     """Only a failed run can be tried again, and its status is {status}; /rerun runs it anew."""
 
     code = "run_not_failed"
+
+
+class NothingToRetry(Conflict):
+    """No task of the run failed or was cancelled: none can be tried again. /rerun runs it anew."""
+
+    code = "nothing_to_retry"
 
 
 class ApprovalRefused(Conflict):

@@ -626,7 +626,7 @@ _WAITS: Mapping[str, Callable[[Row], str]] = {
     Reason.RETRY: lambda task: (
         f"{task['tries']} of {task['max_attempts']} attempts failed{_again(task)}"
         if task["tries"]
-        else f"its worker was stopped or lost{_again(task)}"
+        else f"it goes on in another attempt{_again(task)}"
     ),
     Reason.DEPENDENCIES: lambda task: f"tasks it depends on are not over{_again(task)}",
     Reason.MAX_PARALLEL: lambda _: "as many items as maxParallel allows are out already",

@@ -53,8 +53,8 @@ def fails_until(parameters: Parameters, context: Context) -> Any:
     return context.attempt
 
 
-@agent("fails-if")
-def fails_if(parameters: Parameters, context: Context) -> Any:
+@agent("fails-when-told")
+def fails_when_told(parameters: Parameters, context: Context) -> Any:
     if parameters["fails"]:
         raise ValueError("it was told to")
     return parameters["value"]

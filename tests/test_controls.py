@@ -37,6 +37,7 @@ from opscore.errors import (
     ApprovalRefused,
     InvalidInput,
     InvalidRequest,
+    NothingToRetry,
     OpsCoreError,
     RunEnding,
     RunFinished,
@@ -198,9 +199,14 @@ def begin(
 def begin_claimed(
     desk: Desk, claimed: Claimed, workflow_id: str = "below", input: Any = None
 ) -> Plan | None:
+    """Return its plan: one of nothing if it goes on with a run that needs none."""
     with desk.tx() as tx:
         stored = find_workflow(tx, workflow_id)
-        return engine.begin_child(tx, claimed, stored, input or {}, {"of": "child"}, None)
+        plans = engine.begin_child(tx, claimed, stored, input or {}, {"of": "child"}, None)
+    if plans == []:
+        (row,) = desk.rows("SELECT child_run_id FROM tasks WHERE id = :id", id=claimed.task_id)
+        return Plan(row.child_run_id, 0, None, ())
+    return plans and plans[0]
 
 
 @contextmanager
@@ -243,7 +249,7 @@ def test_a_control_of_a_run_that_is_over_is_refused_with_its_status(
             continue
         with pytest.raises((RunFinished, RunNotFailed)) as refused:
             control(desk)
-        assert refused.value.data == {"status": status}, name
+        assert refused.value.data["status"] == status, name
     assert (desk.run(), desk.events(), state(desk, "a", "b")) == before
 
 
@@ -706,7 +712,7 @@ def test_what_failed_is_tried_again_with_what_was_cancelled_for_it_and_nothing_e
     attempts = desk.rows("SELECT status FROM attempts WHERE task_id = :id", id=desk.id("b"))
     assert [row.status for row in attempts] == ["failed"] * 3 + ["running"]
     (event,) = desk.rows("SELECT data FROM events WHERE run_id = :run AND type = 'run.retried'")
-    assert event.data == {"by": "key:test", "generation": 2}
+    assert event.data == {"by": "key:test", "generation": 2, "tasks": ["b", "c"]}
 
 
 def test_parameters_are_merged_over_those_of_what_failed_and_recorded(desk: Desk) -> None:
@@ -913,6 +919,67 @@ def test_the_run_of_a_failed_sub_workflow_is_tried_again_itself(desk: Desk) -> N
     assert claimed.expanded and claimed.child["output"] == "below"
 
 
+def end_with(desk: Desk, name: str) -> None:
+    """Complete the last task, whose run fails all the same."""
+    with desk.tx() as tx:
+        failure = Failure("expression_error", "no such key")
+        engine.complete_attempt(tx, desk.claim(name), None, None, failure)
+    assert desk.run().status == "failed" and desk.task(name).status == "completed"
+
+
+def test_a_run_of_which_no_task_failed_is_not_tried_again(desk: Desk) -> None:
+    desk.submit(task("a"))
+    end_with(desk, "a")
+    with pytest.raises(NothingToRetry):
+        retry(desk)
+    assert desk.run().status == "failed" and "run.retried" not in desk.events()
+
+
+def test_a_sub_workflow_of_which_no_task_failed_is_run_anew(desk: Desk) -> None:
+    create(desk, "below", task("p"))
+    desk.submit(child("x"))
+    below = begin(desk, "x")
+    with at(desk, below):
+        end_with(desk, "p")
+    wake_parent(desk, desk.id("x"))
+    desk.fail(desk.claim("x"), retryable=False)
+    settle(desk)
+    retry(desk)
+    assert begin(desk, "x").run_id != below.run_id
+
+
+def test_whoever_was_told_that_a_sub_workflow_is_over_waits_again_if_that_is_tried_again(
+    desk: Desk,
+) -> None:
+    create(desk, "below", task("p", retry=ONCE))
+    desk.submit(child("x"))
+    below = begin(desk, "x")
+    with at(desk, below):
+        break_down(desk, "p")
+    assert len(wake_parent(desk, desk.id("x"))) == 1
+    with at(desk, below):
+        retry(desk)
+    assert desk.task("x").woken_at is None
+    with at(desk, below):
+        desk.do("p")
+    assert len(wake_parent(desk, desk.id("x"))) == 1
+
+
+def test_who_is_woken_in_paused_runs_hides_nobody_whose_wake_was_lost(desk: Desk) -> None:
+    for _ in range(3):
+        desk.submit(approval("ok"))
+        ask(desk, "ok")
+        decide(desk, "ok")
+        pause(desk)
+    desk.submit(approval("ok"))
+    ask(desk, "ok")
+    decide(desk, "ok")
+    desk.alter("UPDATE tasks SET woken_at = now() - interval '1 h'")
+    left = engine.Left("infinity", "infinity", "infinity", first=())
+    with desk.database.autocommit() as tx:
+        assert [woken.task_id for woken in engine.wake_lost(tx, left, 1, 2)] == [desk.id("ok")]
+
+
 def test_a_sub_workflow_that_was_cancelled_with_its_parent_is_run_anew(desk: Desk) -> None:
     create(desk, "below", task("p"))
     desk.submit(child("x", dependsOn=[]), task("a", dependsOn=[]))
@@ -952,7 +1019,7 @@ def test_a_sub_workflow_that_was_over_before_its_task_was_cancelled_is_not_run_a
     assert state(desk, "x") == ["cancelled"]
     retry(desk)
     plan = begin(desk, "x")
-    assert (plan.run_id, plan.nodes, plan.is_due) == (below.run_id, (), False)
+    assert (plan.run_id, plan.nodes) == (below.run_id, ())
     assert [woken.task_id for woken in wake_parent(desk, desk.id("x"))] == [desk.id("x")]
     assert desk.claim("x").child["output"] == "kept"
     with at(desk, below):
@@ -1477,7 +1544,12 @@ def test_an_approval_whose_time_is_over_is_not_decided_any_more(desk: Desk) -> N
     desk.alter("UPDATE tasks SET wake_at = now() - interval '1 s'")
     with pytest.raises(ApprovalRefused):
         decide(desk, "ok")
-    assert desk.claim("ok").decision is None
+    pause(desk)
+    assert wake_due(desk) == [desk.id("ok")]
+    with pytest.raises(ApprovalRefused):
+        decide(desk, "ok")
+    resume(desk)
+    assert desk.claim("ok", generation=2).decision is None
 
 
 # --- Sub-workflows

@@ -268,6 +268,7 @@ def quiet() -> Iterator[None]:
     before, level = list(root.handlers), root.level
     logs.configure("ERROR", "text")
     yield
+    logs.configure("INFO", "text")
     root.handlers, _ = before, root.setLevel(level)
 
 

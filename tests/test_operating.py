@@ -290,7 +290,7 @@ def test_some_items_may_fail(stack: Stack) -> None:
         stack,
         {
             "taskId": "f",
-            "agentId": "fails-if",
+            "agentId": "fails-when-told",
             "forEach": {"items": "${input}", "tolerate": "20%"},
             "parameters": {"fails": "${item == 3}", "value": "${item}"},
             "retry": {"maxAttempts": 1},
@@ -306,7 +306,7 @@ def test_one_more_is_too_many(stack: Stack, on_failure: str) -> None:
         stack,
         {
             "taskId": "f",
-            "agentId": "fails-if",
+            "agentId": "fails-when-told",
             "forEach": {"items": "${input}", "tolerate": 1, "maxParallel": 1},
             "parameters": {"fails": "${item > 1}", "value": "${item}"},
             "retry": {"maxAttempts": 1},
@@ -362,7 +362,7 @@ def test_what_failed_is_tried_again_with_other_parameters_and_the_rest_is_kept(
     run_id = submit(
         stack,
         task("a", value=1),
-        task("b", "fails-if", retry={"maxAttempts": 1})
+        task("b", "fails-when-told", retry={"maxAttempts": 1})
         | {"parameters": {"fails": True, "value": "${tasks.a.output}"}},
         task("c", value="${tasks.b.output + 1}"),
     )
@@ -381,7 +381,7 @@ def test_only_the_items_that_failed_are_tried_again(stack: Stack) -> None:
         stack,
         {
             "taskId": "f",
-            "agentId": "fails-if",
+            "agentId": "fails-when-told",
             "forEach": {"items": "${input}", "maxParallel": 2},
             "parameters": {"fails": "${item == 2}", "value": "${item}"},
             "retry": {"maxAttempts": 1},

@@ -283,7 +283,7 @@ def test_what_a_task_waits_for_is_said_in_words(tx: Tx) -> None:
         "none of the agents writer, s, t is available; it is tried again at 2026-01-31T12:00:00Z",
         "agent writer is unavailable",
         "no agent with capability sum is available, nor s, t",
-        "its worker was stopped or lost",
+        "it goes on in another attempt",
         "as many items as maxParallel allows are out already",
         None,
     ]
@@ -292,7 +292,16 @@ def test_what_a_task_waits_for_is_said_in_words(tx: Tx) -> None:
 @pytest.mark.parametrize(
     ("reason", "more", "said"),
     [
-        ("approval", {}, "waiting for somebody to approve or reject it"),
+        (
+            "approval",
+            {"decision": None, "wake_at": NOW},
+            "waiting for somebody to approve or reject it, until 2026-01-31T12:00:00Z",
+        ),
+        (
+            "approval",
+            {"decision": {"approved": True, "principal": "key:x"}},
+            "approved by key:x; it goes on",
+        ),
         ("delay", {"wake_at": NOW}, "waiting until 2026-01-31T12:00:00Z"),
         ("delay", {"wake_at": None}, "its delay is over"),
         ("paused", {}, "the run is paused"),

@@ -545,7 +545,7 @@ def test_what_starts_a_run_describes_the_key_that_makes_it_safe_to_repeat(client
             continue
         (header,) = headers
         assert (header["name"], header["required"]) == ("Idempotency-Key", False)
-        assert "24 hours" in header["description"] and header["schema"]["maxLength"] == 255
+        assert "24 hours" in header["description"] and "pattern" in header["schema"]
         assert set(answers["202"]["headers"]) == {"Location", "Idempotent-Replayed"}
         refusals = {"404", "409", "422"} | ({"413"} if "requestBody" in operation else set())
         assert refusals <= set(answers), name

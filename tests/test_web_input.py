@@ -24,6 +24,13 @@ SECRET = "the-secret-of-the-webhook"
 NOBODY = "00000000-0000-4000-8000-000000000000"
 
 
+LEFT_OUT = {
+    *("POST /v1/opscore/tasks/{taskId}/approve", "POST /v1/opscore/tasks/{taskId}/reject"),
+    "POST /v1/opscore/runs/{runId}/retry",
+}
+"""What needs no body: each of its members may be left out."""
+
+
 @pytest.fixture(scope="module")
 def client(servers: Servers) -> Iterator[Client]:
     """A client for what is refused: there is nothing, before and after."""
@@ -122,6 +129,8 @@ def test_a_number_that_cannot_be_stored_is_refused_wherever_it_stands(
 )
 def test_a_body_that_cannot_be_read_is_400_everywhere(client: Client, body: bytes) -> None:
     for name, _ in with_body(client):
+        if body == b"" and name in LEFT_OUT:
+            continue
         problem(send(client, name, body), 400, "bad_request")
 
 

@@ -380,7 +380,10 @@ class WorkflowDefinition(Arguments):
         required=True,
         metadata={"minItems": 1, "maxItems": definition.MAX_TASKS},
     )
-    deadline_seconds = _seconds("A run that is not over so long after it could begin fails.")
+    deadline_seconds = _seconds(
+        "A run that is not over so long after it was submitted, or its `startAt`, fails; the wait"
+        " for its turn counts."
+    )
     output = _json("The run's output, usually with `${...}`.")
 
 
@@ -511,7 +514,8 @@ class KeyHeader(Schema):
             "Sent again within 24 hours, the same request with the same key starts nothing, and is"
             " answered with what it started the first time.",
             type="string",
-            maxLength=255,
+            maxLength=512,
+            pattern=r'^([!#-~][!-~]{0,254}|"([!#-\[\]-~]|\\["\\]){1,255}")$',
         ),
     )
 

@@ -125,9 +125,9 @@ class Round:
                 if engine.fail_overdue_run(tx, run_id):
                     log.warning("run.deadline_exceeded", run_id=str(run_id))
         with self.database.autocommit() as tx:
-            for run_id in engine.runs_to_settle(tx, LIMIT):
-                engine.settle_run(tx, run_id)
-            engine.hold_up_strays(tx, LIMIT)
+            over = engine.runs_to_settle(tx, LIMIT)
+        for run_id in over:
+            self.dispatcher.follow_end(run_id)
 
     def release(self) -> None:
         """Let runs begin that are due, or wait until fewer of their workflow are under way."""
@@ -140,8 +140,9 @@ class Round:
             self.dispatcher.release_runs(workflow_id)
 
     def rescue(self) -> None:
-        """Find tasks that could move but whose visit was lost."""
+        """Find tasks that could move but whose visit was lost; hold up those of paused runs."""
         with self.database.autocommit() as tx:
+            engine.hold_up_strays(tx, LIMIT)
             woken = engine.wake_forgotten(tx)
         self.dispatcher.wake(woken)
         self.has_more |= self.dispatcher.rescue(LIMIT)

@@ -71,9 +71,9 @@ def recall(task_id: str, attempt: int) -> None:
     order = _insist(lambda tx: engine.recalled_attempt(tx, one, attempt))
     if order is not None and process.settings.webhook_secret is not None:
         answer = process.caller.call(_recalling(order))
-        log.info("attempt.recalled", task_id=task_id, attempt=attempt)
         if isinstance(answer, Failed) and answer.code in NOT_THERE:
             return
+        log.info("attempt.recalled", task_id=task_id, attempt=attempt)
     _insist(lambda tx: engine.note_recall(tx, one, attempt))
 
 
@@ -88,7 +88,7 @@ def _recalling(row: Any) -> remote.Order:
         task_name=row.definition_id,
         run_id=str(row.run_id),
         task_id=str(row.task_id),
-        token=str(row.claim_token),
+        token=str(row.token),
         attempt=row.attempt,
         deadline=datetime.now(UTC) + timedelta(seconds=RECALL_SECONDS),
         timeout_seconds=RECALL_SECONDS,
@@ -346,8 +346,6 @@ def _await_report(trip: Trip, claimed: Claimed) -> None:
     recorded = _insist(lambda tx: engine.await_report(tx, claimed, message), whole=True)
     if isinstance(recorded, Parked):
         raise Retry(message=str(Reason.REMOTE))
-    if isinstance(recorded, Finished):
-        _insist(lambda tx: engine.recall(tx, claimed))
     _after(trip, claimed, recorded)
 
 
@@ -361,12 +359,13 @@ def _expand(trip: Trip, claimed: Claimed, items: Items) -> None:
         return _after_fence(trip, claimed)
     request_id = trip.headers.get(REQUEST_HEADER)
     plan = engine.Plan(claimed.run_id, claimed.generation, request_id, (), tuple(nodes))
-    _leave_to(trip, claimed, plan)
+    _leave_to(trip, claimed, [plan])
 
 
-def _leave_to(trip: Trip, claimed: Claimed, plan: engine.Plan) -> None:
+def _leave_to(trip: Trip, claimed: Claimed, plans: list[engine.Plan]) -> None:
     """Publish what the task waits for from now on."""
-    process.dispatcher.publish(plan)
+    for plan in plans:
+        process.dispatcher.publish(plan)
     _wake_now(lambda tx: engine.wake_parent(tx, claimed.task_id))
     raise Retry(message=str(Reason.CHILDREN))
 
@@ -383,18 +382,18 @@ def _start(trip: Trip, claimed: Claimed, start: work.Start) -> None:
     """Start the run of a sub-workflow; its end wakes this task."""
     message, child = trip.message(), start.child
 
-    def begin(tx: Tx) -> engine.Plan | None:
+    def begin(tx: Tx) -> list[engine.Plan] | None:
         stored = find_workflow(tx, child.workflow_id, child.version)
         return engine.begin_child(tx, claimed, stored, start.input, message, child.timeout_seconds)
 
     try:
-        plan = _insist(begin, whole=True)
+        plans = _insist(begin, whole=True)
     except OpsCoreError as error:
         failed = Failed(error.code, _told(error), retryable=False)
         return _record_failure(trip, claimed, failed)
-    if plan is None:
+    if plans is None:
         return _after_fence(trip, claimed)
-    _leave_to(trip, claimed, plan)
+    _leave_to(trip, claimed, plans)
 
 
 def _told(error: OpsCoreError) -> str:

@@ -73,7 +73,6 @@ from opscore.engine.remote import (
     note_recall,
     note_report,
     open_attempt,
-    recall,
     recalled_attempt,
     withdraw,
 )
@@ -189,7 +188,6 @@ __all__ = [
     "park_task",
     "pause_run",
     "plan_run",
-    "recall",
     "recalled_attempt",
     "release_attempt",
     "release_runs",

@@ -348,7 +348,7 @@ WITH t AS MATERIALIZED (
 ), starting AS (
     UPDATE runs r SET status = 'running', started_at = now()
     FROM ready, chosen
-    WHERE r.id = ready.run_id AND r.status = 'queued' AND ready.run_status = 'queued'
+    WHERE r.id = ready.run_id AND {still("queued", "r")} AND ready.run_status = 'queued'
       AND r.cancel_requested_at IS NULL AND r.error IS NULL
     RETURNING r.id
 ), claimed AS (
@@ -358,6 +358,9 @@ WITH t AS MATERIALIZED (
     -- As it was seen above: whoever waited here for the row's lock may find it moved.
     WHERE t.id = :task_id AND t.status = ready.status AND t.attempt = ready.attempt
       AND t.reason IS NOT DISTINCT FROM ready.reason
+      AND (t.decision IS NULL) = (ready.decision IS NULL)
+      -- A pause holds up all others, but what waited for something else starts with its run.
+      AND (ready.run_status <> 'queued' OR ready.items IS NULL OR starting.id IS NOT NULL)
     RETURNING t.id, t.run_id, t.attempt, t.kind, t.agent_id, t.lease_expires_at, t.deadline_at,
               chosen.number
 ), held AS (

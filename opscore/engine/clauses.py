@@ -63,9 +63,10 @@ WAITS = f"({still('pending')} OR {still('waiting')} AND t.reason <> 'remote')"
 ATTEMPTED = f"({still('running')} OR {IS_ABROAD})"
 """Its attempt is not over: a worker is at it, or the agent behind HTTP that accepted it."""
 ITEMS_OVER = f"""(NOT EXISTS (
-    SELECT FROM tasks c WHERE c.parent_id = t.id AND c.status NOT IN {ENDED})
+    SELECT FROM tasks c WHERE c.parent_id = t.id AND c.status NOT IN {ENDED} OFFSET 0)
     AND NOT EXISTS (
-    SELECT FROM runs c WHERE c.id = t.child_run_id AND c.status NOT IN {listed(RUN_ENDED)}))"""
+    SELECT FROM runs c WHERE c.id = t.child_run_id AND c.status NOT IN {listed(RUN_ENDED)}
+    OFFSET 0))"""
 """So is the run of its sub-workflow."""
 END = ""
 """The definition id of the implicit end; no task of a definition can have it."""

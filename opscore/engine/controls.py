@@ -8,10 +8,17 @@ from uuid import UUID
 from sqlalchemy import select
 
 from opscore.db import Prepared, Tx
-from opscore.engine.clauses import DUE, HELD, RUN_ALIVE, still
+from opscore.engine.clauses import DUE, END, HELD, RUN_ALIVE, still
 from opscore.engine.outcomes import close_tasks, lock_run
 from opscore.engine.runs import Plan, Submission, open_run, plan_run, submit_run
-from opscore.errors import InvalidRequest, RunEnding, RunNotFailed, RunNotFound, RunNotPaused
+from opscore.errors import (
+    InvalidRequest,
+    NothingToRetry,
+    RunEnding,
+    RunNotFailed,
+    RunNotFound,
+    RunNotPaused,
+)
 from opscore.models import RUN_STATUS, Run, listed
 from opscore.slots import ITEMS, RUNS
 from opscore.states import RUN_ENDED, RunStatus
@@ -134,7 +141,9 @@ WHERE t.run_id = :run_id AND {still("waiting")} AND t.reason = 'paused'
 
 
 def resume_run(tx: Tx, run_id: UUID, by: str | None = None) -> list[Plan]:
-    """Let a paused run go on, and its sub-workflows; publish the plans after the commit.
+    """Let a paused run go on, and its sub-workflows, also those somebody paused by themselves.
+
+    Publish the plans after the commit. Who stood in a line stands at its end.
 
     Raises:
         RunNotFound
@@ -175,7 +184,7 @@ WITH reopened AS (
         start_at = now(),
         reason = CASE WHEN r.max_concurrent IS NOT NULL THEN '{HELD}' END
     WHERE r.id = :run_id AND r.status = 'failed'
-    RETURNING r.id, r.generation, r.reason, r.workflow_id
+    RETURNING r.id, r.generation, r.reason, r.workflow_id, r.parent_task_id
 ), left_to_others AS (  -- it waits its turn again, and who holds a slot is under way
     UPDATE slots s SET holder = NULL FROM reopened
     WHERE s.pool = '{RUNS}' || reopened.workflow_id AND s.holder = reopened.id
@@ -183,16 +192,17 @@ WITH reopened AS (
     INSERT INTO events (run_id, type, data)
     SELECT id, 'run.retried', jsonb_strip_nulls(jsonb_build_object(
         'by', cast(:by AS text), 'generation', generation,
+        'tasks', to_jsonb(cast(:tasks AS text[])),
         'parameters', nullif(cast(:overrides AS jsonb), '{{}}')))
     FROM reopened
 )
-SELECT reason, workflow_id FROM reopened
+SELECT reason, workflow_id, parent_task_id FROM reopened
 """,
     json=("overrides",),
 )
 _AGAIN = """t.run_id = :run_id AND (t.status = 'cancelled' OR t.status = 'failed' AND (
     NOT t.goes_on OR EXISTS (SELECT FROM tasks p WHERE p.id = t.parent_id AND (
-        p.status = 'cancelled' OR p.status = 'failed' AND NOT p.goes_on))))"""
+        p.status = 'cancelled' OR p.status = 'failed' AND NOT p.goes_on) OFFSET 0)))"""
 _REOPEN = Prepared(
     f"""
 WITH again AS MATERIALIZED (
@@ -217,8 +227,16 @@ FROM again CROSS JOIN LATERAL (SELECT CASE
     WHEN again.place > again.most THEN 'max_parallel' END AS waits_for) AS next,
     LATERAL (SELECT cast(:overrides AS jsonb) -> again.definition_id AS parameters) AS more
 WHERE t.id = again.id
+RETURNING t.definition_id
 """,
     json=("overrides",),
+)
+_WAITS_AGAIN = Prepared(
+    f"""
+UPDATE tasks t SET woken_at = NULL
+WHERE t.id IN (SELECT id FROM tasks WHERE id = :task_id FOR NO KEY UPDATE SKIP LOCKED)
+  AND {still("waiting")} AND t.reason = 'children'
+"""
 )
 
 
@@ -237,6 +255,7 @@ def retry_run(
     Raises:
         RunNotFound
         RunNotFailed
+        NothingToRetry: no task failed; its output did, or its deadline passed at the last moment.
         InvalidRequest: `overrides` names a task that is not tried again.
     """
     status = tx.execute(
@@ -248,8 +267,13 @@ def retry_run(
         raise RunNotFailed(status=status)
     _check_overrides(tx, run_id, overrides or {})
     given = {"run_id": run_id, "overrides": dict(overrides or {})}
-    _REOPEN(tx, given)
-    return _published(tx, run_id, _RETRY_RUN(tx, given | {"by": by}).first())
+    tasks = sorted({name for name in _REOPEN(tx, given).scalars() if name != END})
+    if not tasks:
+        raise NothingToRetry
+    (row,) = _RETRY_RUN(tx, given | {"by": by, "tasks": tasks})
+    # Whoever ran it may have been told already that it is over. (The task comes before its run.)
+    _WAITS_AGAIN(tx, {"task_id": row.parent_task_id})
+    return _published(tx, run_id, row)
 
 
 def _check_overrides(tx: Tx, run_id: UUID, overrides: Mapping[str, Mapping[str, Any]]) -> None:
@@ -300,11 +324,15 @@ _BEGIN_DUE = Prepared(
 WITH due AS (
     SELECT id FROM runs WHERE status = 'queued' AND reason = '{DUE}' AND start_at <= now()
     ORDER BY start_at LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
+), begun AS (
+    UPDATE runs r
+    SET reason = CASE WHEN r.max_concurrent IS NOT NULL THEN '{HELD}' END, generation_at = now()
+    FROM due WHERE r.id = due.id AND {still("queued", "r")} AND r.reason = '{DUE}'
+    RETURNING r.id, r.reason, r.workflow_id
+), told AS (
+    INSERT INTO events (run_id, type) SELECT id, 'run.due' FROM begun
 )
-UPDATE runs r
-SET reason = CASE WHEN r.max_concurrent IS NOT NULL THEN '{HELD}' END, generation_at = now()
-FROM due WHERE r.id = due.id AND {still("queued", "r")} AND r.reason = '{DUE}'
-RETURNING r.id, r.reason, r.workflow_id
+SELECT id, reason, workflow_id FROM begun
 """
 )
 _OVERDUE = Prepared(

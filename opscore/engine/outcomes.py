@@ -126,7 +126,7 @@ _FREED = _freed(_LET_GO)
 def leave(
     change: str,
     guard: str,
-    attempt: str,
+    attempt: str | None,
     event: str,
     *,
     source: str = "",
@@ -138,9 +138,18 @@ def leave(
 ) -> str:
     """Return the statement by which a task leaves its attempt: row, attempt, slot, event.
 
+    `attempt` None: the task is of a kind that has none.
+
     `then_told` adds the events of what comes `after`, to be told after the task's own.
     """
     freed = freed and f", {freed}"
+    closed = (
+        attempt
+        and f""", closed AS (
+    UPDATE attempts a SET {attempt}, finished_at = now() FROM gone
+    WHERE a.task_id = gone.id AND a.number = gone.attempt AND a.status = 'running'
+)"""
+    )
     return f"""
 WITH {before} gone AS (
     UPDATE tasks t SET {change}, lease_expires_at = NULL, deadline_at = NULL
@@ -148,11 +157,8 @@ WITH {before} gone AS (
     WHERE t.id = :task_id AND {guard}
     RETURNING t.id, t.run_id, t.definition_id, t.kind, t.parent_id, t.index AS item_index,
               t.is_sink, t.goes_on, t.status, t.attempt, t.agent_id, t.ends_run, t.message,
-              t.wake_at, t.output
-), closed AS (
-    UPDATE attempts a SET {attempt}, finished_at = now() FROM gone
-    WHERE a.task_id = gone.id AND a.number = gone.attempt AND a.status = 'running'
-) {freed} {after}, told AS (
+              t.wake_at, t.output, t.reason
+) {closed or ""} {freed} {after}, told AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT run_id, id, {event} FROM gone WHERE kind <> 'end' {then_told}
 )
@@ -537,7 +543,9 @@ _END_TASK = Prepared(
         f"""status = CASE WHEN r.cancel_requested_at IS NULL AND cast(:error AS jsonb) IS NOT NULL
                       THEN 'failed' ELSE 'cancelled' END,
         reason = CASE WHEN r.cancel_requested_at IS NOT NULL THEN 'run_cancelled'
-                      WHEN cast(:error AS jsonb) IS NULL THEN 'upstream_failed' END,
+                      WHEN cast(:error AS jsonb) IS NULL THEN CASE r.error ->> 'code'
+                          WHEN 'deadline_exceeded' THEN 'deadline_exceeded'
+                          ELSE 'upstream_failed' END END,
         error = {_BRIEF}, finished_at = now(), waiting_since = NULL, wake_at = NULL""",
         f"""r.id = t.run_id
         AND CASE WHEN cast(:attempt AS int) IS NULL THEN {WAITS}
@@ -545,7 +553,8 @@ _END_TASK = Prepared(
                       AND (cast(:error AS jsonb) IS NOT NULL OR t.ends_run) END""",
         """status = CASE WHEN cast(:error AS jsonb) IS NULL THEN 'cancelled' ELSE 'failed' END,
         error = :error""",
-        f"'task.' || status, jsonb_build_object('attempt', attempt, 'error', {_BRIEF})",
+        f"""'task.' || status, jsonb_strip_nulls(jsonb_build_object('attempt', attempt,
+            'error', {_BRIEF}, 'reason', reason))""",
         source="FROM runs r",
         answer=f"""gone.*, r.generation, {RUN_ALIVE} AS run_alive
         FROM gone JOIN runs r ON r.id = gone.run_id""",
@@ -634,9 +643,11 @@ WITH closing AS (
                      AND o.status IN ('pending', 'waiting', 'running')
                    ORDER BY o.id FOR NO KEY UPDATE)
       AND (t.status IN ('pending', 'waiting') OR t.status = 'running' AND NOT t.ends_run)
-    RETURNING t.id, t.run_id, t.status, t.kind, t.parent_id, t.agent_id, t.attempt
+    RETURNING t.id, t.run_id, t.status, t.kind, t.parent_id, t.agent_id, t.attempt, t.claim_token
 ), closed AS (  -- what an agent behind HTTP has taken
-    UPDATE attempts a SET status = 'cancelled', finished_at = now(), recall_at = now() FROM closing
+    UPDATE attempts a
+    SET status = 'cancelled', finished_at = now(), recall_at = now(), token = closing.claim_token
+    FROM closing
     WHERE closing.status = 'cancelled' AND a.task_id = closing.id AND a.number = closing.attempt
       AND a.status = 'running'
 ), freed AS (

@@ -57,7 +57,9 @@ def await_report(tx: Tx, claimed: Claimed, message: dict[str, Any]) -> Finished 
         return Parked()
     if _IS_AWAITED(tx, mine).first() is not None:  # the answer was lost on the way
         return Parked()
-    return abandon_attempt(tx, claimed)
+    ended = abandon_attempt(tx, claimed)
+    _RECALL(tx, mine)  # it has accepted what nobody wants
+    return ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,26 +194,31 @@ RECALLED_FOR_SECONDS = 600
 """An agent that does not answer is told again and again for so long; its lease ran out long ago."""
 _RECALL = Prepared(
     """
-UPDATE attempts SET recall_at = now()
-WHERE task_id = :task_id AND number = :attempt AND status = 'cancelled'
+UPDATE attempts a SET recall_at = now(), token = t.claim_token
+FROM tasks t
+WHERE a.task_id = :task_id AND a.number = :attempt AND a.status = 'cancelled'
+  AND t.id = a.task_id AND t.attempt = a.number
 """
 )
 _DUE_RECALLS = Prepared(
     f"""
-UPDATE attempts a
-SET recall_at = CASE WHEN a.finished_at > now() - make_interval(secs => {RECALLED_FOR_SECONDS})
+WITH told AS (
+    UPDATE attempts a
+    SET recall_at = CASE WHEN a.finished_at > now() - make_interval(secs => {RECALLED_FOR_SECONDS})
                      THEN now() + make_interval(secs => {RECALL_AGAIN_SECONDS}) END
 FROM (SELECT task_id, number FROM attempts WHERE recall_at <= now()
       ORDER BY recall_at LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED) AS due
-WHERE a.task_id = due.task_id AND a.number = due.number
-RETURNING a.task_id, a.number
+    WHERE a.task_id = due.task_id AND a.number = due.number
+    RETURNING a.task_id, a.number, a.recall_at
+)
+SELECT task_id, number FROM told WHERE recall_at IS NOT NULL
 """
 )
 _RECALLED = Prepared(
     """
-SELECT t.id AS task_id, t.run_id, t.definition_id, t.index, a.number AS attempt, t.claim_token,
+SELECT t.id AS task_id, t.run_id, t.definition_id, t.index, a.number AS attempt, a.token,
        t.reason, g.contact_endpoint, r.workflow_id, r.version, r.request_id
-FROM attempts a JOIN tasks t ON t.id = a.task_id AND t.attempt = a.number
+FROM attempts a JOIN tasks t ON t.id = a.task_id
      JOIN runs r ON r.id = t.run_id JOIN agents g ON g.agent_id = a.agent_id
 WHERE a.task_id = :task_id AND a.number = :attempt AND a.recall_at IS NOT NULL
   AND g.contact_endpoint IS NOT NULL AND g.deregistered_at IS NULL
@@ -220,11 +227,6 @@ WHERE a.task_id = :task_id AND a.number = :attempt AND a.recall_at IS NOT NULL
 _TOLD = Prepared(
     "UPDATE attempts SET recall_at = NULL WHERE task_id = :task_id AND number = :attempt"
 )
-
-
-def recall(tx: Tx, claimed: Claimed) -> None:
-    """Have the agent told that nobody wants an attempt any more, if it was cancelled."""
-    _RECALL(tx, {"task_id": claimed.task_id, "attempt": claimed.attempt})
 
 
 def due_recalls(tx: Tx, limit: int) -> list[tuple[UUID, int]]:

@@ -361,12 +361,13 @@ WITH settled AS (
     WHERE r.id = :run_id AND r.status IN ('queued', 'running', 'paused')
       AND (r.error IS NOT NULL OR r.cancel_requested_at IS NOT NULL)
       AND NOT EXISTS (SELECT FROM tasks t WHERE t.run_id = r.id AND t.status NOT IN {ENDED})
-    RETURNING r.id, r.status, r.error, r.parent_task_id
+    RETURNING r.id, r.status, r.error, r.parent_task_id,
+              CASE WHEN r.max_concurrent IS NOT NULL THEN r.workflow_id END AS frees
 ), told AS (
     INSERT INTO events (run_id, type, data)
     SELECT id, 'run.' || status, jsonb_strip_nulls(jsonb_build_object('error', error)) FROM settled
 )
-SELECT parent_task_id FROM settled
+SELECT parent_task_id, frees FROM settled
 """,
 )
 
@@ -377,12 +378,14 @@ class Ended:
 
     parent_task_id: UUID | None
     """The task that ran it as its sub-workflow: call `wake_parent`."""
+    frees: str | None
+    """The workflow whose next run may begin: call `release_runs`."""
 
 
 def settle_run(tx: Tx, run_id: UUID) -> Ended | None:
     """End a run that fails or is cancelled once nothing of it runs any more."""
     row = _SETTLE(tx, {"run_id": run_id}).first()
-    return None if row is None else Ended(row.parent_task_id)
+    return None if row is None else Ended(row.parent_task_id, row.frees)
 
 
 _ENDING = Prepared(

@@ -65,7 +65,7 @@ _BEGIN_WAIT = Prepared(
         message = coalesce(t.message, :message),
         wake_at = coalesce(:until, now() + make_interval(secs => :seconds))""",
         f"{MINE} AND NOT t.ends_run",
-        "status = 'cancelled'",
+        None,
         f"""'task.waiting', jsonb_build_object(
             'reason', cast(:reason AS text), 'wakeAt', {WAKE_AT})""",
         freed="",
@@ -107,7 +107,8 @@ WITH decided AS (
     UPDATE tasks t SET decision = :decision, woken_at = now(), wake_at = NULL
     FROM runs r
     WHERE t.id = :task_id AND {still("waiting")} AND t.reason = 'approval' AND t.decision IS NULL
-      AND (t.wake_at IS NULL OR t.wake_at > now()) AND r.id = t.run_id AND {RUN_ALIVE}
+      AND t.woken_at IS NULL AND (t.wake_at IS NULL OR t.wake_at > now())
+      AND r.id = t.run_id AND {RUN_ALIVE}
     RETURNING {WOKEN}
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
@@ -173,7 +174,7 @@ _BEGIN_CHILD = Prepared(
         """status = 'waiting', reason = 'children', items = 0, woken_at = NULL, wake_at = NULL,
         message = coalesce(t.message, :message), child_run_id = :run_id""",
         f"{MINE} AND NOT t.ends_run",
-        "status = 'cancelled'",
+        None,
         """'task.waiting', jsonb_build_object(
             'reason', 'children', 'childRunId', cast(:run_id AS text))""",
         freed="",
@@ -184,6 +185,10 @@ _EARLIER_CHILD = Prepared(
     """
 SELECT c.id, c.status FROM tasks t JOIN runs c ON c.id = t.child_run_id
 WHERE t.id = :task_id AND c.cancel_requested_at IS NULL
+  -- Unless there is nothing of it to be tried again: see `retry_run`.
+  AND (c.status <> 'failed' OR EXISTS (
+      SELECT FROM tasks d WHERE d.run_id = c.id AND d.definition_id <> ''
+      AND (d.status = 'cancelled' OR d.status = 'failed' AND NOT d.goes_on) OFFSET 0))
 FOR NO KEY UPDATE OF c
 """
 )
@@ -215,12 +220,12 @@ def begin_child(
     input: Any,
     message: dict[str, Any],
     deadline_seconds: float | None,
-) -> Plan | None:
+) -> list[Plan] | None:
     """Start the run of a sub-workflow and let its task wait for it, all in this transaction.
 
     A task that is tried again goes on with the run it had, unless that was cancelled: what failed
     of it is tried again. Below a paused run it is paused too. None if the attempt is over or its
-    run ends. Publish the plan after the commit, then call `wake_parent`: it may be over already.
+    run ends. Publish the plans after the commit, then call `wake_parent`: it may be over already.
 
     Raises:
         CannotNest
@@ -244,18 +249,11 @@ def begin_child(
     run_id = uuid7() if earlier is None else earlier.id
     if _BEGIN_CHILD(tx, mine | {"run_id": run_id, "message": message}).first() is None:
         return None
+    plans = []
     if earlier is None:
-        plan = submit_run(tx, stored, submission, run_id)
-    else:
-        plan = _go_on_with(tx, run_id, earlier.status)
+        plans = [submit_run(tx, stored, submission, run_id)]
+    elif earlier.status == RunStatus.FAILED:
+        plans = retry_run(tx, run_id, by="parent")
     if above[0].status == RunStatus.PAUSED:
         pause_children(tx, claimed.run_id)
-    return plan
-
-
-def _go_on_with(tx: Tx, run_id: UUID, status: str) -> Plan:
-    """Return what is to be published of the run that a task had before it was tried again."""
-    if status != RunStatus.FAILED:
-        return Plan(run_id, 0, None, (), is_due=False)
-    (plan,) = retry_run(tx, run_id, by="parent")
-    return plan
+    return plans

@@ -480,8 +480,9 @@ WHERE t.id IN (
           least(:after, CASE WHEN t.reason IN {models.IN_LINE} THEN {RESERVE_SECONDS} END))
       AND CASE WHEN t.reason IN {models.IN_LINE}
                THEN coalesce({_NOT_FIRST}, sent.at < {_LONG_AGO}) ELSE {_LOST} END
+      AND EXISTS (SELECT FROM runs r WHERE r.id = t.run_id AND {RUN_OPEN} OFFSET 0)
     ORDER BY t.id LIMIT :limit FOR NO KEY UPDATE OF t SKIP LOCKED)
-  AND {still("waiting")} AND r.id = t.run_id AND {RUN_OPEN}
+  AND {still("waiting")} AND r.id = t.run_id
 RETURNING {WOKEN}
 """
 )
