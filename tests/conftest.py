@@ -14,7 +14,8 @@ from opscore.dispatch import Dispatcher
 from opscore.servers import PostgresServer, RedisServer
 
 for name in [name for name in os.environ if name.startswith(("OPSCORE_", "FLOWER_"))]:
-    del os.environ[name]
+    if not name.startswith("OPSCORE_PROPERTY_"):  # what a test itself is told
+        del os.environ[name]
 for name in ("DATABASE_URL", "REDIS_URL"):
     os.environ.pop(name, None)
 
