@@ -23,6 +23,7 @@ MAX_LOOPS_DEEP = 8
 
 _TASK_FIELDS = ("output", "status", "error")
 _RUN_FIELDS = ("id", "workflowId")
+_FIRING_FIELDS = ("at", "schedule")
 _LITERALS = {"true", "false", "null", "in"}
 _TYPES = {"bool", "bytes", "double", "int", "list", "map", "null_type", "string", "type", "uint"}
 _MACROS = {"all", "exists", "exists_one", "existsOne", "filter", "map"}
@@ -185,6 +186,8 @@ class Reading:
     def _check_root(self, path: Path, after: str) -> None:
         if path[0] == "run" and len(path) > 1 and path[1] not in _RUN_FIELDS:
             self.faults.append("run has only .id and .workflowId.")
+        if path[0] == "firing" and len(path) > 1 and path[1] not in _FIRING_FIELDS:
+            self.faults.append("firing has only .at and .schedule.")
         if path[0] != "tasks":
             return
         if len(path) < 2 or not isinstance(path[1], str):

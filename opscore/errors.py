@@ -6,10 +6,9 @@
     │   ├── InvalidDefinition
     │   ├── InvalidInput
     │   └── InvalidRequest
-    ├── NotFound                AgentNotFound, RunNotFound, TaskNotFound, WorkflowNotFound
-    ├── Conflict                KeyReused, RunFinished, RunEnding, RunNotPaused, RunNotFailed,
-    │                           NothingToRetry,
-    │                           ApprovalRefused, ReportRefused, StaleNotice
+    ├── Conflict                KeyReused, ScheduleExists, RunFinished, RunEnding, RunNotPaused,
+    │                           RunNotFailed, NothingToRetry, ApprovalRefused, ReportRefused,
+    │                           StaleNotice
     ├── Unavailable             a server we need is away
     └── AgentSignal             AgentBusy, RetryLater, GiveUp: what an agent may raise on purpose
 
@@ -90,6 +89,12 @@ class RunNotFound(NotFound):
     code = "run_not_found"
 
 
+class ScheduleNotFound(NotFound):
+    """There is no schedule {name!r}."""
+
+    code = "schedule_not_found"
+
+
 class TaskNotFound(NotFound):
     """There is no task {task_id}."""
 
@@ -118,6 +123,12 @@ class RunFinished(Conflict):
     """The run is over: its status is {status}; {way}."""
 
     code = "run_finished"
+
+
+class ScheduleExists(Conflict):
+    """There is a schedule {name!r} already: PATCH it, or choose another name."""
+
+    code = "schedule_exists"
 
 
 class RunEnding(Conflict):

@@ -27,6 +27,7 @@ STEP_WORK = 20
 """Units of one step of a loop, before anything is read."""
 NAMES = frozenset({"input", "tasks", "run"})
 ITEM_NAMES = NAMES | {"item", "index"}
+FIRING_NAMES = frozenset({"firing"})
 
 _CEL_FAULTS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)
 

@@ -38,6 +38,9 @@ from opscore.states import (
     TASK_ENDED,
     AgentState,
     AttemptStatus,
+    CatchUp,
+    FiringStatus,
+    Overlap,
     Reason,
     RunStatus,
     TaskStatus,
@@ -251,6 +254,8 @@ class Run(Base):
     """How many runs it stands below."""
     rerun_of: Mapped[uuid.UUID | None]
     """The run it is another of, with the same version and input."""
+    schedule: Mapped[str | None]
+    """The schedule that fired it; also if somebody had it fire."""
     start_at: Mapped[datetime | None]
     """It is `queued` with the reason `start_at` until then. Of a run that was tried again, when
     that was asked for: its time counts from there."""
@@ -296,6 +301,11 @@ class Run(Base):
             "ix_runs_deadline",
             "deadline_at",
             postgresql_where=text(f"deadline_at IS NOT NULL AND NOT {_among('status', RUN_ENDED)}"),
+        ),
+        Index(
+            "ix_runs_schedule",
+            "schedule",
+            postgresql_where=text(f"schedule IS NOT NULL AND NOT {_among('status', RUN_ENDED)}"),
         ),
         Index(
             "ix_runs_parent_task_id",
@@ -570,6 +580,75 @@ class IdempotencyKey(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
     __table_args__ = (Index(None, "created_at"),)
+
+
+class Schedule(Base):
+    """A recurring workflow."""
+
+    __tablename__ = "schedules"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    workflow_id: Mapped[str]
+    version: Mapped[int | None]
+    """Null: the newest when it fires."""
+    agent_id: Mapped[str | None]
+    cron: Mapped[str | None]
+    every_seconds: Mapped[float | None]
+    timezone: Mapped[str | None]
+    input: Mapped[Json] = mapped_column(JSONB)
+    """May hold `${firing.at}`."""
+    labels: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
+    priority: Mapped[int] = mapped_column(server_default=text("1"))
+    enabled: Mapped[bool] = mapped_column(server_default=text("true"))
+    start_at: Mapped[datetime | None]
+    end_at: Mapped[datetime | None]
+    jitter_seconds: Mapped[float] = mapped_column(server_default=text("0"))
+    overlap: Mapped[str]
+    catch_up: Mapped[str]
+    catch_up_window_seconds: Mapped[float]
+    decided_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    """What of its moments fires is decided up to here, and never again."""
+    next_at: Mapped[datetime | None]
+    """When the next moment is due, its jitter included."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+    __table_args__ = (
+        CheckConstraint("(cron IS NULL) <> (every_seconds IS NULL)", name="recurrence"),
+        CheckConstraint(_among("overlap", Overlap), name="overlap"),
+        CheckConstraint(_among("catch_up", CatchUp), name="catch_up"),
+        Index(None, "created_at", "name"),
+        Index("ix_schedules_due", "next_at", postgresql_where=text("enabled")),
+    )
+
+
+class Firing(Base):
+    """One moment of a schedule, decided once."""
+
+    __tablename__ = "firings"
+
+    schedule: Mapped[str] = mapped_column(
+        ForeignKey("schedules.name", ondelete="CASCADE"), primary_key=True
+    )
+    moment: Mapped[datetime] = mapped_column(primary_key=True)
+    status: Mapped[str]
+    """`waiting` for the run before it to be over, `started`, `skipped` or `failed`."""
+    by: Mapped[str]
+    """`schedule`, or who had it fire."""
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    """`{code, message}` of one that failed or was skipped."""
+    run_id: Mapped[uuid.UUID | None]
+    decided_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+    __table_args__ = (
+        CheckConstraint(_among("status", FiringStatus), name="status"),
+        Index(
+            "ix_firings_waiting",
+            "schedule",
+            "moment",
+            postgresql_where=text("status = 'waiting'"),
+        ),
+    )
 
 
 class Lease(Base):

@@ -61,6 +61,32 @@ class Reason(StrEnum):
     PAUSED = "paused"
 
 
+class FiringStatus(StrEnum):
+    """What became of one moment of a schedule."""
+
+    WAITING = "waiting"
+    STARTED = "started"
+    SKIPPED = "skipped"
+    FAILED = "failed"
+
+
+class Overlap(StrEnum):
+    """What a schedule does while its run before is not over."""
+
+    SKIP = "skip"
+    QUEUE = "queue"
+    CANCEL_PREVIOUS = "cancel_previous"
+    ALLOW = "allow"
+
+
+class CatchUp(StrEnum):
+    """Which of the moments fire that were missed while no beat ran."""
+
+    NONE = "none"
+    LAST = "last"
+    ALL = "all"
+
+
 _RUN_ENDS = {RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED}
 _ENDS = {TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED}
 

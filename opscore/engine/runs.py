@@ -73,10 +73,10 @@ _SUBMIT = Prepared(
     f"""
 WITH run AS (
     INSERT INTO runs (id, workflow_id, version, agent_id, input, labels, priority, request_id,
-                      max_concurrent, parent_task_id, depth, rerun_of, start_at, deadline_at,
-                      reason)
+                      max_concurrent, parent_task_id, depth, rerun_of, schedule, start_at,
+                      deadline_at, reason)
     VALUES (:run_id, :workflow_id, :version, :agent_id, :input, :labels, :priority, :request_id,
-            cast(:max_concurrent AS int), :parent_task_id, :depth, :rerun_of, :start_at,
+            cast(:max_concurrent AS int), :parent_task_id, :depth, :rerun_of, :schedule, :start_at,
             coalesce(:deadline_at, greatest(cast(:start_at AS timestamptz), now())
                                    + make_interval(secs => :deadline_seconds)),
             CASE WHEN cast(:start_at AS timestamptz) > now() THEN '{DUE}'
@@ -139,6 +139,7 @@ class Submission:
     deadline_seconds: float | None = None
     """Each instead of what the definition's `deadlineSeconds` says."""
     rerun_of: UUID | None = None
+    schedule: str | None = None
     parent_task_id: UUID | None = None
     depth: int = 0
 
@@ -158,7 +159,7 @@ def submit_run(
     definition, agent_id = stored.definition, submission.agent_id
     definition.check_input(submission.input)
     _check_moments(tx, submission)
-    _check_agents(tx, definition, agent_id)
+    check_agents(tx, definition, agent_id)
     run_id = run_id or uuid7()
     tasks = _task_rows(definition, agent_id)
     nodes = tuple(
@@ -191,7 +192,7 @@ def submit_run(
 
 _AS_SUBMITTED = (
     *("input", "agent_id", "priority", "request_id", "by", "start_at", "deadline_at"),
-    *("rerun_of", "parent_task_id", "depth"),
+    *("rerun_of", "schedule", "parent_task_id", "depth"),
 )
 _NOW = Prepared("SELECT now()")
 
@@ -226,7 +227,13 @@ def _hold_beyond(tasks: list[dict[str, Any]], drawn: Canvas) -> None:
         row["reason"] = "dependencies" if is_beyond else None
 
 
-def _check_agents(tx: Tx, definition: Definition, agent_id: str | None) -> None:
+def check_agents(tx: Tx, definition: Definition, agent_id: str | None) -> None:
+    """Make sure that every task has somebody to do it, once the run is for this agent.
+
+    Raises:
+        InvalidRequest: a task names neither agent nor capability and there is no `agent_id`.
+        AgentNotFound
+    """
     if agent_id is None:
         if unbound := definition.unbound():
             sentence = (
