@@ -38,7 +38,7 @@ from sqlalchemy.orm import aliased
 
 from opscore.db import Tx
 from opscore.engine.clauses import FOR_CAPABILITY, ORDER, is_open, still
-from opscore.errors import AgentNotFound, RunNotFound, TaskNotFound
+from opscore.errors import AgentNotFound, RunNotFound, ScheduleNotFound, TaskNotFound
 from opscore.models import (
     IN_LINE,
     RUN_STATUS,
@@ -46,8 +46,10 @@ from opscore.models import (
     AgentReport,
     Attempt,
     AttemptLog,
+    Firing,
     Lease,
     Run,
+    Schedule,
     Slot,
     Task,
     Workflow,
@@ -116,6 +118,7 @@ _SUMMARY = (
     Run.cancel_requested_at,
     Run.parent_task_id,
     Run.rerun_of,
+    Run.schedule,
     Run.start_at,
     Run.deadline_at,
     Run.created_at,
@@ -1063,6 +1066,45 @@ def _lines(tx: Tx, agents: Sequence[str]) -> dict[str, list[Row]]:
     for row in tx.execute(_LINES, {"agents": list(agents)}):
         found.setdefault(row.agent_id, []).append(row._asdict())
     return found
+
+
+# --- Schedules ----------------------------------------------------------------------------------
+
+_SCHEDULE = tuple(Schedule.__table__.c)
+
+
+def list_schedules(tx: Tx, *, after: Key | None, limit: int) -> Page:
+    """Return a page of schedules."""
+    statement = select(*_SCHEDULE)
+    if after is not None:
+        statement = statement.where(tuple_(Schedule.created_at, Schedule.name) < after)
+    statement = statement.order_by(Schedule.created_at.desc(), Schedule.name.desc())
+    return _page(tx, statement, limit, "created_at", "name")
+
+
+def get_schedule(tx: Tx, name: str) -> Row:
+    """Return a schedule.
+
+    Raises:
+        ScheduleNotFound
+    """
+    row = _row(tx, select(*_SCHEDULE).where(Schedule.name == name))
+    if row is None:
+        raise ScheduleNotFound(name=name)
+    return row
+
+
+def list_firings(tx: Tx, name: str, *, after: Key | None, limit: int) -> Page:
+    """Return a page of what became of a schedule's moments, newest first.
+
+    Raises:
+        ScheduleNotFound
+    """
+    get_schedule(tx, name)
+    statement = select(*Firing.__table__.c).where(Firing.schedule == name)
+    if after is not None:
+        statement = statement.where(tuple_(Firing.moment) < after)
+    return _page(tx, statement.order_by(Firing.moment.desc()), limit, "moment")
 
 
 # --- Workers ------------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ class Fired:
 
     plans: list[Plan] = field(default_factory=list)
     cancelled: list[UUID] = field(default_factory=list)
-    run_id: UUID | None = None
-    """Of the newest."""
+    has_more: bool = False
+    """There may be more to do at once."""
 
 
 # --- Changing them ------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def remove(tx: Tx, name: str) -> None:
         raise ScheduleNotFound(name=name)
 
 
-def trigger(tx: Tx, name: str, *, by: str, request_id: str | None = None) -> Fired:
+def trigger(tx: Tx, name: str, *, by: str, request_id: str | None = None) -> Plan:
     """Have a schedule fire now, whatever its times and its `overlap` say.
 
     Raises:
@@ -113,7 +113,17 @@ def trigger(tx: Tx, name: str, *, by: str, request_id: str | None = None) -> Fir
     moment = _now(tx)
     plan = _submit(tx, row, moment, by=by, request_id=request_id)
     _write(tx, name, moment, FiringStatus.STARTED, by=by, run_id=plan.run_id)
-    return Fired([plan], run_id=plan.run_id)
+    return plan
+
+
+def preview(tx: Tx, name: str, count: int) -> list[datetime]:
+    """Return the next moments at which a schedule fires, at most so many.
+
+    Raises:
+        ScheduleNotFound
+    """
+    row = _locked(tx, name)
+    return recurrence_of(row).preview(max(_now(tx), row["decided_at"]), count)
 
 
 def recurrence_of(row: Mapping[str, Any]) -> Recurrence:
@@ -143,7 +153,7 @@ def _locked(tx: Tx, name: str) -> dict[str, Any]:
     row = tx.execute(statement).one_or_none()
     if row is None:
         raise ScheduleNotFound(name=name)
-    return dict(row._mapping)
+    return row._asdict()
 
 
 def _now(tx: Tx) -> datetime:
@@ -172,17 +182,12 @@ def tick(tx: Tx, limit: int) -> Fired:
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    for found in tx.execute(due).all():
-        _decide(tx, dict(found._mapping), now, fired)
+    rows = tx.execute(due).all()
+    for row in rows:
+        _decide(tx, row._asdict(), now, fired)
     _start_waiting(tx, limit, fired)
+    fired.has_more = len(rows) == limit
     return fired
-
-
-def next_due(tx: Tx) -> datetime | None:
-    """Return when the next schedule is due."""
-    statement = select(func.min(Schedule.next_at)).where(Schedule.enabled)
-    moment: datetime | None = tx.execute(statement).scalar()
-    return moment
 
 
 def _decide(tx: Tx, row: Mapping[str, Any], now: datetime, fired: Fired) -> None:
@@ -239,7 +244,6 @@ def _start(tx: Tx, row: Mapping[str, Any], moment: datetime, fired: Fired) -> No
         values: dict[str, Any] = {"status": FiringStatus.FAILED, "error": _told(error)}
     else:
         fired.plans.append(plan)
-        fired.run_id = plan.run_id
         values = {"status": FiringStatus.STARTED, "run_id": plan.run_id}
     where = (Firing.schedule == name, Firing.moment == moment)
     tx.execute(update(Firing).where(*where).values(**values))
@@ -331,7 +335,7 @@ def _start_waiting(tx: Tx, limit: int, fired: Fired) -> None:
         .with_for_update(skip_locked=True)
     )
     for found in tx.execute(ready).all():
-        row = dict(found._mapping)
+        row = found._asdict()
         first = select(func.min(Firing.moment)).where(
             Firing.schedule == row["name"], Firing.status == FiringStatus.WAITING
         )

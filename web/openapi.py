@@ -110,7 +110,7 @@ class _Paths(FlaskPlugin):  # type: ignore[misc]
 class Answers:
     """What an operation answers when all is well."""
 
-    schema: type[Schema]
+    schema: type[Schema] | None
     status: int = 200
     about: str | None = None
     example: Any = None

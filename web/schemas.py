@@ -24,8 +24,17 @@ from marshmallow import (
 from opscore import definition
 from opscore.definition import DEFAULT_TIMEOUT_SECONDS, MAX_SECONDS
 from opscore.json_values import check_json
+from opscore.recurrence import MAX_EVERY_SECONDS
 from opscore.remote import read_report
-from opscore.states import AgentState, AttemptStatus, RunStatus, TaskStatus
+from opscore.states import (
+    AgentState,
+    AttemptStatus,
+    CatchUp,
+    FiringStatus,
+    Overlap,
+    RunStatus,
+    TaskStatus,
+)
 
 PRIORITIES: Mapping[str, int] = {"low": 0, "normal": 1, "high": 2}
 LARGEST_INTEGER = 2**31 - 1
@@ -38,6 +47,7 @@ MOST_LABELS = 32
 LONGEST_LABEL = 256
 LONGEST_NAME = 256
 LONGEST_COMMENT = 4096
+MAX_JITTER_SECONDS = 86_400
 LONGEST_URL = 2048
 MOST_CAPABILITIES = 256
 LARGEST_CAPACITY = 10_000
@@ -866,6 +876,127 @@ class Attempt(AttemptSummary):
     task_id = _uuid("The task.")
     error = fields.Nested(AttemptFault, allow_none=True)
     logs = fields.List(fields.Nested(LogLine), metadata=_about("Its last 1000 lines."))
+
+
+# --- Schedules ----------------------------------------------------------------------------------
+
+
+class ScheduleChange(Arguments):
+    """What is to be another; `cron` and `everySeconds` change places by one of them being null."""
+
+    workflow_id = fields.String(metadata=_about("Which workflow.", example="report"))
+    version = _whole("Which version of it; null: the newest when it fires.", low=1, null=True)
+    agent_id = _id("The agent that it is for, as when it is triggered.", allow_none=True)
+    cron = fields.String(
+        allow_none=True,
+        metadata=_about(
+            "Five fields, or `@hourly`, `@daily`, `@weekly`, `@monthly`, `@yearly`.",
+            example="30 2 * * *",
+        ),
+    )
+    every_seconds = Seconds(
+        "Or: at intervals, counted from `startAt`, else from its creation; at least 1.",
+        MAX_EVERY_SECONDS,
+        allow_none=True,
+    )
+    timezone = fields.String(
+        allow_none=True, metadata=_about("Of `cron`; UTC if left out.", example="Europe/Berlin")
+    )
+    input = _json("The run's input; `${firing.at}` and `${firing.schedule}` may stand in it.")
+    labels = _labels(validate=_check_labels)
+    priority = Priority("Who is first among those who wait.")
+    enabled = Flag("Whether it fires.")
+    start_at = Moment("Nothing fires before.", null=True)
+    end_at = Moment("Nothing fires after.", null=True)
+    jitter_seconds = fields.Float(
+        validate=validate.Range(0, MAX_JITTER_SECONDS, error="Must be from {min} to {max}."),
+        metadata=_about("Each firing starts up to so much later."),
+    )
+    overlap = _one_of(Overlap, "What to do while the run before is not over.")
+    catch_up = _one_of(CatchUp, "Which moments fire that were missed while no beat ran.")
+    catch_up_window_seconds = Seconds(
+        "With `all`: how far back.", definition.MAX_SECONDS, allow_none=False
+    )
+
+
+class ScheduleArguments(ScheduleChange):
+    """A schedule to be created."""
+
+    name = _id("Unique.", required=True)
+
+    @post_load
+    def fill(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Say what is left out."""
+        return {**_SCHEDULE_DEFAULTS, **data}
+
+    @validates_schema
+    def check_workflow(self, data: Mapping[str, Any], **kwargs: Any) -> None:
+        if "workflow_id" not in data:
+            raise ValidationError("Name the workflow that it runs.", "workflowId")
+
+
+_SCHEDULE_DEFAULTS: Mapping[str, Any] = {
+    **{name: None for name in ("version", "agent_id", "cron", "every_seconds", "timezone")},
+    **{"start_at": None, "end_at": None, "input": {}, "labels": {}, "enabled": True},
+    **{"priority": PRIORITIES["normal"], "jitter_seconds": 0.0, "overlap": str(Overlap.SKIP)},
+    **{"catch_up": str(CatchUp.LAST), "catch_up_window_seconds": 86_400.0},
+}
+
+
+class Schedule(Answer):
+    """A recurring workflow."""
+
+    name = _text(example="nightly")
+    workflow_id = _text(example="report")
+    version = fields.Integer(allow_none=True, metadata=_about("Null: the newest when it fires."))
+    agent_id = _text(null=True)
+    cron = _text(null=True, example="30 2 * * *")
+    every_seconds = fields.Float(allow_none=True)
+    timezone = _text("Null: UTC.", null=True)
+    input = _json("As it was given.")
+    labels = _labels()
+    priority = Priority("Who is first among those who wait.")
+    enabled = fields.Boolean()
+    start_at = Moment("Nothing fires before.", null=True)
+    end_at = Moment("Nothing fires after.", null=True)
+    jitter_seconds = fields.Float()
+    overlap = _one_of(Overlap)
+    catch_up = _one_of(CatchUp)
+    catch_up_window_seconds = fields.Float()
+    next_at = Moment("When it fires next; null: never again.", null=True)
+    created_at = Moment("When it was created.")
+    updated_at = Moment("When it was changed.")
+
+
+class ScheduleWithWarnings(Schedule):
+    """A recurring workflow, and what in it looks as if something else was meant."""
+
+    warnings = fields.List(fields.String())
+
+
+class PreviewArguments(Arguments):
+    count = fields.Integer(
+        load_default=10,
+        validate=validate.Range(1, LARGEST_LIMIT, error="Must be from {min} to {max}."),
+        metadata=_about("How many."),
+    )
+
+
+class Preview(Answer):
+    """The next moments at which a schedule fires."""
+
+    items = fields.List(Moment("A moment."))
+
+
+class Firing(Answer):
+    """One moment of a schedule, and what became of it."""
+
+    moment = Moment("When it was due, its jitter not counted.")
+    status = _one_of(FiringStatus)
+    by = _text("`schedule`, or who had it fire.", example="schedule")
+    error = fields.Nested(Fault, allow_none=True)
+    run_id = _uuid("The run it started.", null=True)
+    decided_at = Moment("When it was decided.")
 
 
 # --- Agents -------------------------------------------------------------------------------------
