@@ -64,6 +64,8 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "worker_prefetch_multiplier": 1,
         "worker_send_task_events": True,  # Flower
         "task_send_sent_event": False,
+        # Schedules are rows, which any number of beats may fire.
+        "beat_scheduler": "workers.beat:Beat",
         # Survives a restart of Redis under running tasks.
         "worker_consumer": "workers.consumer:Consumer",
         "worker_hijack_root_logger": False,

@@ -5,7 +5,6 @@ Each command imports what it needs when it is called, so that `opscore --help` i
 
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -211,14 +210,10 @@ def _tell_when_ready() -> None:
 
 
 @main.command()
-@click.option("--schedule", help="File beat keeps its own state in; a temporary one by default.")
-def beat(schedule: str | None) -> None:
-    """Fire schedules (Celery beat)."""
+def beat() -> None:
+    """Fire schedules (Celery beat); any number of beats may run."""
     _use_celery(_settings())
-    if schedule:
-        _celery("beat", f"--schedule={schedule}", "--pidfile=")
-    with tempfile.TemporaryDirectory(prefix="opscore-beat-") as folder:
-        _celery("beat", f"--schedule={folder}/schedule", "--pidfile=")
+    _celery("beat", "--pidfile=", "--schedule=")
 
 
 @main.command()

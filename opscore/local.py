@@ -338,7 +338,7 @@ class Stack:
             self._worker("worker-agents", environment, *agents, workers=self.options.workers),
             self._worker("worker-io", environment, *io, workers=IO_THREADS),
             self._worker("worker-control", environment, *control, workers=CONTROL_THREADS),
-            _ours("beat", environment, "beat", f"--schedule={self.data / 'run/beat'}"),
+            _ours("beat", environment, "beat"),
             self._flower_program(environment),
         ]
 

@@ -594,7 +594,8 @@ class Schedule(Base):
     agent_id: Mapped[str | None]
     cron: Mapped[str | None]
     every_seconds: Mapped[float | None]
-    timezone: Mapped[str | None]
+    timezone: Mapped[str]
+    """Of `cron`."""
     input: Mapped[Json] = mapped_column(JSONB)
     """May hold `${firing.at}`."""
     labels: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
@@ -609,7 +610,7 @@ class Schedule(Base):
     decided_at: Mapped[datetime] = mapped_column(server_default=func.now())
     """What of its moments fires is decided up to here, and never again."""
     next_at: Mapped[datetime | None]
-    """When the next moment is due, its jitter included."""
+    """When the next moment is due, its jitter included; null: it is paused, or never again."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
 

@@ -1095,13 +1095,17 @@ def get_schedule(tx: Tx, name: str) -> Row:
 
 
 def list_firings(tx: Tx, name: str, *, after: Key | None, limit: int) -> Page:
-    """Return a page of what became of a schedule's moments, newest first.
+    """Return a page of what became of a schedule's moments and of their runs, newest first.
 
     Raises:
         ScheduleNotFound
     """
     get_schedule(tx, name)
-    statement = select(*Firing.__table__.c).where(Firing.schedule == name)
+    statement = (
+        select(*Firing.__table__.c, Run.status.label("run_status"))
+        .outerjoin(Run, Run.id == Firing.run_id)
+        .where(Firing.schedule == name)
+    )
     if after is not None:
         statement = statement.where(tuple_(Firing.moment) < after)
     return _page(tx, statement.order_by(Firing.moment.desc()), limit, "moment")

@@ -2,35 +2,48 @@
 
 Any number of beats may tick at once: who locked a schedule's row decides, in one transaction, what
 fires of the moments that have come, writes the firings with their runs, and says when the next is
-due. When that is, is `recurrence`'s.
+due. When that is, is `recurrence`'s. Locks are taken in one order: schedule, firing, run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
+from uuid6 import uuid7
 
 from opscore import engine, logs
 from opscore.db import Tx
 from opscore.engine import Plan, Submission
-from opscore.errors import InvalidRequest, OpsCoreError, ScheduleExists, ScheduleNotFound
-from opscore.expressions import FIRING_NAMES, Template
+from opscore.errors import (
+    InvalidRequest,
+    OpsCoreError,
+    RunFinished,
+    ScheduleExists,
+    ScheduleNotFound,
+)
+from opscore.expressions import FIRING_NAMES, ExpressionError, Template
 from opscore.json_values import Faults
-from opscore.models import Firing, Run, Schedule
+from opscore.models import Firing, Schedule, listed
 from opscore.recurrence import Recurrence, jitter, missed
 from opscore.states import RUN_ENDED, FiringStatus, Overlap
 from opscore.workflows import find_workflow
 
 log = logs.get(__name__)
 
-MOST_AT_ONCE = 100
-"""Moments of one schedule that a tick fires; the next tick goes on."""
-LONGEST_QUEUE = 1_000
+MOST_AT_ONCE = 10
+"""Moments of one schedule that a tick fires; others have their turn, then the next goes on."""
+LONGEST_QUEUE = 100
 """Firings that wait for the run before them; one more is skipped."""
+RETRY_SECONDS = 10.0
+"""After trouble nobody foresaw, a schedule is left alone for so long."""
+UTC_ZONE = "UTC"
+_ANY_MOMENT = datetime(1970, 1, 1, tzinfo=UTC)
 _TIMES = ("cron", "every_seconds", "timezone", "start_at", "end_at")
 
 
@@ -43,6 +56,11 @@ class Fired:
     has_more: bool = False
     """There may be more to do at once."""
 
+    def add(self, other: "Fired") -> None:
+        self.plans += other.plans
+        self.cancelled += other.cancelled
+        self.has_more |= other.has_more
+
 
 # --- Changing them ------------------------------------------------------------------------------
 
@@ -51,15 +69,15 @@ def create(tx: Tx, values: Mapping[str, Any]) -> list[str]:
     """Write a schedule; return what in it looks as if something else was meant.
 
     Raises:
-        InvalidRequest, InvalidInput, WorkflowNotFound: what cannot be, at its place.
+        InvalidRequest, InvalidInput, WorkflowNotFound, AgentNotFound: what cannot be.
         ScheduleExists
     """
     now = _now(tx)
     recurrence = _check(tx, values, now)
-    next_at = _due(values["name"], values["jitter_seconds"], recurrence.next_after(now))
+    row = {**values, "decided_at": now, "created_at": now}
     statement = (
         upsert(Schedule)
-        .values(**values, decided_at=now, next_at=next_at, created_at=now)
+        .values(**row, next_at=_next_at(row, recurrence))
         .on_conflict_do_nothing()
         .returning(Schedule.name)
     )
@@ -71,28 +89,34 @@ def create(tx: Tx, values: Mapping[str, Any]) -> list[str]:
 def change(tx: Tx, name: str, values: Mapping[str, Any]) -> list[str]:
     """Change a schedule. Other times count from now; one that was paused does not catch up.
 
+    Whatever is wrong with a schedule, it can be paused.
+
     Raises:
         ScheduleNotFound
-        InvalidRequest, InvalidInput, WorkflowNotFound: as `create`.
+        InvalidRequest, InvalidInput, WorkflowNotFound, AgentNotFound: as `create`.
     """
-    row = _locked(tx, name)
+    before = _locked(tx, name)
+    row = {**before, **values}
+    if values.get("every_seconds") is not None and "timezone" not in values:
+        row["timezone"] = UTC_ZONE
     now = _now(tx)
-    whole = {**row, **values}
-    recurrence = _check(tx, whole, row["created_at"])
-    begins_anew = any(key in values and values[key] != row[key] for key in _TIMES)
-    begins_anew |= whole["enabled"] and not row["enabled"]
-    after = now if begins_anew else row["decided_at"]
-    next_at = _due(name, whole["jitter_seconds"], recurrence.next_after(after))
-    tx.execute(
-        update(Schedule)
-        .where(Schedule.name == name)
-        .values(**values, decided_at=after, next_at=next_at, updated_at=now)
-    )
-    return recurrence.warnings()
+    recurrence = None
+    if set(values) - {"enabled"}:
+        recurrence = _check(tx, row, row["created_at"])
+    elif row["enabled"]:
+        recurrence = recurrence_of(row)
+    begins_anew = row["enabled"] and not before["enabled"]
+    if begins_anew or any(row[key] != before[key] for key in _TIMES):
+        row["decided_at"] = now
+    row |= {"next_at": _next_at(row, recurrence), "updated_at": now}
+    tx.execute(update(Schedule).where(Schedule.name == name).values(**row))
+    if before["overlap"] == Overlap.QUEUE != row["overlap"]:
+        _leave_queue(tx, name)
+    return recurrence.warnings() if recurrence else []
 
 
 def remove(tx: Tx, name: str) -> None:
-    """Delete a schedule with the history of its firings; its runs stay.
+    """Delete a schedule with its firings, also those that wait; its runs stay.
 
     Raises:
         ScheduleNotFound
@@ -111,18 +135,18 @@ def trigger(tx: Tx, name: str, *, by: str, request_id: str | None = None) -> Pla
     """
     row = _locked(tx, name)
     moment = _now(tx)
-    plan = _submit(tx, row, moment, by=by, request_id=request_id)
+    plan = _submit(tx, row, moment, uuid7(), by=by, request_id=request_id)
     _write(tx, name, moment, FiringStatus.STARTED, by=by, run_id=plan.run_id)
     return plan
 
 
 def preview(tx: Tx, name: str, count: int) -> list[datetime]:
-    """Return the next moments at which a schedule fires, at most so many.
+    """Return the next moments at which a schedule fires, or would if it were not paused.
 
     Raises:
         ScheduleNotFound
     """
-    row = _locked(tx, name)
+    row = _read(tx, name, is_locked=False)
     return recurrence_of(row).preview(max(_now(tx), row["decided_at"]), count)
 
 
@@ -135,37 +159,84 @@ def recurrence_of(row: Mapping[str, Any]) -> Recurrence:
     return Recurrence.parse(row["created_at"], **{key: row[key] for key in _TIMES})
 
 
-def _check(tx: Tx, values: Mapping[str, Any], created_at: datetime) -> Recurrence:
+def _check(tx: Tx, row: Mapping[str, Any], created_at: datetime) -> Recurrence:
     """Make sure that a schedule could fire as it is."""
-    recurrence = recurrence_of({**values, "created_at": created_at})
+    recurrence = recurrence_of({**row, "created_at": created_at})
     faults = Faults()
-    template = Template.compile(values["input"], "/input", faults, FIRING_NAMES)
+    template = Template.compile(row["input"], "/input", faults, FIRING_NAMES)
     if faults:
         raise InvalidRequest(faults)
-    definition = find_workflow(tx, values["workflow_id"], values["version"]).definition
-    definition.check_input(template.render(_scope(values["name"], created_at)))
-    engine.check_agents(tx, definition, values["agent_id"])
+    definition = find_workflow(tx, row["workflow_id"], row["version"]).definition
+    try:
+        definition.check_input(template.render(_scope(row["name"], created_at)))
+    except ExpressionError as error:
+        raise InvalidRequest({"/input": [str(error)]}) from error
+    engine.check_agents(tx, definition, row["agent_id"])
     return recurrence
 
 
+def _leave_queue(tx: Tx, name: str) -> None:
+    waiting = (Firing.schedule == name, Firing.status == FiringStatus.WAITING)
+    error = {"code": "overlap", "message": "It waited, and firings no longer do."}
+    tx.execute(update(Firing).where(*waiting).values(status=FiringStatus.SKIPPED, error=error))
+
+
 def _locked(tx: Tx, name: str) -> dict[str, Any]:
-    statement = select(*Schedule.__table__.c).where(Schedule.name == name).with_for_update()
-    row = tx.execute(statement).one_or_none()
+    return _read(tx, name, is_locked=True)
+
+
+def _read(tx: Tx, name: str, *, is_locked: bool) -> dict[str, Any]:
+    statement = select(*Schedule.__table__.c).where(Schedule.name == name)
+    row = tx.execute(statement.with_for_update() if is_locked else statement).one_or_none()
     if row is None:
         raise ScheduleNotFound(name=name)
     return row._asdict()
 
 
 def _now(tx: Tx) -> datetime:
-    now: datetime = tx.execute(select(func.now())).scalar_one()
+    """Return the database's time: of this statement, as who waited for a row comes after others."""
+    now: datetime = tx.execute(select(func.clock_timestamp())).scalar_one()
     return now.astimezone(UTC)
 
 
-def _due(name: str, jitter_seconds: float, moment: datetime | None) -> datetime | None:
-    return None if moment is None else moment + jitter(name, moment, jitter_seconds)
+def _next_at(row: Mapping[str, Any], recurrence: Recurrence | None) -> datetime | None:
+    """Return when a schedule is due next, after what is decided."""
+    if recurrence is None or not row["enabled"]:
+        return None
+    return _later(recurrence.next_after(row["decided_at"]), _delay(row))
+
+
+def _later(moment: datetime | None, delay: timedelta) -> datetime | None:
+    try:
+        return None if moment is None else moment + delay
+    except OverflowError:  # in the year 10,000
+        return None
+
+
+def _delay(row: Mapping[str, Any]) -> timedelta:
+    """Return how much later than its moments a schedule fires.
+
+    The same for all of its moments: so they keep their order and their distance, and which of them
+    were missed does not depend on chance. Schedules are spread, which is what jitter is for.
+    """
+    return jitter(row["name"], _ANY_MOMENT, row["jitter_seconds"])
 
 
 # --- Firing -------------------------------------------------------------------------------------
+
+_WAITING = text(
+    f"""
+SELECT DISTINCT f.schedule FROM firings f
+WHERE f.status = 'waiting' AND NOT EXISTS (
+    SELECT FROM runs r WHERE r.schedule = f.schedule AND NOT r.status IN {listed(RUN_ENDED)})
+LIMIT :limit
+"""
+)
+_OPEN_RUNS = text(
+    f"""
+SELECT id FROM runs r WHERE r.schedule = :name AND NOT r.status IN {listed(RUN_ENDED)} ORDER BY id
+"""
+)
 
 
 def tick(tx: Tx, limit: int) -> Fired:
@@ -175,78 +246,144 @@ def tick(tx: Tx, limit: int) -> Fired:
     """
     fired = Fired()
     now = _now(tx)
-    due = (
+    is_due = Schedule.next_at <= now
+    due = _lock(tx, is_due, limit)
+    for row in due:
+        _apart(tx, row, fired, partial(_decide, now=now))
+    names = list(tx.execute(_WAITING, {"limit": limit}).scalars())
+    waiting = _lock(tx, Schedule.name.in_(names), limit) if names else []
+    for row in waiting:
+        _apart(tx, row, fired, _start_next)
+    fired.has_more |= limit in (len(due), len(waiting))
+    return fired
+
+
+def _lock(tx: Tx, condition: Any, limit: int) -> list[dict[str, Any]]:
+    """Lock schedules that are not paused, and that no other beat has locked."""
+    statement = (
         select(*Schedule.__table__.c)
-        .where(Schedule.enabled, Schedule.next_at <= now)
+        .where(Schedule.enabled, condition)
         .order_by(Schedule.next_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    rows = tx.execute(due).all()
-    for row in rows:
-        _decide(tx, row._asdict(), now, fired)
-    _start_waiting(tx, limit, fired)
-    fired.has_more = len(rows) == limit
-    return fired
+    return [row._asdict() for row in tx.execute(statement)]
 
 
-def _decide(tx: Tx, row: Mapping[str, Any], now: datetime, fired: Fired) -> None:
+def _apart(
+    tx: Tx, row: Mapping[str, Any], fired: Fired, decide: Callable[[Tx, Any, Fired], None]
+) -> None:
+    """Decide about one schedule, so that trouble with it is nobody else's."""
+    own = Fired()
+    try:
+        with tx.begin_nested():
+            decide(tx, row, own)
+    except Exception:
+        # Any: beat must outlive a single schedule's trouble. A lost connection ends the next line.
+        log.exception("schedule.trouble", schedule=row["name"])
+        later = func.clock_timestamp() + timedelta(seconds=RETRY_SECONDS)
+        is_due = (Schedule.name == row["name"], Schedule.next_at <= func.clock_timestamp())
+        tx.execute(update(Schedule).where(*is_due).values(next_at=later))
+    else:
+        fired.add(own)
+
+
+def _decide(tx: Tx, row: Mapping[str, Any], fired: Fired, now: datetime) -> None:
     """Fire what has come of one schedule, and say when it is due next."""
-    recurrence, name = recurrence_of(row), row["name"]
-    # With jitter a later moment may be due before an earlier one; they are decided in their order.
-    first = recurrence.next_after(row["decided_at"])
-    until = max(now - timedelta(seconds=row["jitter_seconds"]), min(first or now, now))
-    due = missed(
-        recurrence,
-        row["decided_at"],
-        until,
-        row["catch_up"],
-        row["catch_up_window_seconds"],
-        MOST_AT_ONCE,
-    )
+    try:
+        recurrence = recurrence_of(row)
+    except InvalidRequest as error:
+        return _give_up(tx, row, error)
+    delay = _delay(row)
+    until = now - delay
+    decided, window = row["decided_at"], row["catch_up_window_seconds"]
+    due = missed(recurrence, decided, until, row["catch_up"], window, MOST_AT_ONCE)
     for moment in due.moments:
         _fire(tx, row, moment, fired)
-    has_more = due.next_at is not None and due.next_at <= until
-    decided_at = due.moments[-1] if has_more else max(until, row["decided_at"])
-    next_at = _due(name, row["jitter_seconds"], due.next_at)
-    values = {"decided_at": decided_at, "next_at": next_at}
+    if due.next_at is not None and due.next_at <= until:
+        # There are more: whoever became due meanwhile is first.
+        fired.has_more = True
+        return _set(tx, row["name"], decided_at=due.moments[-1], next_at=now)
+    next_at = _later(due.next_at, delay)
+    return _set(tx, row["name"], decided_at=max(until, decided), next_at=next_at)
+
+
+def _give_up(tx: Tx, row: Mapping[str, Any], error: OpsCoreError) -> None:
+    """Record that a schedule's times cannot be read any more; it fires again once it is changed."""
+    _tell(row["name"], row["next_at"], error)
+    _write(tx, row["name"], row["next_at"], FiringStatus.FAILED, error=_told(error))
+    _set(tx, row["name"], next_at=None)
+
+
+def _set(tx: Tx, name: str, **values: Any) -> None:
     tx.execute(update(Schedule).where(Schedule.name == name).values(**values))
 
 
 def _fire(tx: Tx, row: Mapping[str, Any], moment: datetime, fired: Fired) -> None:
     """Decide one moment, by what the schedule's runs before do."""
-    name = row["name"]
-    if not _write(tx, name, moment, FiringStatus.WAITING):
+    name, overlap = row["name"], row["overlap"]
+    before = [] if overlap == Overlap.ALLOW else _open_runs(tx, name)
+    if overlap == Overlap.SKIP and before:
+        error = {"code": "overlap", "message": f"Run {before[0]} is not over."}
+        _write(tx, name, moment, FiringStatus.SKIPPED, error=error)
+    elif overlap == Overlap.QUEUE and (before or _waiting(tx, name)):
+        _queue(tx, name, moment)
+    else:
+        run_id = uuid7()
+        is_new = _write(tx, name, moment, FiringStatus.STARTED, run_id=run_id)
+        if is_new and _start(tx, row, moment, run_id, fired):
+            _cancel(tx, name, before, fired)
+
+
+def _queue(tx: Tx, name: str, moment: datetime) -> None:
+    if _waiting(tx, name) < LONGEST_QUEUE:
+        _write(tx, name, moment, FiringStatus.WAITING)
+    else:
+        error = {"code": "queue_full", "message": f"{LONGEST_QUEUE} firings wait already."}
+        _write(tx, name, moment, FiringStatus.SKIPPED, error=error)
+
+
+def _cancel(tx: Tx, name: str, runs: list[UUID], fired: Fired) -> None:
+    for run_id in runs:
+        with suppress(RunFinished):  # at this moment
+            engine.cancel_run(tx, run_id, f"schedule:{name}")
+            fired.cancelled.append(run_id)
+
+
+def _start_next(tx: Tx, row: Mapping[str, Any], fired: Fired) -> None:
+    """Start the first firing that waits, if the run before it is over."""
+    name, run_id = row["name"], uuid7()
+    waits = (Firing.schedule == name, Firing.status == FiringStatus.WAITING)
+    if _open_runs(tx, name):  # since it was looked for
         return
-    before = [] if row["overlap"] == Overlap.ALLOW else _open_runs(tx, name)
-    match row["overlap"]:
-        case Overlap.CANCEL_PREVIOUS:
-            for run_id in before:
-                engine.cancel_run(tx, run_id, f"schedule:{name}")
-            fired.cancelled += before
-        case Overlap.SKIP if before:
-            return _end(tx, name, moment, FiringStatus.SKIPPED, "overlap", before[0])
-        case Overlap.QUEUE if before or _waiting(tx, name) > 1:
-            if _waiting(tx, name) > LONGEST_QUEUE:
-                _end(tx, name, moment, FiringStatus.SKIPPED, "queue_full", None)
-            return None
-    return _start(tx, row, moment, fired)
+    first = select(func.min(Firing.moment)).where(*waits).scalar_subquery()
+    statement = (
+        update(Firing)
+        .where(*waits, Firing.moment == first)
+        .values(status=FiringStatus.STARTED, run_id=run_id)
+        .returning(Firing.moment)
+    )
+    moment = tx.execute(statement).scalar()
+    if moment is not None:
+        _start(tx, row, moment, run_id, fired)
 
 
-def _start(tx: Tx, row: Mapping[str, Any], moment: datetime, fired: Fired) -> None:
-    """Submit the run of a firing; one that cannot be is recorded with the reason."""
+def _start(tx: Tx, row: Mapping[str, Any], moment: datetime, run_id: UUID, fired: Fired) -> bool:
+    """Submit the run of a firing; if that cannot be, record the reason and return False."""
     name = row["name"]
     try:
-        with tx.begin_nested():
-            plan = _submit(tx, row, moment, by=f"schedule:{name}")
+        fired.plans.append(_submit(tx, row, moment, run_id, by=f"schedule:{name}"))
     except OpsCoreError as error:
-        log.warning("schedule.not_fired", schedule=name, moment=moment.isoformat(), code=error.code)
-        values: dict[str, Any] = {"status": FiringStatus.FAILED, "error": _told(error)}
-    else:
-        fired.plans.append(plan)
-        values = {"status": FiringStatus.STARTED, "run_id": plan.run_id}
-    where = (Firing.schedule == name, Firing.moment == moment)
-    tx.execute(update(Firing).where(*where).values(**values))
+        _tell(name, moment, error)
+        where = (Firing.schedule == name, Firing.moment == moment)
+        values = {"status": FiringStatus.FAILED, "error": _told(error), "run_id": None}
+        tx.execute(update(Firing).where(*where).values(**values))
+        return False
+    return True
+
+
+def _tell(name: str, moment: datetime, error: OpsCoreError) -> None:
+    log.warning("schedule.not_fired", schedule=name, moment=moment.isoformat(), code=error.code)
 
 
 def _told(error: OpsCoreError) -> dict[str, Any]:
@@ -259,6 +396,7 @@ def _submit(
     tx: Tx,
     row: Mapping[str, Any],
     moment: datetime,
+    run_id: UUID,
     *,
     by: str,
     request_id: str | None = None,
@@ -274,7 +412,7 @@ def _submit(
         by=by,
         schedule=row["name"],
     )
-    return engine.submit_run(tx, stored, submission)
+    return engine.submit_run(tx, stored, submission, run_id)
 
 
 def _scope(name: str, moment: datetime) -> dict[str, Any]:
@@ -289,56 +427,23 @@ def _write(
     status: FiringStatus,
     *,
     by: str = "schedule",
+    error: dict[str, Any] | None = None,
     run_id: UUID | None = None,
 ) -> bool:
     """Write a firing; False if the moment was decided already."""
     statement = (
         upsert(Firing)
-        .values(schedule=name, moment=moment, status=status, by=by, run_id=run_id)
+        .values(schedule=name, moment=moment, status=status, by=by, error=error, run_id=run_id)
         .on_conflict_do_nothing()
         .returning(Firing.moment)
     )
     return tx.execute(statement).first() is not None
 
 
-def _end(
-    tx: Tx, name: str, moment: datetime, status: FiringStatus, code: str, run_id: UUID | None
-) -> None:
-    message = "As many firings wait as may." if run_id is None else f"Run {run_id} is not over."
-    where = (Firing.schedule == name, Firing.moment == moment)
-    error = {"code": code, "message": message}
-    tx.execute(update(Firing).where(*where).values(status=status, error=error))
-
-
 def _open_runs(tx: Tx, name: str) -> list[UUID]:
-    is_open = Run.status.not_in([str(status) for status in RUN_ENDED])
-    statement = select(Run.id).where(Run.schedule == name, is_open).order_by(Run.created_at)
-    return list(tx.execute(statement).scalars())
+    return list(tx.execute(_OPEN_RUNS, {"name": name}).scalars())
 
 
 def _waiting(tx: Tx, name: str) -> int:
     waiting = (Firing.schedule == name, Firing.status == FiringStatus.WAITING)
     return tx.execute(select(func.count()).select_from(Firing).where(*waiting)).scalar_one()
-
-
-def _start_waiting(tx: Tx, limit: int, fired: Fired) -> None:
-    """Start the first firings that waited for a run before them which is over."""
-    is_open = Run.status.not_in([str(status) for status in RUN_ENDED])
-    before = select(Run.id).where(Run.schedule == Schedule.name, is_open).exists()
-    waiting = select(Firing.moment).where(
-        Firing.schedule == Schedule.name, Firing.status == FiringStatus.WAITING
-    )
-    ready = (
-        select(*Schedule.__table__.c)
-        .where(waiting.exists(), ~before)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    for found in tx.execute(ready).all():
-        row = found._asdict()
-        first = select(func.min(Firing.moment)).where(
-            Firing.schedule == row["name"], Firing.status == FiringStatus.WAITING
-        )
-        moment = tx.execute(first).scalar()
-        if moment is not None and not _open_runs(tx, row["name"]):
-            _start(tx, row, moment, fired)

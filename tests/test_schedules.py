@@ -1,20 +1,36 @@
 """Schedules: each moment decided once, by whoever ticks."""
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import text
+from stack import wait_until
 
 from opscore import engine, schedules, workflows
+from opscore.config import Settings
 from opscore.db import Database
 from opscore.definition import parse
+from opscore.dispatch import Dispatcher
+from opscore.errors import (
+    AgentNotFound,
+    InvalidInput,
+    InvalidRequest,
+    ScheduleExists,
+    ScheduleNotFound,
+    WorkflowNotFound,
+)
+from workers.keeper import Round
 
+MINUTE = 60.0
+DAYS_3 = 3 * 86_400.0
 DEFAULTS: dict[str, Any] = {
-    **{name: None for name in ("version", "agent_id", "cron", "every_seconds", "timezone")},
-    **{"start_at": None, "end_at": None, "input": {}, "labels": {}, "enabled": True},
-    **{"priority": 1, "jitter_seconds": 0.0, "overlap": "allow", "catch_up": "all"},
-    **{"catch_up_window_seconds": 86_400.0},
+    **{name: None for name in ("version", "agent_id", "cron", "every_seconds")},
+    **{"timezone": "UTC", "start_at": None, "end_at": None, "input": {}, "labels": {}},
+    **{"enabled": True, "priority": 1, "jitter_seconds": 0.0, "overlap": "allow"},
+    **{"catch_up": "all", "catch_up_window_seconds": 86_400.0},
 }
 
 
@@ -23,33 +39,64 @@ class Clock:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        with database.transaction() as tx:
-            document = {"id": "w", "tasks": [{"taskId": "a", "agentId": "x"}]}
+        self.define()
+
+    def define(self, **more: Any) -> None:
+        document = {"id": "w", "tasks": [{"taskId": "a", "agentId": "x"}], **more}
+        with self.database.transaction() as tx:
             workflows.create_workflow(tx, parse(document))
 
-    def create(self, name: str = "s", **values: Any) -> None:
+    def create(self, name: str = "s", **values: Any) -> list[str]:
         with self.database.transaction() as tx:
-            schedules.create(tx, {**DEFAULTS, "workflow_id": "w", "name": name, **values})
+            return schedules.create(tx, {**DEFAULTS, "workflow_id": "w", "name": name, **values})
+
+    def change(self, name: str = "s", **values: Any) -> list[str]:
+        with self.database.transaction() as tx:
+            return schedules.change(tx, name, values)
 
     def pass_by(self, seconds: float, name: str = "s") -> None:
-        """Let the schedule be so much older."""
-        with self.database.transaction() as tx:
-            tx.execute(
-                text(
-                    "UPDATE schedules SET created_at = created_at - :age, next_at = next_at - :age,"
-                    " decided_at = decided_at - :age WHERE name = :name"
-                ),
-                {"age": timedelta(seconds=seconds), "name": name},
-            )
+        """Let the schedule, and all that it did, be so much older."""
+        self.set_clock(seconds, name)
+        statement = "UPDATE firings SET moment = moment - :age WHERE schedule = :name"
+        self.execute(statement, age=timedelta(seconds=seconds), name=name)
 
-    def tick(self) -> schedules.Fired:
+    def set_clock(self, seconds: float, name: str = "s") -> None:
+        """Set the clock forward, or back, as the schedule sees it; what it is anchored to stays."""
+        self.execute(
+            "UPDATE schedules SET created_at = created_at - :age, next_at = next_at - :age,"
+            " decided_at = decided_at - :age WHERE name = :name",
+            age=timedelta(seconds=seconds),
+            name=name,
+        )
+
+    def execute(self, statement: str, **values: Any) -> Any:
         with self.database.transaction() as tx:
-            return schedules.tick(tx, 50)
+            result = tx.execute(text(statement), values)
+            return list(result) if result.returns_rows else []
+
+    def tick(self, limit: int = 50) -> schedules.Fired:
+        """Do all that is to be done now."""
+        fired = schedules.Fired(has_more=True)
+        while fired.has_more:
+            fired.has_more = False
+            with self.database.transaction() as tx:
+                fired.add(schedules.tick(tx, limit))
+        return fired
 
     def firings(self, name: str = "s") -> list[Any]:
-        with self.database.autocommit() as tx:
-            query = text("SELECT * FROM firings WHERE schedule = :name ORDER BY moment")
-            return list(tx.execute(query, {"name": name}))
+        return self.execute("SELECT * FROM firings WHERE schedule = :n ORDER BY moment", n=name)
+
+    def statuses(self, name: str = "s") -> list[str]:
+        return [firing.status for firing in self.firings(name)]
+
+    def row(self, name: str = "s") -> Any:
+        (row,) = self.execute("SELECT * FROM schedules WHERE name = :n", n=name)
+        return row
+
+    def end(self, run_id: Any) -> None:
+        with self.database.transaction() as tx:
+            engine.cancel_run(tx, run_id)
+            engine.settle_run(tx, run_id)
 
 
 @pytest.fixture
@@ -57,52 +104,396 @@ def clock(database: Database) -> Clock:
     return Clock(database)
 
 
+# --- Moments ------------------------------------------------------------------------------------
+
+
 def test_what_has_come_fires_once(clock: Clock) -> None:
-    clock.create(every_seconds=60.0)
+    clock.create(every_seconds=MINUTE)
     assert clock.tick().plans == []
     clock.pass_by(190)
     assert len(clock.tick().plans) == 3
     assert clock.tick().plans == []
     moments = [firing.moment for firing in clock.firings()]
-    assert [b - a for a, b in zip(moments, moments[1:], strict=False)] == [
-        timedelta(seconds=60)
-    ] * 2
+    distances = [later - earlier for earlier, later in itertools.pairwise(moments)]
+    assert distances == [timedelta(seconds=MINUTE)] * 2
 
 
 def test_the_moment_stands_in_the_input(clock: Clock) -> None:
-    clock.create(every_seconds=60.0, input={"at": "${firing.at}", "of": "${firing.schedule}"})
+    clock.create(every_seconds=MINUTE, input={"at": "${firing.at}", "of": "${firing.schedule}"})
     clock.pass_by(61)
     (plan,) = clock.tick().plans
     (firing,) = clock.firings()
-    with clock.database.autocommit() as tx:
-        query = text("SELECT input, schedule FROM runs WHERE id = :id")
-        run = tx.execute(query, {"id": plan.run_id}).one()
+    (run,) = clock.execute("SELECT input, schedule FROM runs WHERE id = :id", id=plan.run_id)
     assert datetime.fromisoformat(run.input["at"]) == firing.moment.astimezone(UTC)
     assert (run.input["of"], run.schedule, firing.run_id) == ("s", "s", plan.run_id)
 
 
-def test_a_run_that_is_not_over_is_not_overlapped(clock: Clock) -> None:
-    clock.create(every_seconds=60.0, overlap="skip")
-    clock.pass_by(130)
+def test_eight_who_tick_at_once_fire_every_moment_once(clock: Clock) -> None:
+    names = [f"s{number}" for number in range(20)]
+    for name in names:
+        clock.create(name, every_seconds=MINUTE)
+        clock.pass_by(25.5 * MINUTE, name)
+    with ThreadPoolExecutor(8) as beats:
+        fired = list(beats.map(lambda _: clock.tick(3), range(8)))
+    # Who found every row locked by others has gone home: another tick does what is left.
+    run_ids = [plan.run_id for each in [*fired, clock.tick()] for plan in each.plans]
+    assert len(run_ids) == len(set(run_ids)) == 20 * 25
+    assert sum(bool(each.plans) for each in fired) > 1, "nobody raced"
+    for name in names:
+        moments = [firing.moment for firing in clock.firings(name)]
+        steps = {b - a for a, b in itertools.pairwise(moments)}
+        assert len(moments) == 25 and steps == {timedelta(seconds=MINUTE)}
+
+
+def test_beat_may_die_before_it_published(
+    clock: Clock, settings: Settings, dispatcher: Dispatcher
+) -> None:
+    clock.create(every_seconds=MINUTE)
+    clock.pass_by(61)
+    (plan,) = clock.tick().plans
+    age = "UPDATE runs SET created_at = created_at - :age, generation_at = generation_at - :age"
+    clock.execute(age, age=timedelta(minutes=5))
+    keeper = Round(clock.database, dispatcher, settings)
+
+    def generation() -> int:
+        keeper.rescue()
+        (run,) = clock.execute("SELECT generation FROM runs WHERE id = :id", id=plan.run_id)
+        return int(run.generation)
+
+    wait_until(generation, says=lambda number: number > 1)
+    assert clock.tick().plans == []
+
+
+@pytest.mark.parametrize(
+    ("catch_up", "window", "fired"),
+    [("none", MINUTE, 0), ("last", MINUTE, 1), ("all", 7230.0, 2), ("all", 10 * DAYS_3, 72)],
+)
+def test_beat_was_down_for_three_days(
+    clock: Clock, catch_up: str, window: float, fired: int
+) -> None:
+    clock.create(every_seconds=3600.0, catch_up=catch_up, catch_up_window_seconds=window)
+    clock.pass_by(DAYS_3 + 1800)
+    assert len(clock.tick().plans) == fired
+    row = clock.row()
+    newest = row.created_at + timedelta(hours=72)
+    assert [f.moment for f in clock.firings()][-1:] == [newest][:fired]
+    assert row.next_at == newest + timedelta(hours=1)
+    clock.pass_by(1801)
     assert len(clock.tick().plans) == 1
-    assert [f.status for f in clock.firings()] == ["started", "skipped"]
+
+
+@pytest.mark.parametrize("catch_up", ["none", "last", "all"])
+def test_a_clock_that_is_set_back_fires_nothing_twice(clock: Clock, catch_up: str) -> None:
+    clock.create(every_seconds=600.0, catch_up=catch_up)
+    clock.pass_by(605)
+    assert len(clock.tick().plans) == 1
+    clock.pass_by(-3600)
+    assert clock.tick().plans == []
+    clock.pass_by(3600)
+    assert clock.tick().plans == []
+    clock.pass_by(600)
+    assert len(clock.tick().plans) == 1
+
+
+@pytest.mark.parametrize(("catch_up", "fired"), [("none", 0), ("last", 1), ("all", 6)])
+def test_a_clock_that_is_set_forward_is_like_a_beat_that_was_down(
+    clock: Clock, catch_up: str, fired: int
+) -> None:
+    clock.create(every_seconds=600.0, catch_up=catch_up)
+    clock.pass_by(3600 + 300)
+    assert len(clock.tick().plans) == fired
+
+
+@pytest.mark.parametrize(("catch_up", "fired"), [("none", 1), ("last", 1), ("all", 2)])
+def test_with_jitter_it_fires_later_and_no_less(clock: Clock, catch_up: str, fired: int) -> None:
+    clock.create(every_seconds=600.0, jitter_seconds=3000.0, catch_up=catch_up)
+    row = clock.row()
+    delay = (row.next_at - row.created_at).total_seconds() - 600
+    assert 0 < delay < 3000
+    clock.pass_by(delay + 590)
+    assert clock.tick().plans == []
+    clock.pass_by(20)
+    assert len(clock.tick().plans) == 1
+    row = clock.row()
+    assert clock.firings()[0].moment == row.created_at + timedelta(seconds=600)
+    assert row.next_at == row.created_at + timedelta(seconds=1200 + delay)
+    clock.pass_by(1200)
+    assert len(clock.tick().plans) == fired
+
+
+def test_nothing_fires_before_it_starts_and_after_it_ends(clock: Clock) -> None:
+    now = datetime.now(UTC)
+    start, end = now + timedelta(minutes=10), now + timedelta(minutes=20)
+    clock.create(every_seconds=300.0, start_at=start, end_at=end)
+    assert clock.row().next_at == start
+    statement = "UPDATE schedules SET start_at = start_at - :age, end_at = end_at - :age"
+    clock.execute(statement, age=timedelta(hours=1))
+    clock.pass_by(3600)
+    assert len(clock.tick().plans) == 3
+    assert clock.row().next_at is None and clock.row().enabled
+
+
+# --- Overlap ------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_not_over_is_not_overlapped(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE, overlap="skip")
+    clock.pass_by(130)
+    (plan,) = clock.tick().plans
+    first, second = clock.firings()
+    assert (first.status, second.status) == ("started", "skipped")
+    assert second.error == {"code": "overlap", "message": f"Run {plan.run_id} is not over."}
+    clock.end(plan.run_id)
+    clock.pass_by(60)
+    assert len(clock.tick().plans) == 1
+
+
+def test_a_run_that_waits_for_its_turn_is_not_over(clock: Clock) -> None:
+    clock.define(maxConcurrentRuns=1)
+    clock.create("other", every_seconds=MINUTE)
+    clock.create(every_seconds=MINUTE, overlap="skip")
+    for name in ("other", "s"):
+        clock.pass_by(61, name)
+        clock.tick()
+    assert [row.reason for row in clock.execute("SELECT DISTINCT reason FROM runs")] == [
+        "max_concurrent_runs"
+    ]
+    clock.pass_by(60)
+    assert clock.tick().plans == []
+    assert clock.statuses() == ["started", "skipped"]
 
 
 def test_firings_wait_for_the_run_before(clock: Clock) -> None:
-    clock.create(every_seconds=60.0, overlap="queue")
+    clock.create(every_seconds=MINUTE, overlap="queue")
     clock.pass_by(190)
     (plan,) = clock.tick().plans
-    assert [f.status for f in clock.firings()] == ["started", "waiting", "waiting"]
+    assert clock.statuses() == ["started", "waiting", "waiting"]
     assert clock.tick().plans == []
-    with clock.database.transaction() as tx:
-        engine.cancel_run(tx, plan.run_id)
-        engine.settle_run(tx, plan.run_id)
+    clock.end(plan.run_id)
     assert len(clock.tick().plans) == 1
-    assert [f.status for f in clock.firings()] == ["started", "started", "waiting"]
+    assert clock.statuses() == ["started", "started", "waiting"]
+
+
+def test_one_of_eight_who_tick_starts_the_firing_that_waits(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE, overlap="queue")
+    clock.pass_by(190)
+    (plan,) = clock.tick().plans
+    clock.end(plan.run_id)
+    with ThreadPoolExecutor(8) as beats:
+        fired = list(beats.map(lambda _: clock.tick(), range(8)))
+    assert sum(len(each.plans) for each in fired) == 1
+    assert clock.statuses() == ["started", "started", "waiting"]
+
+
+def test_a_queue_has_an_end(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedules, "LONGEST_QUEUE", 2)
+    clock.create(every_seconds=MINUTE, overlap="queue")
+    clock.pass_by(5 * MINUTE + 1)
+    clock.tick()
+    assert clock.statuses() == ["started", "waiting", "waiting", "skipped", "skipped"]
+    assert clock.firings()[-1].error["code"] == "queue_full"
+
+
+def test_nothing_waits_any_more_once_firings_do_not(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE, overlap="queue")
+    clock.pass_by(130)
+    clock.tick()
+    clock.change(overlap="allow")
+    assert clock.statuses() == ["started", "skipped"]
+
+
+def test_what_waits_while_a_schedule_is_paused_goes_on_waiting(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE, overlap="queue")
+    clock.pass_by(130)
+    (plan,) = clock.tick().plans
+    clock.change(enabled=False)
+    clock.end(plan.run_id)
+    assert clock.tick().plans == []
+    clock.change(enabled=True)
+    assert len(clock.tick().plans) == 1
 
 
 def test_the_run_before_is_cancelled(clock: Clock) -> None:
-    clock.create(every_seconds=60.0, overlap="cancel_previous")
+    clock.create(every_seconds=MINUTE, overlap="cancel_previous")
     clock.pass_by(130)
     fired = clock.tick()
     assert len(fired.plans) == 2 and fired.cancelled == [fired.plans[0].run_id]
+    (event,) = clock.execute("SELECT data FROM events WHERE type = 'run.cancel_requested'")
+    assert event.data["by"] == "schedule:s"
+
+
+def test_the_run_before_goes_on_if_the_next_cannot_start(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE, overlap="cancel_previous")
+    clock.pass_by(61)
+    clock.tick()
+    clock.define(inputSchema={"required": ["ticket"]})
+    clock.pass_by(60)
+    fired = clock.tick()
+    assert (fired.plans, fired.cancelled) == ([], [])
+    assert clock.statuses() == ["started", "failed"]
+
+
+def test_all_run_at_once_where_they_may(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE)
+    clock.pass_by(130)
+    fired = clock.tick()
+    assert (len(fired.plans), fired.cancelled) == (2, [])
+
+
+# --- Trouble ------------------------------------------------------------------------------------
+
+
+def test_a_firing_whose_input_fits_no_more_fails_and_the_schedule_stays(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE)
+    clock.define(inputSchema={"required": ["ticket"]})
+    clock.pass_by(61)
+    assert clock.tick().plans == []
+    (firing,) = clock.firings()
+    assert (firing.status, firing.run_id) == ("failed", None)
+    assert firing.error["code"] == "invalid_input" and "ticket" in firing.error["message"]
+    clock.define(inputSchema={})
+    clock.pass_by(60)
+    assert len(clock.tick().plans) == 1
+
+
+def test_a_firing_whose_workflow_is_gone_fails_and_the_schedule_stays(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE)
+    clock.execute("DELETE FROM workflows")
+    clock.pass_by(61)
+    clock.tick()
+    (firing,) = clock.firings()
+    assert (firing.status, firing.error["code"]) == ("failed", "workflow_not_found")
+    assert clock.row().enabled and clock.row().next_at > datetime.now(UTC)
+
+
+def test_a_schedule_whose_times_cannot_be_read_any_more_says_so_once(clock: Clock) -> None:
+    clock.create("bad", cron="* * * * *")
+    clock.create(every_seconds=MINUTE)
+    clock.execute("UPDATE schedules SET timezone = 'Mars/Olympus' WHERE name = 'bad'")
+    for name in ("bad", "s"):
+        clock.pass_by(120, name)
+    assert len(clock.tick().plans) == 2
+    (firing,) = clock.firings("bad")
+    assert firing.status == "failed" and "Mars/Olympus" in firing.error["message"]
+    assert clock.row("bad").next_at is None
+    clock.change("bad", enabled=False)
+    clock.change("bad", timezone="UTC", enabled=True)
+    assert clock.row("bad").next_at is not None
+
+
+def test_trouble_with_one_schedule_is_nobody_elses(clock: Clock) -> None:
+    clock.create("bad", every_seconds=MINUTE)
+    clock.create(every_seconds=MINUTE)
+    # What no check of ours would let in: an input that is no JSON that can be stored.
+    clock.execute("UPDATE schedules SET priority = 7, agent_id = 'x' WHERE name = 'bad'")
+    clock.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN IF NEW.schedule = 'bad' THEN RAISE 'no'; END IF; RETURN NEW; END $$"
+    )
+    clock.execute(
+        "CREATE TRIGGER refuse BEFORE INSERT ON firings FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+    for name in ("bad", "s"):
+        clock.pass_by(61, name)
+    assert len(clock.tick().plans) == 1
+    assert clock.firings("bad") == [] and clock.row("bad").next_at > datetime.now(UTC)
+    clock.execute("DROP TRIGGER refuse ON firings")
+    clock.execute("UPDATE schedules SET agent_id = NULL, priority = 1")
+    clock.pass_by(30, "bad")
+    assert len(clock.tick().plans) == 1
+
+
+# --- Changes ------------------------------------------------------------------------------------
+
+
+def test_what_was_missed_while_a_schedule_was_paused_is_not_caught_up(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE)
+    clock.change(enabled=False)
+    assert clock.row().next_at is None
+    clock.pass_by(600)
+    assert clock.tick().plans == []
+    clock.change(enabled=True)
+    assert clock.tick().plans == []
+    clock.pass_by(61)
+    assert len(clock.tick().plans) == 1
+
+
+def test_other_times_count_from_now(clock: Clock) -> None:
+    clock.create(cron="0 3 * * *", timezone="Asia/Tokyo")
+    clock.pass_by(DAYS_3)
+    clock.change(cron=None, every_seconds=MINUTE)
+    row = clock.row()
+    assert (row.cron, row.every_seconds, row.timezone) == (None, MINUTE, "UTC")
+    assert clock.tick().plans == []
+    clock.pass_by(61)
+    assert len(clock.tick().plans) == 1
+
+
+def test_another_label_changes_nothing_about_what_was_missed(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE)
+    clock.pass_by(130)
+    clock.change(labels={"team": "support"})
+    (first, _) = clock.tick().plans
+    (run,) = clock.execute("SELECT labels FROM runs WHERE id = :id", id=first.run_id)
+    assert run.labels == {"team": "support"}
+
+
+def test_a_schedule_is_deleted_with_the_firings_that_wait(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE, overlap="queue")
+    clock.pass_by(130)
+    (plan,) = clock.tick().plans
+    with clock.database.transaction() as tx:
+        schedules.remove(tx, "s")
+    clock.end(plan.run_id)
+    assert clock.tick().plans == [] and clock.firings() == []
+    assert len(clock.execute("SELECT FROM runs")) == 1
+    with pytest.raises(ScheduleNotFound), clock.database.transaction() as tx:
+        schedules.remove(tx, "s")
+
+
+def test_a_schedule_fires_when_it_is_told_to(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE, overlap="skip")
+
+    def trigger() -> Any:
+        with clock.database.transaction() as tx:
+            return schedules.trigger(tx, "s", by="key:test")
+
+    with ThreadPoolExecutor(4) as people:
+        plans = [future.result() for future in [people.submit(trigger) for _ in range(8)]]
+    firings = clock.firings()
+    assert {f.run_id for f in firings} == {plan.run_id for plan in plans} and len(firings) == 8
+    assert {(f.status, f.by) for f in firings} == {("started", "key:test")}
+    clock.pass_by(61)
+    assert clock.tick().plans == [] and clock.statuses()[-1] == "skipped"
+
+
+def test_the_next_moments_are_told_also_of_one_that_is_paused(clock: Clock) -> None:
+    clock.create(cron="30 2 * * *", timezone="Europe/Berlin", enabled=False)
+    with clock.database.transaction() as tx:
+        moments = schedules.preview(tx, "s", 3)
+    assert len(moments) == 3 and moments == sorted(moments) and moments[0] > datetime.now(UTC)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"input": {"a": "${nothing.here}"}}, InvalidRequest),
+        ({"input": {"a": "${firing.at + 1}"}}, InvalidRequest),
+        ({"input": {"ticket": 1}}, InvalidInput),
+        ({"workflow_id": "nowhere"}, WorkflowNotFound),
+        ({"version": 7}, WorkflowNotFound),
+        ({"agent_id": "nobody"}, AgentNotFound),
+        ({"every_seconds": 0.5}, InvalidRequest),
+    ],
+)
+def test_what_could_not_fire_is_refused(
+    clock: Clock, values: dict[str, Any], error: type[Exception]
+) -> None:
+    clock.define(inputSchema={"properties": {"ticket": {"type": "string"}}})
+    with pytest.raises(error):
+        clock.create(**{"every_seconds": MINUTE, **values})
+    clock.create(every_seconds=MINUTE)
+    with pytest.raises(error):
+        clock.change(**values)
+    with pytest.raises(ScheduleExists):
+        clock.create(every_seconds=MINUTE)

@@ -157,12 +157,19 @@ class Flag(fields.Field[bool]):
 
 
 class Seconds(fields.Float):
-    """A number of seconds in a body: no text, and more than none."""
+    """A number of seconds in a body: no text, and more than none unless it may be none."""
 
-    def __init__(self, text: str, longest: float, **more: Any) -> None:
-        sentence = "Must be more than {min}, and at most {max}."
-        bounds = validate.Range(0, longest, min_inclusive=False, error=sentence)
-        super().__init__(validate=bounds, metadata=_about(text, exclusiveMinimum=0), **more)
+    def __init__(
+        self, text: str, longest: float, *, may_be_none: bool = False, **more: Any
+    ) -> None:
+        sentence = (
+            "Must be {min} to {max}."
+            if may_be_none
+            else "Must be more than {min}, and at most {max}."
+        )
+        bounds = validate.Range(0, longest, min_inclusive=may_be_none, error=sentence)
+        least = {} if may_be_none else {"exclusiveMinimum": 0}
+        super().__init__(validate=bounds, metadata=_about(text, **least), **more)
 
     def _validated(self, value: Any) -> float:
         if isinstance(value, str):
@@ -585,6 +592,7 @@ class RunSummary(Answer):
     cancel_requested_at = Moment("Set once somebody cancelled it.", null=True)
     parent_task_id = _uuid("The task that runs it as its sub-workflow, if any.", null=True)
     rerun_of = _uuid("The run it is another of, if any.", null=True)
+    schedule = _text("The schedule that fired it, if any.", null=True)
     start_at = Moment("When it was to begin, or was tried again; null: at once.", null=True)
     deadline_at = Moment("It fails if it is not over by then.", null=True)
     created_at = Moment("When it was submitted.")
@@ -900,7 +908,7 @@ class ScheduleChange(Arguments):
         allow_none=True,
     )
     timezone = fields.String(
-        allow_none=True, metadata=_about("Of `cron`; UTC if left out.", example="Europe/Berlin")
+        metadata=_about("IANA name, for `cron`; UTC if left out.", example="Europe/Berlin")
     )
     input = _json("The run's input; `${firing.at}` and `${firing.schedule}` may stand in it.")
     labels = _labels(validate=_check_labels)
@@ -908,9 +916,10 @@ class ScheduleChange(Arguments):
     enabled = Flag("Whether it fires.")
     start_at = Moment("Nothing fires before.", null=True)
     end_at = Moment("Nothing fires after.", null=True)
-    jitter_seconds = fields.Float(
-        validate=validate.Range(0, MAX_JITTER_SECONDS, error="Must be from {min} to {max}."),
-        metadata=_about("Each firing starts up to so much later."),
+    jitter_seconds = Seconds(
+        "It fires up to so much later than its moments, always by the same time.",
+        MAX_JITTER_SECONDS,
+        may_be_none=True,
     )
     overlap = _one_of(Overlap, "What to do while the run before is not over.")
     catch_up = _one_of(CatchUp, "Which moments fire that were missed while no beat ran.")
@@ -936,8 +945,9 @@ class ScheduleArguments(ScheduleChange):
 
 
 _SCHEDULE_DEFAULTS: Mapping[str, Any] = {
-    **{name: None for name in ("version", "agent_id", "cron", "every_seconds", "timezone")},
-    **{"start_at": None, "end_at": None, "input": {}, "labels": {}, "enabled": True},
+    **{name: None for name in ("version", "agent_id", "cron", "every_seconds")},
+    **{"timezone": "UTC", "start_at": None, "end_at": None},
+    **{"input": {}, "labels": {}, "enabled": True},
     **{"priority": PRIORITIES["normal"], "jitter_seconds": 0.0, "overlap": str(Overlap.SKIP)},
     **{"catch_up": str(CatchUp.LAST), "catch_up_window_seconds": 86_400.0},
 }
@@ -952,7 +962,7 @@ class Schedule(Answer):
     agent_id = _text(null=True)
     cron = _text(null=True, example="30 2 * * *")
     every_seconds = fields.Float(allow_none=True)
-    timezone = _text("Null: UTC.", null=True)
+    timezone = _text("Of `cron`.", example="Europe/Berlin")
     input = _json("As it was given.")
     labels = _labels()
     priority = Priority("Who is first among those who wait.")
@@ -963,7 +973,7 @@ class Schedule(Answer):
     overlap = _one_of(Overlap)
     catch_up = _one_of(CatchUp)
     catch_up_window_seconds = fields.Float()
-    next_at = Moment("When it fires next; null: never again.", null=True)
+    next_at = Moment("When it fires next; null: it is paused, or never again.", null=True)
     created_at = Moment("When it was created.")
     updated_at = Moment("When it was changed.")
 
@@ -996,6 +1006,7 @@ class Firing(Answer):
     by = _text("`schedule`, or who had it fire.", example="schedule")
     error = fields.Nested(Fault, allow_none=True)
     run_id = _uuid("The run it started.", null=True)
+    run_status = _text("What that run is now.", null=True, example="completed")
     decided_at = Moment("When it was decided.")
 
 

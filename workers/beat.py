@@ -4,61 +4,71 @@
 
 Schedules are rows (see `opscore.schedules`); whoever locks one decides. A change is seen within a
 second, and what is committed is published like any other run: should beat die in between, the
-keeper does that.
+keeper does that. It keeps nothing, in no file.
 """
 
+import os
 from typing import Any
 
+from celery import signals
 from celery.beat import Scheduler
 from sqlalchemy.exc import SQLAlchemyError
 
-from opscore import logs, schedules
-from workers.app import process
+from opscore import logs, migrations, schedules
+from opscore.config import Settings
+from opscore.db import Database
+from opscore.dispatch import Dispatcher
 
 log = logs.get(__name__)
 
-LONGEST_PAUSE_SECONDS = 0.5
-"""Between two looks at what is due: a change of a schedule is seen within a second."""
-SCHEDULES_AT_ONCE = 50
-"""In one transaction: beats beside this one take others."""
+PAUSE_SECONDS = 0.2
+"""Between two looks at what is due: so late a firing may be, and so late a change is seen."""
+SCHEDULES_AT_ONCE = 20
+"""In one transaction: what is committed is published, and beats beside this one take others."""
 
 
 class Beat(Scheduler):
     """Celery's scheduler, with rows for a schedule."""
 
     def setup_schedule(self) -> None:
-        """Have nothing in memory: rows are the schedule."""
-
-    def get_schedule(self) -> dict[str, Any]:
-        return {}
-
-    def set_schedule(self, schedule: Any) -> None: ...
-
-    schedule = property(get_schedule, set_schedule)
+        """Connect, and make sure that the rows are there."""
+        settings = Settings.from_env(os.environ)
+        migrations.check(settings.database_url)
+        self.database = Database(settings.database_url, pool_size=2, application="beat")
+        self.dispatcher = Dispatcher(self.app, self.database, settings)
 
     def tick(self, *_: Any, **__: Any) -> float:
         """Fire what is due, and return in how many seconds to look again."""
         try:
-            while self._fire():
-                pass
+            return 0 if self.fire() else PAUSE_SECONDS
         except SQLAlchemyError as error:
             log.warning("beat.database_away", error=repr(error)[:300])
-        return LONGEST_PAUSE_SECONDS
+        except Exception:
+            # Whatever is wrong with one firing, the others have their time.
+            log.exception("beat.tick_failed")
+        return PAUSE_SECONDS
 
-    def _fire(self) -> bool:
+    def fire(self) -> bool:
         """Fire some of what is due; False if that was all."""
-        with process.database.transaction() as tx:
+        with self.database.transaction() as tx:
             fired = schedules.tick(tx, SCHEDULES_AT_ONCE)
         for plan in fired.plans:
-            process.dispatcher.publish(plan)
+            self.dispatcher.publish(plan)
         for run_id in fired.cancelled:
-            process.dispatcher.follow_end(run_id)
+            self.dispatcher.follow_end(run_id)
         return fired.has_more
 
-    def sync(self) -> None: ...
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of the database; there is nothing to be written."""
+        self.database.close()
 
     @property
     def info(self) -> str:
         return "    . schedules -> PostgreSQL"
+
+
+@signals.setup_logging.connect
+def configure_logging(**_: Any) -> None:
+    """Log as every opscore process does."""
+    settings = Settings.from_env(os.environ)
+    logs.configure(settings.log_level, settings.log_format)

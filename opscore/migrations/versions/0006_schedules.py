@@ -25,7 +25,7 @@ def upgrade() -> None:
         sa.Column("agent_id", sa.Text()),
         sa.Column("cron", sa.Text()),
         sa.Column("every_seconds", sa.Float()),
-        sa.Column("timezone", sa.Text()),
+        sa.Column("timezone", sa.Text(), nullable=False),
         sa.Column("input", JSON, nullable=False),
         sa.Column("labels", JSON, server_default=sa.text("'{}'"), nullable=False),
         sa.Column("priority", sa.Integer(), server_default="1", nullable=False),
