@@ -6,6 +6,8 @@
     │   ├── InvalidDefinition
     │   ├── InvalidInput
     │   └── InvalidRequest
+    ├── NotFound                AgentNotFound, RunNotFound, ScheduleNotFound, TaskNotFound,
+    │                           WorkflowNotFound
     ├── Conflict                KeyReused, ScheduleExists, RunFinished, RunEnding, RunNotPaused,
     │                           RunNotFailed, NothingToRetry, ApprovalRefused, ReportRefused,
     │                           StaleNotice

@@ -194,8 +194,6 @@ class Recurrence:
         moment = _utc(moment)
         if self.start_at and moment < self.start_at:
             moment = self.start_at - _MICROSECOND
-        if self.end_at and moment >= self.end_at:
-            return None
         try:
             found = self.rule.after(moment)
         except OverflowError:  # the year 10,000
@@ -337,7 +335,7 @@ _FIELDS = (
 def _expanded(cron: str) -> str:
     fields = " ".join(ALIASES.get(cron.strip().lower(), cron).split())
     # cronsim takes the range of one value with a step (5-5/2) for an open one (5-59/2).
-    return fields or re.sub(r"\b(\w+)-\1/[1-9]\d*", r"\1", fields)
+    return re.sub(r"\b(\w+)-\1/[1-9]\d*", r"\1", fields)
 
 
 def _check_kind(

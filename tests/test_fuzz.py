@@ -80,6 +80,7 @@ def fill(client: Client) -> dict[str, list[Any]]:
         "agentId": agents,
         "workflowId": ["report"],
         "number": [1],
+        "name": _schedules(client),
     }
 
 
@@ -107,6 +108,16 @@ def _rows(client: Client) -> tuple[list[str], list[str]]:
                 add_event(tx, runs[-1], f"task.{kind}", tasks[-1], attempt=1)
             add_items(tx, runs[-1], tasks[-1], ["completed", "pending"])
     return [str(run) for run in runs], [str(task) for task in tasks]
+
+
+def _schedules(client: Client) -> list[str]:
+    """Write schedules, each of which fired; there are many, for requests delete them."""
+    names = [f"every-{number}" for number in range(2 * EACH)]
+    for name in names:
+        wanted = {"name": name, "workflowId": "report", "everySeconds": 60, "overlap": "allow"}
+        assert client.post("/schedules", wanted).status_code == 201
+        assert client.post(f"/schedules/{name}/trigger").status_code == 202
+    return names
 
 
 def _open_tasks(client: Client) -> Iterator[tuple[str, str]]:

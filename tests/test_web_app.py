@@ -533,6 +533,7 @@ def test_every_operation_describes_its_answers_and_its_errors(client: Client) ->
 
 STARTS = ("POST /v1/opscore/runs", "POST /v1/opscore/agent/{agentId}/workflow")
 STARTS += ("POST /v1/opscore/tasks", "POST /v1/opscore/runs/{runId}/rerun")
+STARTS += ("POST /v1/opscore/schedules/{name}/trigger",)
 
 
 def test_what_starts_a_run_describes_the_key_that_makes_it_safe_to_repeat(client: Client) -> None:

@@ -41,6 +41,7 @@ RUN = {
     "cancelRequestedAt",
     "parentTaskId",
     "rerunOf",
+    "schedule",
     "startAt",
     "deadlineAt",
     "createdAt",
