@@ -47,7 +47,8 @@ KNOWN = 0.8
 JUDGED = ["2xx", "400", "401", "404", "409", "422"]
 """What may become of a body or a cursor that fits its schema. No schema tells what an expression
 means, which URLs are allowed, what a function agent has, or of which list a cursor is (422); nor
-that an id is that of the path, or that YAML's 1e3 is a number (400)."""
+that an id is that of the path, or that YAML's 1e3 is a number (400). And what a schedule says may
+not fit its workflow any more (422)."""
 
 
 # --- What is there ------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def judging(document: dict[str, Any]) -> list[str]:
         for path in document["paths"].values()
         for operation in path.values()
         if "requestBody" in operation
-        or "cursor" in {parameter["name"] for parameter in operation["parameters"]}
+        or {"cursor", "Idempotency-Key"} & {given["name"] for given in operation["parameters"]}
     ]
 
 

@@ -246,9 +246,13 @@ class Running:
     def process(self, name: str) -> Any:
         return next(p for p in self.state()["processes"] if p["name"] == name)
 
-    def get(self, path: str) -> Any:
-        bearer = {"Authorization": f"Bearer {self.env['OPSCORE_API_KEY']}"}
-        request = Request(self.env["OPSCORE_API_URL"] + path, headers=bearer)
+    def get(self, path: str, body: Any = None) -> Any:
+        """Ask for what is there; with a body, POST it."""
+        headers = {"Authorization": f"Bearer {self.env['OPSCORE_API_KEY']}"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(self.env["OPSCORE_API_URL"] + path, data, headers)
         with urlopen(request, timeout=10) as answer:
             return json.load(answer)
 
@@ -351,7 +355,21 @@ def test_flower_asks_who_looks(stack: Running) -> None:
         assert answer.status == 200
 
 
-@pytest.mark.parametrize("name", ["postgres", "valkey", "worker-agents", "web"])
+def test_beat_fires_schedules_and_keeps_no_file(stack: Running) -> None:
+    every = {"name": "tick", "workflowId": "greeting", "everySeconds": 1, "overlap": "allow"}
+    stack.get("/v1/opscore/schedules", every)
+
+    def firings() -> Any:
+        return stack.get("/v1/opscore/schedules/tick/firings")["items"]
+
+    until(lambda: [f["runStatus"] for f in firings()].count("completed") >= 3, firings)
+    assert not stack.get("/v1/opscore/schedules/tick/pause", {})["enabled"]
+    assert {path.suffix for path in (stack.data / "run").iterdir()} <= {".ready"}
+    here = {path.name for path in stack.folder.iterdir()} - {"__pycache__"}
+    assert here == {".opscore", "flows", "my_agents.py", "web"}
+
+
+@pytest.mark.parametrize("name", ["postgres", "valkey", "worker-agents", "beat", "web"])
 def test_what_dies_comes_back_on_the_same_port(stack: Running, name: str) -> None:
     before = stack.process(name)
     os.kill(before["pid"], signal.SIGKILL)
