@@ -9,16 +9,16 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, func, select, text, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from uuid6 import uuid7
 
 from opscore import engine, logs
-from opscore.db import Tx
+from opscore.db import Prepared, Tx
 from opscore.engine import Plan, Submission
 from opscore.errors import (
     InvalidRequest,
@@ -40,6 +40,8 @@ MOST_AT_ONCE = 10
 """Moments of one schedule that a tick fires; others have their turn, then the next goes on."""
 LONGEST_QUEUE = 100
 """Firings that wait for the run before them; one more is skipped."""
+CACHED_RECURRENCES = 1_024
+"""That a process keeps, parsed."""
 RETRY_SECONDS = 10.0
 """After trouble nobody foresaw, a schedule is left alone for so long."""
 UTC_ZONE = "UTC"
@@ -156,7 +158,12 @@ def recurrence_of(row: Mapping[str, Any]) -> Recurrence:
     Raises:
         InvalidRequest: its times cannot be.
     """
-    return Recurrence.parse(row["created_at"], **{key: row[key] for key in _TIMES})
+    return _parsed(row["created_at"], *(row[key] for key in _TIMES))
+
+
+@lru_cache(CACHED_RECURRENCES)
+def _parsed(created_at: datetime, *times: Any) -> Recurrence:
+    return Recurrence.parse(created_at, **dict(zip(_TIMES, times, strict=True)))
 
 
 def _check(tx: Tx, row: Mapping[str, Any], created_at: datetime) -> Recurrence:
@@ -224,7 +231,7 @@ def _delay(row: Mapping[str, Any]) -> timedelta:
 
 # --- Firing -------------------------------------------------------------------------------------
 
-_WAITING = text(
+_WAITING = Prepared(
     f"""
 SELECT DISTINCT f.schedule FROM firings f
 WHERE f.status = 'waiting' AND NOT EXISTS (
@@ -232,9 +239,22 @@ WHERE f.status = 'waiting' AND NOT EXISTS (
 LIMIT :limit
 """
 )
-_OPEN_RUNS = text(
+_OPEN_RUNS = Prepared(
     f"""
 SELECT id FROM runs r WHERE r.schedule = :name AND NOT r.status IN {listed(RUN_ENDED)} ORDER BY id
+"""
+)
+_WRITE = Prepared(
+    """
+INSERT INTO firings (schedule, moment, status, by, error, run_id)
+VALUES (:schedule, :moment, :status, :by, :error, :run_id)
+ON CONFLICT DO NOTHING RETURNING 1
+""",
+    json_or_null=("error",),
+)
+_DECIDED = Prepared(
+    """
+UPDATE schedules SET decided_at = :decided_at, next_at = :next_at WHERE name = :name RETURNING 1
 """
 )
 
@@ -250,7 +270,7 @@ def tick(tx: Tx, limit: int) -> Fired:
     due = _lock(tx, is_due, limit)
     for row in due:
         _apart(tx, row, fired, partial(_decide, now=now))
-    names = list(tx.execute(_WAITING, {"limit": limit}).scalars())
+    names = _WAITING(tx, {"limit": limit}).scalars()
     waiting = _lock(tx, Schedule.name.in_(names), limit) if names else []
     for row in waiting:
         _apart(tx, row, fired, _start_next)
@@ -303,20 +323,21 @@ def _decide(tx: Tx, row: Mapping[str, Any], fired: Fired, now: datetime) -> None
     if due.next_at is not None and due.next_at <= until:
         # There are more: whoever became due meanwhile is first.
         fired.has_more = True
-        return _set(tx, row["name"], decided_at=due.moments[-1], next_at=now)
-    next_at = _later(due.next_at, delay)
-    return _set(tx, row["name"], decided_at=max(until, decided), next_at=next_at)
+        return _decided(tx, row, due.moments[-1], now)
+    return _decided(tx, row, max(until, decided), _later(due.next_at, delay))
 
 
 def _give_up(tx: Tx, row: Mapping[str, Any], error: OpsCoreError) -> None:
     """Record that a schedule's times cannot be read any more; it fires again once it is changed."""
     _tell(row["name"], row["next_at"], error)
     _write(tx, row["name"], row["next_at"], FiringStatus.FAILED, error=_told(error))
-    _set(tx, row["name"], next_at=None)
+    _decided(tx, row, row["decided_at"], None)
 
 
-def _set(tx: Tx, name: str, **values: Any) -> None:
-    tx.execute(update(Schedule).where(Schedule.name == name).values(**values))
+def _decided(
+    tx: Tx, row: Mapping[str, Any], decided_at: datetime, next_at: datetime | None
+) -> None:
+    _DECIDED(tx, {"name": row["name"], "decided_at": decided_at, "next_at": next_at})
 
 
 def _fire(tx: Tx, row: Mapping[str, Any], moment: datetime, fired: Fired) -> None:
@@ -431,17 +452,12 @@ def _write(
     run_id: UUID | None = None,
 ) -> bool:
     """Write a firing; False if the moment was decided already."""
-    statement = (
-        upsert(Firing)
-        .values(schedule=name, moment=moment, status=status, by=by, error=error, run_id=run_id)
-        .on_conflict_do_nothing()
-        .returning(Firing.moment)
-    )
-    return tx.execute(statement).first() is not None
+    values = {"schedule": name, "moment": moment, "status": status, "by": by}
+    return bool(_WRITE(tx, {**values, "error": error, "run_id": run_id}))
 
 
 def _open_runs(tx: Tx, name: str) -> list[UUID]:
-    return list(tx.execute(_OPEN_RUNS, {"name": name}).scalars())
+    return _OPEN_RUNS(tx, {"name": name}).scalars()
 
 
 def _waiting(tx: Tx, name: str) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, insert, select, text
 
 from opscore import slots
-from opscore.db import Tx
+from opscore.db import Prepared, Tx
 from opscore.definition import Child, Definition, parse
 from opscore.errors import InvalidDefinition, WorkflowNotFound
 from opscore.models import Workflow
@@ -99,18 +99,22 @@ def _is_created(tx: Tx, workflow_id: str) -> bool:
     return tx.execute(created.limit(1)).first() is not None
 
 
+_FIND = Prepared(
+    """
+SELECT version, digest FROM workflows
+WHERE workflow_id = :workflow_id AND version = coalesce(
+    :version, (SELECT max(version) FROM workflows WHERE workflow_id = :workflow_id AND NOT inline))
+"""
+)
+
+
 def find_workflow(tx: Tx, workflow_id: str, version: int | None = None) -> StoredWorkflow:
     """Return a version of a workflow, the newest by default.
 
     Raises:
         WorkflowNotFound: no such workflow, or no such version of it.
     """
-    query = select(Workflow.version, Workflow.digest).where(Workflow.workflow_id == workflow_id)
-    if version is None:
-        query = query.where(~Workflow.inline).order_by(Workflow.version.desc()).limit(1)
-    else:
-        query = query.where(Workflow.version == version)
-    row = tx.execute(query).one_or_none()
+    row = _FIND(tx, {"workflow_id": workflow_id, "version": version}).first()
     if row is None:
         raise no_workflow(workflow_id, version)
     return StoredWorkflow(
