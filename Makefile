@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet install
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fleet plays up down test fuzz bench chaos growth lint check clean
+.PHONY: help setup demo fleet plays up down test fuzz bench chaos growth beats lint check clean
 
 help: ## Show this
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -42,6 +42,9 @@ chaos: .venv/.dev ## Break things under load (ARGS="--short --only flushall --se
 
 growth: .venv/.dev ## Measure with a million runs in the tables (ARGS="--short")
 	@.venv/bin/python -m bench.growth $(ARGS)
+
+beats: .venv/.dev ## Fire schedules with three beats, killed at random (ARGS="--seconds 20 --seed 7")
+	@.venv/bin/python -m bench.beats $(ARGS)
 
 lint: .venv/.dev ## Check style, types and floors
 	@.venv/bin/ruff check .

@@ -238,7 +238,7 @@ def _judge(database: Database, scene: Scene, arrivals: Arrivals, result: Result)
     for firing in fired:
         by_name[firing.schedule].append(firing)
     for row in rows:
-        result.complaints += _faults(row, by_name[row.name])
+        result.complaints += faults(row, by_name[row.name])
     result.moments = len(fired)
     came = [(firing.moment, arrivals.at.get(UUID(firing.task))) for firing in fired if firing.task]
     result.late = sorted(at - moment.timestamp() for moment, at in came if at is not None)
@@ -246,7 +246,7 @@ def _judge(database: Database, scene: Scene, arrivals: Arrivals, result: Result)
     result.complaints += _sums(result, scene, runs, max(arrivals.times.values(), default=0))
 
 
-def _faults(row: Any, firings: Sequence[Any]) -> Iterator[str]:
+def faults(row: Any, firings: Sequence[Any]) -> Iterator[str]:
     """Say what is wrong with what one schedule fired."""
     count = (row.decided_at - row.created_at) // STEP
     wanted = [row.created_at + (number + 1) * STEP for number in range(count)]
