@@ -233,9 +233,10 @@ def _delay(row: Mapping[str, Any]) -> timedelta:
 
 _WAITING = Prepared(
     f"""
-SELECT DISTINCT f.schedule FROM firings f
+SELECT f.schedule FROM firings f JOIN schedules s ON s.name = f.schedule AND s.enabled
 WHERE f.status = 'waiting' AND NOT EXISTS (
     SELECT FROM runs r WHERE r.schedule = f.schedule AND NOT r.status IN {listed(RUN_ENDED)})
+GROUP BY f.schedule ORDER BY random()  -- so that none stands in the way of others for ever
 LIMIT :limit
 """
 )
@@ -271,10 +272,9 @@ def tick(tx: Tx, limit: int) -> Fired:
     for row in due:
         _apart(tx, row, fired, partial(_decide, now=now))
     names = _WAITING(tx, {"limit": limit}).scalars()
-    waiting = _lock(tx, Schedule.name.in_(names), limit) if names else []
-    for row in waiting:
+    for row in _lock(tx, Schedule.name.in_(names), limit) if names else ():
         _apart(tx, row, fired, _start_next)
-    fired.has_more |= limit in (len(due), len(waiting))
+    fired.has_more |= len(due) == limit
     return fired
 
 

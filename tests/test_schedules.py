@@ -313,6 +313,19 @@ def test_what_waits_while_a_schedule_is_paused_goes_on_waiting(clock: Clock) -> 
     assert len(clock.tick().plans) == 1
 
 
+def test_paused_schedules_stand_in_nobodys_way(clock: Clock) -> None:
+    for name in ("a", "b", "c"):
+        clock.create(name, every_seconds=MINUTE, overlap="queue")
+        clock.pass_by(130, name)
+    for plan in clock.tick().plans:
+        clock.end(plan.run_id)
+    for name in ("a", "b"):
+        clock.change(name, enabled=False)
+    with clock.database.transaction() as tx:
+        assert len(schedules.tick(tx, 1).plans) == 1
+    assert clock.statuses("c") == ["started", "started"]
+
+
 def test_the_run_before_is_cancelled(clock: Clock) -> None:
     clock.create(every_seconds=MINUTE, overlap="cancel_previous")
     clock.pass_by(130)
