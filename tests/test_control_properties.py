@@ -64,6 +64,7 @@ from opscore.engine import (
 )
 from opscore.errors import (
     ApprovalRefused,
+    NothingToRetry,
     OpsCoreError,
     RunEnding,
     RunFinished,
@@ -975,7 +976,19 @@ class Interleaving(RuleBasedStateMachine):
         failed = [run for run in self.runs if run.status == "failed" and not run.parent_task_id]
         if not failed:
             return IMPOSSIBLE
-        self._retry(chance.one_of(failed), chance.is_so, chance.is_lost)
+        run = chance.one_of(failed)
+        if self._can_retry(run):
+            return self._retry(run, chance.is_so, chance.is_lost)
+        with pytest.raises(NothingToRetry):
+            CALLS["retry"](self.world, run, {})
+        return None
+
+    def _can_retry(self, run: Any) -> bool:
+        """Tell whether a task failed: not only the output, or at its deadline the run."""
+        tasks = self.world.tasks(run.id)
+        return any(
+            t.status == "cancelled" or (t.status == "failed" and not t.goes_on) for t in tasks
+        )
 
     def _retry(self, run: Any, has_overrides: bool = False, lost: bool = False) -> None:
         failed = [t for t in self.world.tasks(run.id) if t.status == "failed" and not t.goes_on]
@@ -1017,6 +1030,7 @@ class Interleaving(RuleBasedStateMachine):
             return
         self._come_to_an_end(doom=self.doom)
         failed = [r for r in self.world.runs() if r.status == "failed" and not r.parent_task_id]
+        failed = [run for run in failed if self._can_retry(run)]
         for run in failed:
             self._retry(run)
         self._come_to_an_end()

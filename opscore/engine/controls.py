@@ -267,9 +267,10 @@ def retry_run(
         raise RunNotFailed(status=status)
     _check_overrides(tx, run_id, overrides or {})
     given = {"run_id": run_id, "overrides": dict(overrides or {})}
-    tasks = sorted({name for name in _REOPEN(tx, given).scalars() if name != END})
-    if not tasks:
+    names = set(_REOPEN(tx, given).scalars())
+    if not names:
         raise NothingToRetry
+    tasks = sorted(names - {END})
     (row,) = _RETRY_RUN(tx, given | {"by": by, "tasks": tasks})
     # Whoever ran it may have been told already that it is over. (The task comes before its run.)
     _WAITS_AGAIN(tx, {"task_id": row.parent_task_id})

@@ -187,7 +187,7 @@ SELECT c.id, c.status FROM tasks t JOIN runs c ON c.id = t.child_run_id
 WHERE t.id = :task_id AND c.cancel_requested_at IS NULL
   -- Unless there is nothing of it to be tried again: see `retry_run`.
   AND (c.status <> 'failed' OR EXISTS (
-      SELECT FROM tasks d WHERE d.run_id = c.id AND d.definition_id <> ''
+      SELECT FROM tasks d WHERE d.run_id = c.id
       AND (d.status = 'cancelled' OR d.status = 'failed' AND NOT d.goes_on) OFFSET 0))
 FOR NO KEY UPDATE OF c
 """
