@@ -8,9 +8,9 @@
     │   └── InvalidRequest
     ├── NotFound                AgentNotFound, RunNotFound, ScheduleNotFound, TaskNotFound,
     │                           WorkflowNotFound
-    ├── Conflict                KeyReused, ScheduleExists, RunFinished, RunEnding, RunNotPaused,
-    │                           RunNotFailed, NothingToRetry, ApprovalRefused, ReportRefused,
-    │                           StaleNotice
+    ├── Conflict                KeyReused, WorkflowArchived, ScheduleExists, RunFinished, RunEnding,
+    │                           RunNotPaused, RunNotFailed, NothingToRetry, ApprovalRefused,
+    │                           ReportRefused, StaleNotice
     ├── Unavailable             a server we need is away
     └── AgentSignal             AgentBusy, RetryLater, GiveUp: what an agent may raise on purpose
 
@@ -119,6 +119,12 @@ class KeyReused(Conflict):
     """This Idempotency-Key came with another request already; send this one with a new key."""
 
     code = "idempotency_key_reused"
+
+
+class WorkflowArchived(Conflict):
+    """Workflow {workflow_id!r} is archived; POST /workflows/{workflow_id}/restore undoes that."""
+
+    code = "workflow_archived"
 
 
 class RunFinished(Conflict):

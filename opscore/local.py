@@ -34,7 +34,7 @@ from urllib.parse import urlsplit
 import redis
 
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE, Settings
-from opscore.errors import ConfigurationError, OpsCoreError
+from opscore.errors import ConfigurationError, OpsCoreError, WorkflowArchived
 from opscore.processes import Child, Program, State, Supervisor, wait_until
 from opscore.servers import (
     LOOPBACK,
@@ -540,6 +540,9 @@ def _post_workflow(file: Path, api: str, key: str, say: Callable[[str], None]) -
         said = json.loads(answer)
     except ValueError:
         said = {}
+    if said.get("code") == WorkflowArchived.code:
+        say(f"{said.get('detail')} ({file.name})")
+        return None
     if status not in (200, 201):
         return "\n".join([f"{file}: {said.get('detail', f'HTTP {status}')}", *_faults(said)])
     new = "is new" if status == 201 else "is there already"

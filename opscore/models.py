@@ -104,6 +104,16 @@ class Workflow(Base):
     )
 
 
+class ArchivedWorkflow(Base):
+    """A workflow that gets no new runs and versions; those that exist go on."""
+
+    __tablename__ = "archived_workflows"
+
+    workflow_id: Mapped[str] = mapped_column(primary_key=True)
+    archived_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    by: Mapped[str]
+
+
 class Agent(Base):
     """A named provider of capabilities."""
 

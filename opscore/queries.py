@@ -44,6 +44,7 @@ from opscore.models import (
     RUN_STATUS,
     Agent,
     AgentReport,
+    ArchivedWorkflow,
     Attempt,
     AttemptLog,
     Firing,
@@ -769,8 +770,11 @@ _WORKFLOW = (
 )
 
 
-def list_workflows(tx: Tx, *, after: Key | None, limit: int) -> Page:
-    """Return a page of the newest version of each workflow that was created by name."""
+def list_workflows(tx: Tx, *, archived: bool = False, after: Key | None, limit: int) -> Page:
+    """Return a page of the newest version of each workflow that was created by name.
+
+    `archived`: of those that are archived; else of those that are not.
+    """
     newest = (
         select(*_WORKFLOW)
         .ext(distinct_on(Workflow.workflow_id))
@@ -778,7 +782,12 @@ def list_workflows(tx: Tx, *, after: Key | None, limit: int) -> Page:
         .order_by(Workflow.workflow_id, Workflow.version.desc())
         .subquery()
     )
-    statement = select(newest)
+    archived_at = ArchivedWorkflow.archived_at
+    statement = (
+        select(newest, archived_at)
+        .outerjoin(ArchivedWorkflow, ArchivedWorkflow.workflow_id == newest.c.workflow_id)
+        .where(archived_at.is_not(None) if archived else archived_at.is_(None))
+    )
     if after is not None:
         statement = statement.where(tuple_(newest.c.created_at, newest.c.workflow_id) < after)
     statement = statement.order_by(newest.c.created_at.desc(), newest.c.workflow_id.desc())
@@ -793,7 +802,7 @@ def get_workflow(tx: Tx, workflow_id: str, version: int | None = None) -> Row:
     """
     wanted = ~Workflow.inline if version is None else Workflow.version == version
     statement = (
-        select(*_WORKFLOW)
+        _workflow_versions()
         .where(Workflow.workflow_id == workflow_id, wanted)
         .order_by(Workflow.version.desc())
         .limit(1)
@@ -804,13 +813,19 @@ def get_workflow(tx: Tx, workflow_id: str, version: int | None = None) -> Row:
     return row
 
 
+def _workflow_versions() -> Statement:
+    return select(*_WORKFLOW, ArchivedWorkflow.archived_at).outerjoin(
+        ArchivedWorkflow, ArchivedWorkflow.workflow_id == Workflow.workflow_id
+    )
+
+
 def list_versions(tx: Tx, workflow_id: str, *, after: Key | None, limit: int) -> Page:
     """Return a page of the workflow's versions, newest first.
 
     Raises:
         WorkflowNotFound
     """
-    statement = select(*_WORKFLOW).where(Workflow.workflow_id == workflow_id, ~Workflow.inline)
+    statement = _workflow_versions().where(Workflow.workflow_id == workflow_id, ~Workflow.inline)
     if after is not None:
         statement = statement.where(tuple_(Workflow.version) < after)
     page = _page(tx, statement.order_by(Workflow.version.desc()), limit, "version")

@@ -71,7 +71,8 @@ def create(tx: Tx, values: Mapping[str, Any]) -> list[str]:
     """Write a schedule; return what in it looks as if something else was meant.
 
     Raises:
-        InvalidRequest, InvalidInput, WorkflowNotFound, AgentNotFound: what cannot be.
+        InvalidRequest, InvalidInput, WorkflowNotFound, WorkflowArchived, AgentNotFound: what
+            cannot be.
         ScheduleExists
     """
     now = _now(tx)
@@ -91,11 +92,12 @@ def create(tx: Tx, values: Mapping[str, Any]) -> list[str]:
 def change(tx: Tx, name: str, values: Mapping[str, Any]) -> list[str]:
     """Change a schedule. Other times count from now; one that was paused does not catch up.
 
-    Whatever is wrong with a schedule, it can be paused.
+    Whatever is wrong with a schedule, it can be paused; and resumed, if its times can be read.
 
     Raises:
         ScheduleNotFound
-        InvalidRequest, InvalidInput, WorkflowNotFound, AgentNotFound: as `create`.
+        InvalidRequest, InvalidInput, WorkflowNotFound, WorkflowArchived, AgentNotFound: as
+            `create`.
     """
     before = _locked(tx, name)
     row = {**before, **values}
@@ -133,7 +135,8 @@ def trigger(tx: Tx, name: str, *, by: str, request_id: str | None = None) -> Pla
 
     Raises:
         ScheduleNotFound
-        InvalidInput, InvalidRequest, WorkflowNotFound, AgentNotFound: as `submit_run`.
+        InvalidInput, InvalidRequest, WorkflowNotFound, WorkflowArchived, AgentNotFound: as
+            `submit_run`.
     """
     row = _locked(tx, name)
     moment = _now(tx)
@@ -173,7 +176,9 @@ def _check(tx: Tx, row: Mapping[str, Any], created_at: datetime) -> Recurrence:
     template = Template.compile(row["input"], "/input", faults, FIRING_NAMES)
     if faults:
         raise InvalidRequest(faults)
-    definition = find_workflow(tx, row["workflow_id"], row["version"]).definition
+    stored = find_workflow(tx, row["workflow_id"], row["version"])
+    stored.check_open()
+    definition = stored.definition
     try:
         definition.check_input(template.render(_scope(row["name"], created_at)))
     except ExpressionError as error:

@@ -2,21 +2,24 @@
 
 A document that is the newest version's own again makes no new version. A definition that came
 inline with a trigger is kept too, since its runs must mean the same next month, but it is never
-`latest`.
+`latest`. A workflow may be archived: it is found as before, for the runs it has, and gets no more.
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 
-from sqlalchemy import func, insert, select, text
+from sqlalchemy import case, delete, func, insert, select, text
+from sqlalchemy.dialects.postgresql import insert as upsert
 
 from opscore import slots
 from opscore.db import Prepared, Tx
 from opscore.definition import Child, Definition, parse
-from opscore.errors import InvalidDefinition, WorkflowNotFound
-from opscore.models import Workflow
+from opscore.errors import InvalidDefinition, WorkflowArchived, WorkflowNotFound
+from opscore.models import ArchivedWorkflow, Workflow
 
 CACHED_DEFINITIONS = 256
 """Compiled definitions a process keeps."""
@@ -29,6 +32,16 @@ class StoredWorkflow:
     workflow_id: str
     version: int
     definition: Definition
+    archived_at: datetime | None = None
+
+    def check_open(self) -> None:
+        """Make sure that it gets new runs.
+
+        Raises:
+            WorkflowArchived
+        """
+        if self.archived_at is not None:
+            raise WorkflowArchived(workflow_id=self.workflow_id)
 
 
 _compiled: dict[tuple[str, int, str], Definition] = {}
@@ -43,18 +56,15 @@ def create_workflow(
 
     Raises:
         InvalidDefinition: it has neither id nor name; or it runs another workflow that is not
-            there, or that leads back to it.
+            there, is archived, or leads back to it.
+        WorkflowArchived
     """
     workflow_id = id_of(definition)
     check_children(tx, workflow_id, definition)
     digest = _digest(definition)
     same = _same_version(tx, workflow_id, digest, inline)
     if same is None:
-        # Two creations at once count up one after the other.
-        tx.execute(
-            text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"),
-            {"key": f"workflow:{workflow_id}"},
-        )
+        _lock(tx, workflow_id)  # two creations at once count up one after the other
         same = _same_version(tx, workflow_id, digest, inline)
     if same is not None:
         return StoredWorkflow(workflow_id, same, definition), False
@@ -79,6 +89,14 @@ def create_workflow(
     return StoredWorkflow(workflow_id, version, definition), True
 
 
+def _lock(tx: Tx, workflow_id: str) -> None:
+    """Have who else writes a version of the workflow, or archives it, wait for this transaction."""
+    tx.execute(
+        text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"),
+        {"key": f"workflow:{workflow_id}"},
+    )
+
+
 def id_of(definition: Definition) -> str:
     """Return the id a definition is stored under: its own, else one made from its name.
 
@@ -99,9 +117,42 @@ def _is_created(tx: Tx, workflow_id: str) -> bool:
     return tx.execute(created.limit(1)).first() is not None
 
 
+# --- Archiving ----------------------------------------------------------------------------------
+
+
+def archive_workflow(tx: Tx, workflow_id: str, by: str) -> None:
+    """Let a workflow get no new runs and versions; those that exist go on. Twice is once.
+
+    A run that is submitted at this moment may still come to be.
+
+    Raises:
+        WorkflowNotFound: also if all there is of it came inline.
+    """
+    _lock(tx, workflow_id)
+    if not _is_created(tx, workflow_id):
+        raise no_workflow(workflow_id)
+    values = {"workflow_id": workflow_id, "by": by}
+    tx.execute(upsert(ArchivedWorkflow).values(**values).on_conflict_do_nothing())
+
+
+def restore_workflow(tx: Tx, workflow_id: str) -> None:
+    """Undo `archive_workflow`; of one that is not archived nothing changes.
+
+    Raises:
+        WorkflowNotFound: also if all there is of it came inline.
+    """
+    if not _is_created(tx, workflow_id):
+        raise no_workflow(workflow_id)
+    tx.execute(delete(ArchivedWorkflow).where(ArchivedWorkflow.workflow_id == workflow_id))
+
+
+# --- Finding ------------------------------------------------------------------------------------
+
 _FIND = Prepared(
     """
-SELECT version, digest FROM workflows
+SELECT version, digest, (
+    SELECT archived_at FROM archived_workflows WHERE workflow_id = :workflow_id) AS archived_at
+FROM workflows
 WHERE workflow_id = :workflow_id AND version = coalesce(
     :version, (SELECT max(version) FROM workflows WHERE workflow_id = :workflow_id AND NOT inline))
 """
@@ -109,7 +160,7 @@ WHERE workflow_id = :workflow_id AND version = coalesce(
 
 
 def find_workflow(tx: Tx, workflow_id: str, version: int | None = None) -> StoredWorkflow:
-    """Return a version of a workflow, the newest by default.
+    """Return a version of a workflow, the newest by default; also if it is archived.
 
     Raises:
         WorkflowNotFound: no such workflow, or no such version of it.
@@ -117,9 +168,8 @@ def find_workflow(tx: Tx, workflow_id: str, version: int | None = None) -> Store
     row = _FIND(tx, {"workflow_id": workflow_id, "version": version}).first()
     if row is None:
         raise no_workflow(workflow_id, version)
-    return StoredWorkflow(
-        workflow_id, row.version, _compile(tx, workflow_id, row.version, row.digest)
-    )
+    definition = _compile(tx, workflow_id, row.version, row.digest)
+    return StoredWorkflow(workflow_id, row.version, definition, row.archived_at)
 
 
 def no_workflow(workflow_id: str, version: int | None = None) -> WorkflowNotFound:
@@ -144,21 +194,31 @@ def _compile(tx: Tx, workflow_id: str, version: int, digest: str) -> Definition:
 
 
 def _same_version(tx: Tx, workflow_id: str, digest: str, inline: bool) -> int | None:
-    """Return the version that is this document: any inline one, but only the newest created."""
-    query = (
-        select(Workflow.version, Workflow.digest)
+    """Return the version that is this document: any inline one, but only the newest created.
+
+    Raises:
+        WorkflowArchived
+    """
+    same = (
+        select(case((Workflow.digest == digest, Workflow.version)))
         .where(Workflow.workflow_id == workflow_id, Workflow.inline == inline)
         .order_by(Workflow.version.desc())
         .limit(1)
     )
     if inline:
-        query = query.where(Workflow.digest == digest)
-    newest = tx.execute(query).one_or_none()
-    return newest.version if newest is not None and newest.digest == digest else None
+        same = same.where(Workflow.digest == digest)
+    archived_at = select(ArchivedWorkflow.archived_at).where(
+        ArchivedWorkflow.workflow_id == workflow_id
+    )
+    row = tx.execute(select(archived_at.scalar_subquery(), same.scalar_subquery())).one()
+    if row[0] is not None:
+        raise WorkflowArchived(workflow_id=workflow_id)
+    version: int | None = row[1]
+    return version
 
 
 def check_children(tx: Tx, workflow_id: str, definition: Definition) -> None:
-    """Make sure that the workflows a definition runs are there, and do not lead back to it.
+    """Make sure that the workflows a definition runs get runs, and do not lead back to it.
 
     Raises:
         InvalidDefinition
@@ -184,13 +244,32 @@ def _why_no_child(tx: Tx, workflow_id: str, child: Child) -> str | None:
             continue
         seen.add(way[-1])
         try:
-            found = find_workflow(tx, *way[-1]).definition
+            children = _children(tx, *way[-1], must_be_open=len(seen) == 1)
         except WorkflowNotFound as error:
-            if len(seen) == 1:
-                return f"{error} Create it first."
-            continue
-        ways += [[*way, (below.workflow_id, below.version)] for _, below in found.children()]
+            return f"{error} Create it first."
+        except WorkflowArchived as error:
+            return str(error)
+        ways += [[*way, (below.workflow_id, below.version)] for below in children]
     return None
+
+
+def _children(
+    tx: Tx, workflow_id: str, version: int | None, *, must_be_open: bool
+) -> Iterator[Child]:
+    """Return what a workflow runs; nothing if it is not there.
+
+    Raises:
+        WorkflowNotFound, WorkflowArchived: it must be open.
+    """
+    try:
+        found = find_workflow(tx, workflow_id, version)
+    except WorkflowNotFound:
+        if must_be_open:
+            raise
+        return iter(())
+    if must_be_open:
+        found.check_open()
+    return (child for _, child in found.definition.children())
 
 
 def _digest(definition: Definition) -> str:

@@ -45,6 +45,7 @@ from opscore.errors import (
     RunNotFound,
     RunNotPaused,
     TaskNotFound,
+    WorkflowArchived,
 )
 from opscore.states import Reason
 from opscore.workflows import find_workflow
@@ -65,7 +66,7 @@ def database(servers: Servers) -> Iterator[Database]:
 def desk(database: Database) -> Desk:
     """A desk of its own on a database without rows."""
     with database.transaction() as tx:
-        for table in ("runs", "slots", "events", "agents", "workflows"):
+        for table in ("runs", "slots", "events", "agents", "workflows", "archived_workflows"):
             tx.execute(text(f"DELETE FROM {table}"))
     return Desk(database)
 
@@ -1625,6 +1626,34 @@ def test_a_sub_workflow_that_refuses_its_input_leaves_nothing_behind(desk: Desk)
         begin_claimed(desk, claimed)
     assert state(desk, "x") == ["running"] and desk.task("x").child_run_id is None
     assert isinstance(desk.fail(claimed, retryable=False), Finished)
+
+
+def test_a_sub_workflow_of_an_archived_workflow_goes_on_and_none_begins(desk: Desk) -> None:
+    create(desk, "below", task("p", retry=ONCE))
+    desk.submit(child("x"))
+    plan = begin(desk, "x")
+    with desk.tx() as tx:
+        workflows.archive_workflow(tx, "below", "key:test")
+    with at(desk, plan):
+        break_down(desk, "p")
+    wake_parent(desk, desk.id("x"))
+    desk.fail(desk.claim("x"), retryable=False)
+    settle(desk)
+    assert desk.run().status == "failed"
+    retry(desk)
+    again = begin(desk, "x")
+    assert again.run_id == plan.run_id
+    with at(desk, again):
+        desk.do("p")
+        assert desk.run().status == "completed"
+    wake_parent(desk, desk.id("x"))
+    desk.fail(desk.claim("x"), retryable=False)
+    settle(desk)
+    retry(desk, x={"n": 2})  # with other parameters it is run anew
+    claimed = desk.claim("x")
+    with pytest.raises(WorkflowArchived):
+        begin_claimed(desk, claimed)
+    assert state(desk, "x") == ["running"]
 
 
 # --- At the same moment

@@ -44,6 +44,8 @@ EACH = 40
 """How many runs and open tasks there are, for requests use them up."""
 KNOWN = 0.8
 """How many of the ids in requests are of something that is there."""
+SHELVED = "shelved"
+"""The workflow that may be archived: with the other one nothing could be started any more."""
 JUDGED = ["2xx", "400", "401", "404", "409", "422"]
 """What may become of a body or a cursor that fits its schema. No schema tells what an expression
 means, which URLs are allowed, what a function agent has, or of which list a cursor is (422); nor
@@ -59,7 +61,8 @@ def fill(client: Client) -> dict[str, list[Any]]:
 
     Behind the name of an operation those that it can do something with.
     """
-    client.post("/workflows", DEFINITION)
+    for name in ("report", SHELVED):
+        client.post("/workflows", {**DEFINITION, "id": name})
     runs, tasks = _rows(client)
     for state in ("error", "active", "idle"):
         client.post("/agent/abroad/state", {"state": state, "details": {"queue": 1}})
@@ -80,6 +83,7 @@ def fill(client: Client) -> dict[str, list[Any]]:
         "tasks_reject taskId": asked[::-1],
         "agentId": agents,
         "workflowId": ["report"],
+        "workflows_archive workflowId": [SHELVED],
         "number": [1],
         "name": _schedules(client),
     }
@@ -263,6 +267,10 @@ def configuration(
                 {
                     "include-operation-id": judging(document),
                     "checks": {"positive_data_acceptance": {"expected-statuses": JUDGED}},
+                },
+                {
+                    "include-operation-id": ["workflows_archive"],
+                    "parameters": {"path.workflowId": known["workflows_archive workflowId"]},
                 },
                 {
                     "include-path": shadowed(document),

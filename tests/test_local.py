@@ -167,12 +167,18 @@ def api() -> Iterator[HTTPServer]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             kind, key = self.headers["Content-Type"], self.headers["Authorization"]
             seen.append((self.path, kind, key, body))
-            good = b"bad" not in body
-            problem = {"detail": "It has faults.", "errors": {"/tasks/0": ["is strange", "is odd"]}}
-            answer = {"workflowId": "w", "version": 1} if good else problem
-            self.send_response(201 if good else 422)
+            status, answer = self.answer(body)
+            self.send_response(status)
             self.end_headers()
             self.wfile.write(json.dumps(answer).encode())
+
+        def answer(self, body: bytes) -> tuple[int, dict[str, Any]]:
+            if b"bad" in body:
+                errors = {"/tasks/0": ["is strange", "is odd"]}
+                return 422, {"detail": "It has faults.", "errors": errors}
+            if b"archived" in body:
+                return 409, {"detail": "It is archived.", "code": "workflow_archived"}
+            return 201, {"workflowId": "w", "version": 1}
 
         def log_message(self, *_: object) -> None:
             pass
@@ -210,6 +216,13 @@ def test_faulty_workflows_are_named_all_at_once(api: Any, tmp_path: Path) -> Non
     for name in ("a.json", "b.yaml"):
         assert f"{tmp_path / name}: It has faults.\n  /tasks/0: is strange" in str(error.value)
     assert len(api.seen) == 3
+
+
+def test_an_archived_workflow_is_named_and_no_fault(api: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("archived")
+    said: list[str] = []
+    post_workflows(tmp_path, f"http://127.0.0.1:{api.server_port}", "key", said.append)
+    assert said == ["It is archived. (a.json)"]
 
 
 # -- the whole stack -------------------------------------------------------------------------

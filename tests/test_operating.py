@@ -260,6 +260,20 @@ def test_a_sub_workflow_whose_input_is_refused_fails_its_task(stack: Stack) -> N
     assert stack.rows("SELECT FROM runs WHERE workflow_id = 'strict'") == []
 
 
+def test_a_sub_workflow_that_is_archived_fails_its_task_at_once(stack: Stack) -> None:
+    create(stack, "shelved", task("b"))
+    create(stack, "outer", child("x", "shelved"))
+    with stack.database.transaction() as tx:
+        workflows.archive_workflow(tx, "shelved", "key:test")
+        outer = workflows.find_workflow(tx, "outer")
+        plan = engine.submit_run(tx, outer, engine.Submission(input={}))
+    stack.dispatcher.publish(plan)
+    run = stack.finished(plan.run_id)
+    assert (run.status, run.error["code"]) == ("failed", "workflow_archived")
+    assert "restore" in run.error["message"] and named(stack, plan.run_id, "x").attempt == 1
+    assert stack.rows("SELECT FROM runs WHERE workflow_id = 'shelved'") == []
+
+
 def test_runs_stand_at_most_nine_deep(stack: Stack) -> None:
     create(stack, "deep-0", task("b"))
     for n in range(1, 10):

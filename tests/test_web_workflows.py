@@ -38,7 +38,8 @@ def test_a_created_workflow_is_version_1_and_found_where_the_answer_says(client:
     answer = client.post("/workflows", document)
     assert answer.status_code == 201, answer.json
     assert answer.json["workflowId"] == "first" and answer.json["version"] == 1
-    assert set(answer.json) == {"workflowId", "version", "name", "definition", "createdAt"}
+    members = {"workflowId", "version", "name", "definition", "createdAt", "archivedAt"}
+    assert set(answer.json) == members and answer.json["archivedAt"] is None
     assert answer.json["definition"] == document and answer.json["createdAt"].endswith("Z")
     assert client.get(answer.headers["Location"]).json == answer.json
 

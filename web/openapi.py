@@ -65,7 +65,9 @@ REPLAYED = {
         "schema": {"type": "string", "enum": ["true"]},
     }
 }
-KEY_REUSED = {409: "The Idempotency-Key came with another request already."}
+NOT_STARTED = {
+    409: "The Idempotency-Key came with another request already, or the workflow is archived."
+}
 DOCS_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
     " font-src 'self' data:; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -220,7 +222,7 @@ def _security(key: bool, signed: bool) -> dict[str, Any]:
 
 def _told(problems: Collection[int] | Mapping[int, str], starts: bool) -> dict[int, str]:
     """Return statuses with what they mean."""
-    ours = {422: MEANINGS[422], **KEY_REUSED} if starts else {}
+    ours = {422: MEANINGS[422], **NOT_STARTED} if starts else {}
     if isinstance(problems, Mapping):
         return {**ours, **problems}
     return {**ours, **{status: MEANINGS[status] for status in problems}}

@@ -156,6 +156,18 @@ class Flag(fields.Field[bool]):
         return value
 
 
+class Switch(fields.Field[bool]):
+    """`true` or `false` in a URL, and no other word for it."""
+
+    def __init__(self, text: str, **more: Any) -> None:
+        super().__init__(metadata=_about(text, type="boolean"), **more)
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> bool:
+        if value not in ("true", "false"):
+            raise ValidationError("Must be true or false.")
+        return bool(value == "true")
+
+
 class Seconds(fields.Float):
     """A number of seconds in a body: no text, and more than none unless it may be none."""
 
@@ -404,14 +416,22 @@ class WorkflowDefinition(Arguments):
     output = _json("The run's output, usually with `${...}`.")
 
 
+WORKFLOW_FILTERS: Mapping[str, fields.Field[Any]] = {
+    "archived": Switch("Those that are archived; else those that are not.", load_default=False),
+}
+
+
 class Workflow(Answer):
-    """One version of a workflow; it never changes."""
+    """One version of a workflow; its definition never changes."""
 
     workflow_id = _text(example="report")
     version = fields.Integer(metadata=_about("1, 2, 3 ...", example=1))
     name = _text(null=True)
     definition = fields.Dict(metadata=_about("The document as it was created."))
     created_at = Moment("When this version was created.")
+    archived_at = Moment(
+        "Since when the workflow gets no new runs and versions; null: it does.", null=True
+    )
 
 
 class Verdict(Answer):

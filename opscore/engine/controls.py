@@ -300,6 +300,7 @@ def rerun(tx: Tx, run_id: UUID, *, request_id: str | None = None, by: str | None
 
     Raises:
         RunNotFound
+        WorkflowArchived
         AgentNotFound: the agent that it was triggered for is not registered any more.
     """
     run = tx.execute(select(Run).where(Run.id == run_id)).one_or_none()

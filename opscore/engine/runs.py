@@ -151,11 +151,13 @@ def submit_run(
     accepted.
 
     Raises:
+        WorkflowArchived
         InvalidInput: the input breaks the workflow's inputSchema.
         InvalidRequest: a task names neither agent nor capability and there is no `agent_id`; or a
             moment is over that is to come.
         AgentNotFound: no agent is registered as `agent_id`.
     """
+    stored.check_open()
     definition, agent_id = stored.definition, submission.agent_id
     definition.check_input(submission.input)
     _check_moments(tx, submission)

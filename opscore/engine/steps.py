@@ -229,6 +229,7 @@ def begin_child(
 
     Raises:
         CannotNest
+        WorkflowArchived: and the task has no run to go on with.
         InvalidInput, InvalidRequest: the run cannot be submitted; as for `submit_run`.
     """
     lock_run(tx, claimed.run_id)  # a pause at this moment takes the new run along, or is seen here

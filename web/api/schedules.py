@@ -33,6 +33,7 @@ CREATED = Answers(
     schema=ScheduleWithWarnings, status=201, has_location=True, about="It fires from now on."
 )
 CHANGED = Answers(schema=ScheduleWithWarnings)
+IS_ARCHIVED = {409: "The workflow is archived; the schedule can be paused, resumed and deleted."}
 DELETED = Answers(schema=None, status=204, about="It fires no more; its runs stay.")
 FIRED = Answers(schema=Run, status=202, has_location=True, about="The run will be executed.")
 SCHEDULES = pages.page_arguments(pages.moment, pages.name)
@@ -65,7 +66,9 @@ def get_one(name: str) -> Any:
         return queries.get_schedule(tx, name)
 
 
-@blueprint.operation("PATCH", "/<name>", CHANGED, body=ScheduleChange, example=CHANGE)
+@blueprint.operation(
+    "PATCH", "/<name>", CHANGED, body=ScheduleChange, example=CHANGE, problems=IS_ARCHIVED
+)
 def change(wanted: dict[str, Any], name: str) -> Any:
     """Change a schedule. Other times count from now."""
     with database().transaction() as tx:

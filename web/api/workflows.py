@@ -6,11 +6,12 @@ from flask import url_for
 
 from opscore import queries
 from opscore.definition import parse
-from opscore.workflows import create_workflow
+from opscore.workflows import archive_workflow, create_workflow, restore_workflow
 from web import pages
+from web.auth import principal
 from web.current import database
 from web.openapi import PREFIX, Answers, Blueprint
-from web.schemas import Verdict, VersionArguments, Workflow
+from web.schemas import WORKFLOW_FILTERS, Verdict, VersionArguments, Workflow
 
 blueprint = Blueprint(
     "workflows",
@@ -38,6 +39,7 @@ EXAMPLE = {
     "name": "Report",
     "definition": DEFINITION,
     "createdAt": "2026-01-31T12:00:00Z",
+    "archivedAt": None,
 }
 CREATED = Answers(
     schema=Workflow,
@@ -48,11 +50,19 @@ CREATED = Answers(
     also={200: (Workflow, "The newest version is this document already.")},
 )
 VERSIONS = Answers(schema=pages.page_of(Workflow, "WorkflowVersionPage"))
-WORKFLOWS = pages.page_arguments(pages.moment, pages.name)
+VERDICT = Answers(schema=Verdict)
+ARCHIVED = Answers(
+    schema=Workflow,
+    about="It is archived; what exists of it goes on.",
+    example={**EXAMPLE, "archivedAt": "2026-02-01T12:00:00Z"},
+)
+RESTORED = Answers(schema=Workflow, about="It is not archived.", example=EXAMPLE)
+IS_ARCHIVED = {409: "The workflow is archived."}
+WORKFLOWS = pages.page_arguments(pages.moment, pages.name, **WORKFLOW_FILTERS)
 VERSION_PAGES = pages.page_arguments(pages.number)
 
 
-@blueprint.operation("POST", "", CREATED, definition=True, example=DEFINITION)
+@blueprint.operation("POST", "", CREATED, definition=True, example=DEFINITION, problems=IS_ARCHIVED)
 def create(document: Any) -> Any:
     """Create a workflow, or its next version."""
     definition = parse(document)
@@ -64,7 +74,7 @@ def create(document: Any) -> Any:
 
 
 @blueprint.operation(
-    "POST", "/validate", Answers(schema=Verdict), definition=True, example=DEFINITION
+    "POST", "/validate", VERDICT, definition=True, example=DEFINITION, problems=IS_ARCHIVED
 )
 def validate(document: Any) -> Any:
     """Check a definition as creating it would, and write nothing."""
@@ -79,9 +89,9 @@ def validate(document: Any) -> Any:
 @blueprint.operation("GET", "", Answers(schema=pages.page_of(Workflow)), query=WORKFLOWS)
 def get_many(wanted: dict[str, Any]) -> Any:
     """List the newest version of each workflow."""
+    after = wanted.pop("cursor", None)
     with database().autocommit() as tx:
-        page = queries.list_workflows(tx, after=wanted.get("cursor"), limit=wanted["limit"])
-    return pages.answer(page)
+        return pages.answer(queries.list_workflows(tx, after=after, **wanted))
 
 
 @blueprint.operation(
@@ -101,3 +111,19 @@ def get_versions(wanted: dict[str, Any], workflow_id: str) -> Any:
             tx, workflow_id, after=wanted.get("cursor"), limit=wanted["limit"]
         )
     return pages.answer(page)
+
+
+@blueprint.operation("POST", "/<workflow_id>/archive", ARCHIVED)
+def archive(workflow_id: str) -> Any:
+    """Let a workflow get no new runs and versions until it is restored. Archiving twice is once."""
+    with database().transaction() as tx:
+        archive_workflow(tx, workflow_id, principal())
+        return queries.get_workflow(tx, workflow_id)
+
+
+@blueprint.operation("POST", "/<workflow_id>/restore", RESTORED)
+def restore(workflow_id: str) -> Any:
+    """Let an archived workflow get runs and versions again. Restoring twice is once."""
+    with database().transaction() as tx:
+        restore_workflow(tx, workflow_id)
+        return queries.get_workflow(tx, workflow_id)
