@@ -558,13 +558,16 @@ class AttemptLog(Base):
 
 
 class Event(Base):
-    """An append-only fact about a run, written in the transaction of the change it tells."""
+    """An append-only fact about a run or a schedule, written in the transaction of the change it
+    tells."""
 
     __tablename__ = "events"
 
     seq: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
-    run_id: Mapped[uuid.UUID]
+    run_id: Mapped[uuid.UUID | None]
     """No foreign key: its check would lock the run's row for every change of every task."""
+    schedule: Mapped[str | None]
+    """No foreign key: what is told of a schedule outlives it."""
     task_id: Mapped[uuid.UUID | None]
     type: Mapped[str]
     data: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
@@ -574,7 +577,16 @@ class Event(Base):
     )
     """Sequences commit out of order: who resumes reads only what is settled, see `queries`."""
 
-    __table_args__ = (Index(None, "run_id", "seq"),)
+    HOLDS: ClassVar[Mapping[str, str]] = {"subject": "(run_id IS NULL) <> (schedule IS NULL)"}
+    __table_args__ = (
+        Index(None, "run_id", "seq"),
+        Index(
+            "ix_events_schedule",
+            "schedule",
+            "seq",
+            postgresql_where=text("schedule IS NOT NULL"),
+        ),
+    )
 
 
 class IdempotencyKey(Base):
@@ -674,6 +686,6 @@ class Lease(Base):
 
 def rules() -> Iterator[tuple[str, str, str]]:
     """Return table, name and condition of what holds of rows."""
-    for table in (Slot, Run, Task, Attempt):
+    for table in (Slot, Run, Task, Attempt, Event):
         for name, condition in table.HOLDS.items():
             yield table.__tablename__, name, condition

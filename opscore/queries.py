@@ -47,6 +47,7 @@ from opscore.models import (
     ArchivedWorkflow,
     Attempt,
     AttemptLog,
+    Event,
     Firing,
     Lease,
     Run,
@@ -1124,6 +1125,32 @@ def list_firings(tx: Tx, name: str, *, after: Key | None, limit: int) -> Page:
     if after is not None:
         statement = statement.where(tuple_(Firing.moment) < after)
     return _page(tx, statement.order_by(Firing.moment.desc()), limit, "moment")
+
+
+_SCHEDULE_EVENT = (
+    *(Event.seq, Event.at, Event.type, Event.task_id),
+    *(literal_column("NULL").label(name) for name in ("task_definition_id", "index")),
+    literal_column("data ->> 'by'").label("by"),
+    literal_column("coalesce(data ->> 'reason', data #>> '{error,code}')").label("reason"),
+    literal_column("data - 'by'", JSONB).label("data"),
+)
+
+
+def list_schedule_events(tx: Tx, name: str, *, after: Key | None, limit: int) -> Page:
+    """Return a page of what happened to a schedule, newest first, as `get_news` has it of a run.
+
+    Also of one that was deleted.
+
+    Raises:
+        ScheduleNotFound: and nothing is known of one that was.
+    """
+    statement = select(*_SCHEDULE_EVENT).where(Event.schedule == name)
+    if after is not None:
+        statement = statement.where(tuple_(Event.seq) < after)
+    page = _page(tx, statement.order_by(Event.seq.desc()), limit, "seq")
+    if not page.items:
+        get_schedule(tx, name)
+    return page
 
 
 # --- Workers ------------------------------------------------------------------------------------

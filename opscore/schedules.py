@@ -2,10 +2,13 @@
 
 Any number of beats may tick at once: who locked a schedule's row decides, in one transaction, what
 fires of the moments that have come, writes the firings with their runs, and says when the next is
-due. When that is, is `recurrence`'s. Locks are taken in one order: schedule, firing, run.
+due. When that is, is `recurrence`'s. Locks are taken in one order: schedule, firing, run. Each
+change and each decision is told by an event, under the lock, so that those of a schedule are in
+order.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -47,6 +50,13 @@ RETRY_SECONDS = 10.0
 UTC_ZONE = "UTC"
 _ANY_MOMENT = datetime(1970, 1, 1, tzinfo=UTC)
 _TIMES = ("cron", "every_seconds", "timezone", "start_at", "end_at")
+_MEMBERS = (
+    *("workflow_id", "version", "agent_id", *_TIMES, "input", "labels", "priority"),
+    *("jitter_seconds", "overlap", "catch_up", "catch_up_window_seconds"),
+)
+"""What of a schedule may be changed; beside these it is paused and resumed."""
+Told = Mapping[str, Any]
+"""An event to be written."""
 
 
 @dataclass(slots=True)
@@ -55,19 +65,22 @@ class Fired:
 
     plans: list[Plan] = field(default_factory=list)
     cancelled: list[UUID] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
+    """The events of it."""
     has_more: bool = False
     """There may be more to do at once."""
 
     def add(self, other: "Fired") -> None:
         self.plans += other.plans
         self.cancelled += other.cancelled
+        self.told += other.told
         self.has_more |= other.has_more
 
 
 # --- Changing them ------------------------------------------------------------------------------
 
 
-def create(tx: Tx, values: Mapping[str, Any]) -> list[str]:
+def create(tx: Tx, values: Mapping[str, Any], *, by: str | None = None) -> list[str]:
     """Write a schedule; return what in it looks as if something else was meant.
 
     Raises:
@@ -86,10 +99,11 @@ def create(tx: Tx, values: Mapping[str, Any]) -> list[str]:
     )
     if tx.execute(statement).first() is None:
         raise ScheduleExists(name=values["name"])
+    _tell(tx, [_event("created", values["name"], by)])
     return recurrence.warnings()
 
 
-def change(tx: Tx, name: str, values: Mapping[str, Any]) -> list[str]:
+def change(tx: Tx, name: str, values: Mapping[str, Any], *, by: str | None = None) -> list[str]:
     """Change a schedule. Other times count from now; one that was paused does not catch up.
 
     Whatever is wrong with a schedule, it can be paused; and resumed, if its times can be read.
@@ -114,13 +128,33 @@ def change(tx: Tx, name: str, values: Mapping[str, Any]) -> list[str]:
         row["decided_at"] = now
     row |= {"next_at": _next_at(row, recurrence), "updated_at": now}
     tx.execute(update(Schedule).where(Schedule.name == name).values(**row))
+    told = list(_changes(before, row, by))
     if before["overlap"] == Overlap.QUEUE != row["overlap"]:
-        _leave_queue(tx, name)
+        told += _leave_queue(tx, name, by)
+    _tell(tx, told)
     return recurrence.warnings() if recurrence else []
 
 
-def remove(tx: Tx, name: str) -> None:
-    """Delete a schedule with its firings, also those that wait; its runs stay.
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any], by: str | None) -> Iterator[Told]:
+    changed = [name for name in _MEMBERS if _canonical(before[name]) != _canonical(after[name])]
+    if changed:
+        yield _event("changed", after["name"], by, members=[_camel(name) for name in changed])
+    if before["enabled"] != after["enabled"]:
+        yield _event("resumed" if after["enabled"] else "paused", after["name"], by)
+
+
+def _canonical(value: Any) -> str:
+    """Write a value so that it tells 1 from true, which Python takes for equal."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(word.capitalize() for word in rest)
+
+
+def remove(tx: Tx, name: str, *, by: str | None = None) -> None:
+    """Delete a schedule with its firings, also those that wait; its runs and events stay.
 
     Raises:
         ScheduleNotFound
@@ -128,6 +162,7 @@ def remove(tx: Tx, name: str) -> None:
     statement = delete(Schedule).where(Schedule.name == name).returning(Schedule.name)
     if tx.execute(statement).first() is None:
         raise ScheduleNotFound(name=name)
+    _tell(tx, [_event("deleted", name, by)])
 
 
 def trigger(tx: Tx, name: str, *, by: str, request_id: str | None = None) -> Plan:
@@ -142,6 +177,8 @@ def trigger(tx: Tx, name: str, *, by: str, request_id: str | None = None) -> Pla
     moment = _now(tx)
     plan = _submit(tx, row, moment, uuid7(), by=by, request_id=request_id)
     _write(tx, name, moment, FiringStatus.STARTED, by=by, run_id=plan.run_id)
+    told = {"moment": _iso(moment), "runId": str(plan.run_id)}
+    _tell(tx, [_event("triggered", name, by, **told)])
     return plan
 
 
@@ -187,10 +224,19 @@ def _check(tx: Tx, row: Mapping[str, Any], created_at: datetime) -> Recurrence:
     return recurrence
 
 
-def _leave_queue(tx: Tx, name: str) -> None:
+def _leave_queue(tx: Tx, name: str, by: str | None) -> list[Told]:
+    """Skip the firings that wait; return the events of it."""
     waiting = (Firing.schedule == name, Firing.status == FiringStatus.WAITING)
     error = {"code": "overlap", "message": "It waited, and firings no longer do."}
-    tx.execute(update(Firing).where(*waiting).values(status=FiringStatus.SKIPPED, error=error))
+    statement = (
+        update(Firing)
+        .where(*waiting)
+        .values(status=FiringStatus.SKIPPED, error=error)
+        .returning(Firing.moment)
+    )
+    skipped = sorted(tx.execute(statement).scalars())
+    reason = error["code"]
+    return [_event("skipped", name, by, moment=_iso(at), reason=reason) for at in skipped]
 
 
 def _locked(tx: Tx, name: str) -> dict[str, Any]:
@@ -265,6 +311,31 @@ UPDATE schedules SET decided_at = :decided_at, next_at = :next_at WHERE name = :
 )
 
 
+_TELL = Prepared(
+    """
+INSERT INTO events (schedule, type, data)
+SELECT schedule, type, data
+FROM jsonb_to_recordset(:events) AS e (schedule text, type text, data jsonb)
+""",
+    json=("events",),
+)
+
+
+def _event(type: str, name: str, by: str | None, **data: Any) -> Told:
+    """Return an event of a schedule; `by` is who did it: of a beat, the schedule."""
+    return {
+        "schedule": name,
+        "type": f"schedule.{type}",
+        "data": ({} if by is None else {"by": by}) | data,
+    }
+
+
+def _tell(tx: Tx, events: Sequence[Told]) -> None:
+    """Write events in one statement, however many."""
+    if events:
+        _TELL(tx, {"events": list(events)})
+
+
 def tick(tx: Tx, limit: int) -> Fired:
     """Decide what fires of the schedules that are due, at most `limit` of them.
 
@@ -279,6 +350,7 @@ def tick(tx: Tx, limit: int) -> Fired:
     names = _WAITING(tx, {"limit": limit}).scalars()
     for row in _lock(tx, Schedule.name.in_(names), limit) if names else ():
         _apart(tx, row, fired, _start_next)
+    _tell(tx, fired.told)
     fired.has_more |= len(due) == limit
     return fired
 
@@ -318,7 +390,7 @@ def _decide(tx: Tx, row: Mapping[str, Any], fired: Fired, now: datetime) -> None
     try:
         recurrence = recurrence_of(row)
     except InvalidRequest as error:
-        return _give_up(tx, row, error)
+        return _give_up(tx, row, error, fired)
     delay = _delay(row)
     until = now - delay
     decided, window = row["decided_at"], row["catch_up_window_seconds"]
@@ -332,10 +404,11 @@ def _decide(tx: Tx, row: Mapping[str, Any], fired: Fired, now: datetime) -> None
     return _decided(tx, row, max(until, decided), _later(due.next_at, delay))
 
 
-def _give_up(tx: Tx, row: Mapping[str, Any], error: OpsCoreError) -> None:
+def _give_up(tx: Tx, row: Mapping[str, Any], error: OpsCoreError, fired: Fired) -> None:
     """Record that a schedule's times cannot be read any more; it fires again once it is changed."""
-    _tell(row["name"], row["next_at"], error)
-    _write(tx, row["name"], row["next_at"], FiringStatus.FAILED, error=_told(error))
+    name, moment = row["name"], row["next_at"]
+    _write(tx, name, moment, FiringStatus.FAILED, error=_told(error))
+    _not_fired(name, moment, error, fired)
     _decided(tx, row, row["decided_at"], None)
 
 
@@ -350,10 +423,9 @@ def _fire(tx: Tx, row: Mapping[str, Any], moment: datetime, fired: Fired) -> Non
     name, overlap = row["name"], row["overlap"]
     before = [] if overlap == Overlap.ALLOW else _open_runs(tx, name)
     if overlap == Overlap.SKIP and before:
-        error = {"code": "overlap", "message": f"Run {before[0]} is not over."}
-        _write(tx, name, moment, FiringStatus.SKIPPED, error=error)
+        _skip(tx, name, moment, "overlap", f"Run {before[0]} is not over.", fired)
     elif overlap == Overlap.QUEUE and (before or _waiting(tx, name)):
-        _queue(tx, name, moment)
+        _queue(tx, name, moment, fired)
     else:
         run_id = uuid7()
         is_new = _write(tx, name, moment, FiringStatus.STARTED, run_id=run_id)
@@ -361,18 +433,25 @@ def _fire(tx: Tx, row: Mapping[str, Any], moment: datetime, fired: Fired) -> Non
             _cancel(tx, name, before, fired)
 
 
-def _queue(tx: Tx, name: str, moment: datetime) -> None:
-    if _waiting(tx, name) < LONGEST_QUEUE:
-        _write(tx, name, moment, FiringStatus.WAITING)
-    else:
-        error = {"code": "queue_full", "message": f"{LONGEST_QUEUE} firings wait already."}
-        _write(tx, name, moment, FiringStatus.SKIPPED, error=error)
+def _queue(tx: Tx, name: str, moment: datetime, fired: Fired) -> None:
+    waiting = _waiting(tx, name)
+    if waiting >= LONGEST_QUEUE:
+        sentence = f"{LONGEST_QUEUE} firings wait already."
+        _skip(tx, name, moment, "queue_full", sentence, fired)
+    elif _write(tx, name, moment, FiringStatus.WAITING):
+        fired.told.append(_decision("queued", name, moment, waiting=waiting + 1))
+
+
+def _skip(tx: Tx, name: str, moment: datetime, code: str, sentence: str, fired: Fired) -> None:
+    error = {"code": code, "message": sentence}
+    if _write(tx, name, moment, FiringStatus.SKIPPED, error=error):
+        fired.told.append(_decision("skipped", name, moment, reason=code))
 
 
 def _cancel(tx: Tx, name: str, runs: list[UUID], fired: Fired) -> None:
     for run_id in runs:
         with suppress(RunFinished):  # at this moment
-            engine.cancel_run(tx, run_id, f"schedule:{name}")
+            engine.cancel_run(tx, run_id, _beat(name))
             fired.cancelled.append(run_id)
 
 
@@ -398,18 +477,30 @@ def _start(tx: Tx, row: Mapping[str, Any], moment: datetime, run_id: UUID, fired
     """Submit the run of a firing; if that cannot be, record the reason and return False."""
     name = row["name"]
     try:
-        fired.plans.append(_submit(tx, row, moment, run_id, by=f"schedule:{name}"))
+        fired.plans.append(_submit(tx, row, moment, run_id, by=_beat(name)))
     except OpsCoreError as error:
-        _tell(name, moment, error)
+        _not_fired(name, moment, error, fired)
         where = (Firing.schedule == name, Firing.moment == moment)
         values = {"status": FiringStatus.FAILED, "error": _told(error), "run_id": None}
         tx.execute(update(Firing).where(*where).values(**values))
         return False
+    fired.told.append(_decision("fired", name, moment, runId=str(run_id)))
     return True
 
 
-def _tell(name: str, moment: datetime, error: OpsCoreError) -> None:
+def _not_fired(name: str, moment: datetime, error: OpsCoreError, fired: Fired) -> None:
     log.warning("schedule.not_fired", schedule=name, moment=moment.isoformat(), code=error.code)
+    fired.told.append(_decision("not_fired", name, moment, error=_told(error)))
+
+
+def _decision(type: str, name: str, moment: datetime, **data: Any) -> Told:
+    """Return the event of what a beat decided of a moment."""
+    return _event(type, name, _beat(name), moment=_iso(moment), **data)
+
+
+def _beat(name: str) -> str:
+    """Name a beat as events do: by the schedule it acts for."""
+    return f"schedule:{name}"
 
 
 def _told(error: OpsCoreError) -> dict[str, Any]:
@@ -442,8 +533,11 @@ def _submit(
 
 
 def _scope(name: str, moment: datetime) -> dict[str, Any]:
-    at = moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
-    return {"firing": {"at": at, "schedule": name}}
+    return {"firing": {"at": _iso(moment), "schedule": name}}
+
+
+def _iso(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def _write(

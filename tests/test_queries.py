@@ -20,6 +20,7 @@ from rows import (
     add_workflow,
 )
 from sqlalchemy import ColumnElement, event, insert, text, update
+from sqlalchemy.exc import IntegrityError
 
 from opscore import queries
 from opscore.db import Database, Tx
@@ -490,6 +491,22 @@ def test_places_far_back_in_a_long_line_are_told_quickly_in_one_statement(tx: Tx
 
 
 # --- Events -------------------------------------------------------------------------------------
+
+
+def test_events_of_schedules_are_no_runs(tx: Tx) -> None:
+    run_id = add_run(tx)
+    for type in ("a", "b"):
+        tx.execute(insert(Event).values(schedule="s", type=f"schedule.{type}"))
+        add_event(tx, run_id, type)
+    news = queries.get_news(tx, run_id, after=0, limit=9)
+    assert [event["type"] for event in news.events] == ["a", "b"]
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_an_event_is_about_a_run_or_a_schedule(tx: Tx, both: bool) -> None:
+    about = {"run_id": uuid4(), "schedule": "s"} if both else {}
+    with pytest.raises(IntegrityError, match="subject"):
+        tx.execute(insert(Event).values(type="x", **about))
 
 
 def test_events_are_read_in_order_from_where_the_reader_was(tx: Tx) -> None:

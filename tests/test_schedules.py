@@ -86,6 +86,13 @@ class Clock:
     def firings(self, name: str = "s") -> list[Any]:
         return self.execute("SELECT * FROM firings WHERE schedule = :n ORDER BY moment", n=name)
 
+    def events(self, name: str = "s") -> list[tuple[str, dict[str, Any]]]:
+        """Return what was told of a schedule after its creation."""
+        query = "SELECT type, data FROM events WHERE schedule = :n ORDER BY seq OFFSET 1"
+        return [
+            (row.type.removeprefix("schedule."), row.data) for row in self.execute(query, n=name)
+        ]
+
     def statuses(self, name: str = "s") -> list[str]:
         return [firing.status for firing in self.firings(name)]
 
@@ -510,3 +517,157 @@ def test_what_could_not_fire_is_refused(
         clock.change(**values)
     with pytest.raises(ScheduleExists):
         clock.create(every_seconds=MINUTE)
+
+
+# --- Events -------------------------------------------------------------------------------------
+
+
+def moment_of(firing: Any) -> str:
+    return str(firing.moment.astimezone(UTC).isoformat().replace("+00:00", "Z"))
+
+
+def test_every_change_is_told_with_who_made_it(clock: Clock) -> None:
+    clock.define(inputSchema={"properties": {"n": {}}})
+    clock.create(every_seconds=MINUTE, input={"n": 1}, labels={"a": "b"})
+    steps: list[tuple[dict[str, Any], list[tuple[str, Any]]]] = [
+        ({"overlap": "queue", "priority": 2}, [("changed", ["priority", "overlap"])]),
+        ({"overlap": "queue", "enabled": True}, []),
+        ({"input": {"n": True}}, [("changed", ["input"])]),
+        (
+            {"jitter_seconds": 5.0, "enabled": False},
+            [("changed", ["jitterSeconds"]), ("paused", None)],
+        ),
+        ({"enabled": False}, []),
+        ({"cron": "@daily", "every_seconds": None}, [("changed", ["cron", "everySeconds"])]),
+        ({"timezone": "Asia/Tokyo"}, [("changed", ["timezone"])]),
+        (
+            {"cron": None, "every_seconds": MINUTE},
+            [("changed", ["cron", "everySeconds", "timezone"])],
+        ),
+        ({"enabled": True}, [("resumed", None)]),
+    ]
+    told = []
+    for values, expected in steps:
+        with clock.database.transaction() as tx:
+            schedules.change(tx, "s", values, by="key:me")
+        told += [
+            (type, {"by": "key:me"} | ({"members": members} if members else {}))
+            for type, members in expected
+        ]
+        assert clock.events() == told, values
+    with clock.database.transaction() as tx:
+        schedules.remove(tx, "s", by="key:me")
+    assert clock.events() == [*told, ("deleted", {"by": "key:me"})]
+    (first, *_) = clock.execute("SELECT type, run_id, data FROM events ORDER BY seq")
+    assert (first.type, first.run_id, first.data) == ("schedule.created", None, {})
+
+
+def test_what_is_refused_is_not_told(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE)
+    for values in ({"every_seconds": 0.1}, {"workflow_id": "nowhere"}):
+        with pytest.raises((InvalidRequest, WorkflowNotFound)):
+            clock.change(**values)
+    with pytest.raises(ScheduleExists):
+        clock.create(every_seconds=MINUTE)
+    clock.define(inputSchema={"required": ["ticket"]})
+    with pytest.raises(InvalidInput), clock.database.transaction() as tx:
+        schedules.trigger(tx, "s", by="key:me")
+    assert clock.events() == []
+
+
+@pytest.mark.parametrize(
+    ("overlap", "told"),
+    [
+        ("allow", ["fired", "fired", "fired"]),
+        ("skip", ["fired", "skipped", "skipped"]),
+        ("queue", ["fired", "queued", "queued"]),
+        ("cancel_previous", ["fired", "fired", "fired"]),
+    ],
+)
+def test_what_became_of_every_moment_is_told(clock: Clock, overlap: str, told: list[str]) -> None:
+    clock.create(every_seconds=MINUTE, overlap=overlap)
+    clock.pass_by(190)
+    clock.tick()
+    events, firings = clock.events(), clock.firings()
+    assert [type for type, _ in events] == told
+    more = {"skipped": {"reason": "overlap"}, "queued": {}}
+    for (type, data), firing in zip(events, firings, strict=True):
+        expected = {"by": "schedule:s", "moment": moment_of(firing)}
+        expected |= more.get(type, {"runId": str(firing.run_id)})
+        assert data.items() >= expected.items()
+    assert [data["waiting"] for type, data in events if type == "queued"] in ([], [1, 2])
+
+
+def test_what_waited_is_told_to_be_fired_or_skipped(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedules, "LONGEST_QUEUE", 3)
+    clock.create(every_seconds=MINUTE, overlap="queue")
+    clock.pass_by(5 * MINUTE + 1)
+    (plan,) = clock.tick().plans
+    assert clock.events()[-1][1]["reason"] == "queue_full"
+    clock.end(plan.run_id)
+    clock.tick()
+    _, second, third, fourth, _ = clock.firings()
+    fired = {"by": "schedule:s", "moment": moment_of(second), "runId": str(second.run_id)}
+    assert clock.events()[-1] == ("fired", fired)
+    with clock.database.transaction() as tx:
+        schedules.change(tx, "s", {"overlap": "allow"}, by="key:me")
+    left = [
+        ("skipped", {"by": "key:me", "moment": moment_of(firing), "reason": "overlap"})
+        for firing in (third, fourth)
+    ]
+    assert clock.events()[-3:] == [("changed", {"by": "key:me", "members": ["overlap"]}), *left]
+
+
+def test_what_did_not_fire_is_told_with_the_reason(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE)
+    clock.create("bad", cron="* * * * *")
+    with clock.database.transaction() as tx:
+        workflows.archive_workflow(tx, "w", "key:me")
+    clock.execute("UPDATE schedules SET timezone = 'Mars/Olympus' WHERE name = 'bad'")
+    for name in ("bad", "s"):
+        clock.pass_by(61, name)
+    clock.tick()
+    for name, code in (("s", "workflow_archived"), ("bad", "invalid_request")):
+        (firing,) = clock.firings(name)
+        data = {"by": f"schedule:{name}", "moment": moment_of(firing), "error": firing.error}
+        assert clock.events(name) == [("not_fired", data)] and firing.error["code"] == code
+
+
+def test_who_had_it_fire_is_told(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE)
+    with clock.database.transaction() as tx:
+        plan = schedules.trigger(tx, "s", by="key:me")
+    (firing,) = clock.firings()
+    data = {"by": "key:me", "moment": moment_of(firing), "runId": str(plan.run_id)}
+    assert clock.events() == [("triggered", data)]
+
+
+def test_of_a_schedule_in_trouble_nothing_is_told_and_of_the_others_all(clock: Clock) -> None:
+    clock.create("bad", every_seconds=MINUTE)
+    clock.create(every_seconds=MINUTE)
+    clock.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN IF NEW.name = 'bad' THEN RAISE 'no'; END IF; RETURN NEW; END $$"
+    )
+    for name in ("bad", "s"):
+        clock.pass_by(61, name)
+    trigger = "CREATE TRIGGER refuse BEFORE UPDATE OF decided_at ON schedules"
+    clock.execute(f"{trigger} FOR EACH ROW EXECUTE FUNCTION refuse()")
+    clock.tick()
+    assert clock.events("bad") == [] == clock.firings("bad")
+    assert [type for type, _ in clock.events()] == ["fired"]
+
+
+def test_eight_who_tick_at_once_tell_each_moment_once_in_order(clock: Clock) -> None:
+    names = [f"s{number}" for number in range(10)]
+    for name in names:
+        clock.create(name, every_seconds=MINUTE)
+        clock.pass_by(25.5 * MINUTE, name)
+    with ThreadPoolExecutor(8) as beats:
+        list(beats.map(lambda _: clock.tick(3), range(8)))
+    clock.tick()
+    for name in names:
+        told = [data["moment"] for _, data in clock.events(name)]
+        assert told == [moment_of(firing) for firing in clock.firings(name)] and len(told) == 25

@@ -240,6 +240,48 @@ def test_a_firing_that_failed_says_why(client: Client) -> None:
     assert client.get("/schedules/nightly").json["enabled"]
 
 
+def test_events_are_listed_newest_first_with_who_did_what(client: Client) -> None:
+    create(client, cron=None, everySeconds=60)
+    create(client, name="other")
+    patch(client, overlap="queue")
+    for action in ("pause", "resume"):
+        client.post(f"/schedules/nightly/{action}")
+    run = client.post("/schedules/nightly/trigger").json
+    client.post("/workflows", {**DEFINITION, "inputSchema": {"required": ["ticket"]}})
+    client.post(f"/runs/{run['runId']}/cancel")
+    fire(client, 61)
+    first = client.get("/schedules/nightly/events?limit=4").json
+    rest = client.get(f"/schedules/nightly/events?limit=4&cursor={first['nextCursor']}").json
+    assert rest["nextCursor"] is None
+    events = first["items"] + rest["items"]
+    kinds = ["not_fired", "triggered", "resumed", "paused", "changed", "created"]
+    assert [event["type"] for event in events] == [f"schedule.{kind}" for kind in kinds]
+    seqs = [event["seq"] for event in events]
+    assert seqs == sorted(seqs, reverse=True) and len(first["items"]) == 4
+    members = set(client.get(f"/runs/{run['runId']}/events").json["items"][0])
+    assert {frozenset(event) for event in events} == {frozenset(members)}
+    for name in ("taskId", "taskDefinitionId", "index"):
+        assert {event[name] for event in events} == {None}
+    not_fired, triggered, *_, changed, created = events
+    assert (not_fired["by"], not_fired["reason"]) == ("schedule:nightly", "invalid_input")
+    assert not_fired["data"].keys() == {"moment", "error"}
+    assert triggered["by"].startswith("key:") and triggered["data"]["runId"] == run["runId"]
+    assert (changed["data"], created["data"]) == ({"members": ["overlap"]}, {})
+    assert {event["by"] for event in events[1:]} == {triggered["by"]}
+
+
+def test_events_of_a_schedule_that_was_deleted_are_there_and_of_none_are_not(
+    client: Client,
+) -> None:
+    create(client)
+    client.send("DELETE", "/schedules/nightly")
+    events = client.get("/schedules/nightly/events").json["items"]
+    assert [event["type"] for event in events] == ["schedule.deleted", "schedule.created"]
+    problem(client.get("/schedules/nobody/events"), 404, "schedule_not_found")
+    answer = client.get("/schedules/nightly/events?cursor=WyJhIl0=")
+    assert list(problem(answer, 422, "invalid_request")["errors"]) == ["/cursor"]
+
+
 def test_schedules_are_listed_in_pages(client: Client) -> None:
     for name in ("a", "b", "c"):
         create(client, name=name)

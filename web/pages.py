@@ -15,7 +15,7 @@ from uuid import UUID
 from marshmallow import Schema, ValidationError, fields
 
 from opscore.queries import Page
-from web.schemas import LARGEST_INTEGER, Answer, Arguments, Limit
+from web.schemas import LARGEST_INTEGER, LARGEST_SEQ, Answer, Arguments, Limit
 
 Part = Callable[[Any], Any]
 """Reads one part of a sort key from JSON; raises ValueError or TypeError for what is none."""
@@ -40,6 +40,12 @@ def name(value: Any) -> str:
 def number(value: Any) -> int:
     if type(value) is not int or not -1 <= value <= LARGEST_INTEGER:
         raise ValueError("no number")
+    return value
+
+
+def seq(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= LARGEST_SEQ:
+        raise ValueError("no number of a row")
     return value
 
 

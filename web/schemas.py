@@ -718,7 +718,7 @@ TASK_FILTERS: Mapping[str, fields.Field[Any]] = {
 
 
 class Event(Answer):
-    """A fact about a run; never changes."""
+    """A fact about a run or a schedule; never changes."""
 
     seq = fields.Integer(metadata=_about("Rises, with gaps."))
     at = Moment("When it happened.")
@@ -728,7 +728,8 @@ class Event(Answer):
     index = fields.Integer(allow_none=True, metadata=_about("Of the item it is about, if any."))
     by = _text(
         "Who did it or asked for it: `key:...` (the key's name), `worker:...`, `agent:...` (one"
-        " behind HTTP, which reported it) or `keeper`; null if it followed from what was before.",
+        " behind HTTP, which reported it), `schedule:...` (a beat) or `keeper`; null if it followed"
+        " from what was before.",
         null=True,
         example="worker:worker-17@host",
     )

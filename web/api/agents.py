@@ -21,7 +21,6 @@ from web.openapi import PREFIX, Answers, Blueprint
 from web.requests import request_id
 from web.schemas import (
     AGENT_FILTERS,
-    LARGEST_SEQ,
     Agent,
     AgentChange,
     StateOfAgent,
@@ -38,15 +37,9 @@ blueprint = Blueprint(
 )
 
 
-def report_id(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= LARGEST_SEQ:
-        raise ValueError("no report's id")
-    return value
-
-
 AGENTS = pages.page_arguments(pages.moment, pages.name, **AGENT_FILTERS)
 STATE = "/agent/<agent_id>/state"
-REPORTS = pages.page_arguments(pages.moment, report_id)
+REPORTS = pages.page_arguments(pages.moment, pages.seq)
 HISTORY = Answers(schema=pages.page_of(StateReported))
 REPORTED = Answers(
     schema=Success,

@@ -13,6 +13,7 @@ from web.current import database
 from web.openapi import PREFIX, Answers, Blueprint
 from web.requests import request_id
 from web.schemas import (
+    Event,
     Firing,
     Preview,
     PreviewArguments,
@@ -38,6 +39,8 @@ DELETED = Answers(schema=None, status=204, about="It fires no more; its runs sta
 FIRED = Answers(schema=Run, status=202, has_location=True, about="The run will be executed.")
 SCHEDULES = pages.page_arguments(pages.moment, pages.name)
 FIRINGS = pages.page_arguments(pages.moment)
+EVENTS = pages.page_arguments(pages.seq)
+EVENT_PAGE = Answers(schema=pages.page_of(Event, "ScheduleEventPage"))
 
 
 @blueprint.operation(
@@ -46,7 +49,7 @@ FIRINGS = pages.page_arguments(pages.moment)
 def create(wanted: dict[str, Any]) -> Any:
     """Create a schedule; `warnings` say what in it looks as if something else was meant."""
     with database().transaction() as tx:
-        warnings = schedules.create(tx, wanted)
+        warnings = schedules.create(tx, wanted, by=principal())
         schedule = queries.get_schedule(tx, wanted["name"])
     return {**schedule, "warnings": warnings}, 201, {"Location": _where(wanted["name"])}
 
@@ -72,15 +75,15 @@ def get_one(name: str) -> Any:
 def change(wanted: dict[str, Any], name: str) -> Any:
     """Change a schedule. Other times count from now."""
     with database().transaction() as tx:
-        warnings = schedules.change(tx, name, wanted)
+        warnings = schedules.change(tx, name, wanted, by=principal())
         return {**queries.get_schedule(tx, name), "warnings": warnings}
 
 
 @blueprint.operation("DELETE", "/<name>", DELETED)
 def delete(name: str) -> Any:
-    """Delete a schedule and the history of its firings."""
+    """Delete a schedule and its firings; its events stay."""
     with database().transaction() as tx:
-        schedules.remove(tx, name)
+        schedules.remove(tx, name, by=principal())
 
 
 @blueprint.operation("POST", "/<name>/pause", CHANGED)
@@ -97,7 +100,7 @@ def resume(name: str) -> Any:
 
 def _switch(name: str, enabled: bool) -> Any:
     with database().transaction() as tx:
-        warnings = schedules.change(tx, name, {"enabled": enabled})
+        warnings = schedules.change(tx, name, {"enabled": enabled}, by=principal())
         return {**queries.get_schedule(tx, name), "warnings": warnings}
 
 
@@ -128,6 +131,14 @@ def get_firings(wanted: dict[str, Any], name: str) -> Any:
     after, limit = wanted.pop("cursor", None), wanted.pop("limit")
     with database().autocommit() as tx:
         return pages.answer(queries.list_firings(tx, name, after=after, limit=limit))
+
+
+@blueprint.operation("GET", "/<name>/events", EVENT_PAGE, query=EVENTS)
+def get_events(wanted: dict[str, Any], name: str) -> Any:
+    """List what happened to a schedule, newest first, also to one that was deleted."""
+    after, limit = wanted.pop("cursor", None), wanted.pop("limit")
+    with database().autocommit() as tx:
+        return pages.answer(queries.list_schedule_events(tx, name, after=after, limit=limit))
 
 
 def _where(name: str) -> str:
