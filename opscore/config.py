@@ -178,6 +178,13 @@ class Settings:
         "Seconds a task may lie ready without a visit before its run may be published again.",
         10.0,
     )
+    firing_days: int = _setting(
+        "OPSCORE_FIRING_DAYS",
+        _count(1, 36_500),
+        "Days after which firings and events of schedules are deleted; the newest 100 firings of "
+        "each schedule stay.",
+        90,
+    )
     max_body_bytes: int = _setting(
         "OPSCORE_MAX_BODY_BYTES",
         _count(1024, MAX_TEXT_BYTES),

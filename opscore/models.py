@@ -586,6 +586,7 @@ class Event(Base):
             "seq",
             postgresql_where=text("schedule IS NOT NULL"),
         ),
+        Index("ix_events_schedule_at", "at", postgresql_where=text("schedule IS NOT NULL")),
     )
 
 

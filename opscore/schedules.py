@@ -43,6 +43,8 @@ MOST_AT_ONCE = 10
 """Moments of one schedule that a tick fires; others have their turn, then the next goes on."""
 LONGEST_QUEUE = 100
 """Firings that wait for the run before them; one more is skipped."""
+KEPT_FIRINGS = 100
+"""The newest of each schedule, however old: what a yearly one did is worth knowing."""
 CACHED_RECURRENCES = 1_024
 """That a process keeps, parsed."""
 RETRY_SECONDS = 10.0
@@ -562,3 +564,63 @@ def _open_runs(tx: Tx, name: str) -> list[UUID]:
 def _waiting(tx: Tx, name: str) -> int:
     waiting = (Firing.schedule == name, Firing.status == FiringStatus.WAITING)
     return tx.execute(select(func.count()).select_from(Firing).where(*waiting)).scalar_one()
+
+
+# --- Tidying ------------------------------------------------------------------------------------
+
+_BEFORE = "now() - make_interval(days => :days)"
+_FORGET_FIRINGS = Prepared(
+    f"""
+WITH page AS MATERIALIZED (
+    SELECT name, decided_at FROM schedules WHERE name > :after ORDER BY name LIMIT :limit
+), forgotten AS (
+    DELETE FROM firings WHERE ctid = ANY (ARRAY(
+        SELECT old.ctid FROM page s
+        CROSS JOIN LATERAL (  -- most have none that are old: for them nothing more is read
+            SELECT f.schedule FROM firings f
+            WHERE f.schedule = s.name AND f.moment < {_BEFORE} LIMIT 1) AS has
+        CROSS JOIN LATERAL (
+            SELECT f.moment FROM firings f WHERE f.schedule = has.schedule
+            ORDER BY f.moment DESC OFFSET {KEPT_FIRINGS - 1} LIMIT 1) AS kept
+        CROSS JOIN LATERAL (
+            SELECT f.ctid FROM firings f
+            WHERE f.schedule = has.schedule AND f.moment < least(kept.moment, {_BEFORE})
+              -- One above that makes its moment unique.
+              AND f.moment <= s.decided_at
+              AND f.status <> 'waiting' AND f.decided_at < {_BEFORE}
+            -- Whoever deletes the schedule has them in another order.
+            ORDER BY f.moment LIMIT :limit FOR UPDATE SKIP LOCKED) AS old
+        LIMIT :limit))
+    RETURNING 1
+)
+SELECT (SELECT count(*) FROM forgotten) AS forgotten, max(name) AS last, count(*) AS looked_at
+FROM page
+"""
+)
+_FORGET_EVENTS = Prepared(
+    f"""
+DELETE FROM events WHERE seq = ANY (ARRAY(
+    SELECT seq FROM events WHERE schedule IS NOT NULL AND at < {_BEFORE}
+    ORDER BY at LIMIT :limit))
+RETURNING 1
+"""
+)
+
+
+def forget_firings(tx: Tx, days: int, limit: int, after: str = "") -> str | None:
+    """Delete firings that were decided so long ago, but for the newest `KEPT_FIRINGS` of each
+    schedule.
+
+    At most `limit` of them, of at most `limit` schedules behind the name `after`. Return behind
+    which to go on; None: that was all.
+    """
+    (row,) = _FORGET_FIRINGS(tx, {"days": days, "limit": limit, "after": after})
+    if row.forgotten >= limit:
+        return after
+    last: str | None = row.last if row.looked_at >= limit else None
+    return last
+
+
+def forget_events(tx: Tx, days: int, limit: int) -> int:
+    """Delete events of schedules, also of deleted ones, that are so old; return how many."""
+    return len(_FORGET_EVENTS(tx, {"days": days, "limit": limit}))

@@ -41,6 +41,12 @@ def test_what_a_fault_says_to_set_is_accepted(lease: str) -> None:
     Settings.from_env(GIVEN | {"OPSCORE_LEASE_SECONDS": lease, "OPSCORE_RENEW_SECONDS": renew})
 
 
+@pytest.mark.parametrize("days", ["0", "-1", "1.5", "36501", "many"])
+def test_firings_are_kept_for_whole_days(days: str) -> None:
+    assert "OPSCORE_FIRING_DAYS" in faults(OPSCORE_FIRING_DAYS=days)
+    assert Settings.from_env(GIVEN).firing_days == 90
+
+
 def test_the_log_level_may_be_written_in_small_letters() -> None:
     assert Settings.from_env(GIVEN | {"OPSCORE_LOG_LEVEL": "debug"}).log_level == "DEBUG"
 

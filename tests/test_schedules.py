@@ -3,6 +3,7 @@
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from threading import Event
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from opscore.errors import (
     ScheduleNotFound,
     WorkflowNotFound,
 )
-from workers.keeper import Round
+from workers.keeper import LIMIT, TIDY_EVERY, Round
 
 MINUTE = 60.0
 DAYS_3 = 3 * 86_400.0
@@ -671,3 +672,171 @@ def test_eight_who_tick_at_once_tell_each_moment_once_in_order(clock: Clock) -> 
     for name in names:
         told = [data["moment"] for _, data in clock.events(name)]
         assert told == [moment_of(firing) for firing in clock.firings(name)] and len(told) == 25
+
+
+# --- Tidying ------------------------------------------------------------------------------------
+
+DAYS = 90
+OLD, YOUNG = timedelta(days=DAYS, seconds=1), timedelta(days=DAYS - 1)
+
+
+def add_firings(
+    clock: Clock, number: int, age: timedelta, name: str = "s", status: str = "started"
+) -> None:
+    """Write firings, a second apart, the newest of them so old; and an event of each."""
+    values = {"name": name, "age": age, "number": number, "status": status}
+    ages = "now() - :age - n * interval '1 second'"
+    series = "generate_series(0, cast(:number AS int) - 1) AS n"
+    clock.execute(
+        "INSERT INTO firings (schedule, moment, status, by, decided_at)"
+        f" SELECT :name, {ages}, :status, 'schedule', {ages} FROM {series}",
+        **values,
+    )
+    statement = "INSERT INTO events (schedule, type, at) SELECT :name, 'schedule.fired',"
+    clock.execute(f"{statement} {ages} FROM {series}", **values)
+
+
+def forget(clock: Clock, limit: int = 1000) -> int:
+    """Forget what is to be forgotten; return how many looks it took."""
+    after: str | None = ""
+    for looks in itertools.count(1):
+        with clock.database.autocommit() as tx:
+            after = schedules.forget_firings(tx, DAYS, limit, after or "")
+        if after is None:
+            return looks
+    raise AssertionError
+
+
+def test_old_firings_are_forgotten_and_young_ones_are_not(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE, enabled=False)
+    add_firings(clock, 30, OLD)
+    add_firings(clock, 120, YOUNG)
+    newest = clock.firings()[30:]
+    assert forget(clock) == 1
+    assert clock.firings() == newest
+    forget(clock)
+    assert clock.firings() == newest
+
+
+def test_the_newest_100_firings_of_each_schedule_stay_however_old(clock: Clock) -> None:
+    sizes = {"a": 99, "b": 100, "c": 101, "d": 150, "e": 0}
+    for name, size in sizes.items():
+        clock.create(name, every_seconds=MINUTE, enabled=False)
+        if size:
+            add_firings(clock, size, 4 * OLD, name)
+    before = {name: clock.firings(name) for name in sizes}
+    forget(clock)
+    for name, size in sizes.items():
+        assert clock.firings(name) == before[name][max(0, size - 100) :]
+
+
+@pytest.mark.parametrize("status", ["waiting", "skipped", "failed"])
+def test_a_firing_that_waits_is_not_forgotten(clock: Clock, status: str) -> None:
+    clock.create(every_seconds=MINUTE, enabled=False)
+    add_firings(clock, 5, 2 * OLD, status=status)
+    add_firings(clock, 10, OLD)
+    add_firings(clock, 100, YOUNG)
+    forget(clock)
+    assert len(clock.firings()) == (105 if status == "waiting" else 100)
+
+
+def test_a_firing_above_what_is_decided_is_not_forgotten(clock: Clock) -> None:
+    """It keeps its moment from firing again once time comes to it."""
+    clock.create(every_seconds=MINUTE, enabled=False)
+    add_firings(clock, 20, OLD)
+    add_firings(clock, 100, YOUNG)
+    (tenth, eleventh) = clock.firings()[9:11]
+    statement = "UPDATE schedules SET decided_at = :moment"
+    clock.execute(statement, moment=tenth.moment)
+    forget(clock)
+    assert clock.firings()[0].moment == eleventh.moment and len(clock.firings()) == 110
+
+
+def test_a_firing_that_was_made_up_for_lately_is_not_forgotten(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE, enabled=False)
+    add_firings(clock, 20, OLD)
+    add_firings(clock, 100, YOUNG)
+    clock.execute("UPDATE firings SET decided_at = now()")
+    forget(clock)
+    assert len(clock.firings()) == 120
+
+
+def test_firings_are_forgotten_some_at_a_time_schedule_by_schedule(clock: Clock) -> None:
+    names = [f"s{number}" for number in range(7)]
+    for name in names:
+        clock.create(name, every_seconds=MINUTE, enabled=False)
+        add_firings(clock, 108, OLD, name)
+    clock.execute("DELETE FROM firings WHERE schedule = 's3'")
+    left = [len(clock.firings(name)) for name in names]
+    after: str | None = ""
+    while after is not None:
+        with clock.database.autocommit() as tx:
+            after = schedules.forget_firings(tx, DAYS, 5, after)
+        before, left = left, [len(clock.firings(name)) for name in names]
+        assert sum(before) - sum(left) <= 5
+    assert left == [100, 100, 100, 0, 100, 100, 100]
+
+
+def test_the_keeper_forgets_firings_and_events_now_and_then_and_some_in_each_round(
+    clock: Clock, settings: Settings, dispatcher: Dispatcher
+) -> None:
+    clock.create("gone", every_seconds=MINUTE)
+    add_firings(clock, 2 * LIMIT, OLD, "gone")
+    with clock.database.transaction() as tx:
+        schedules.remove(tx, "gone")
+    clock.create(every_seconds=MINUTE)
+    add_firings(clock, LIMIT + 150, OLD)
+
+    def left() -> tuple[int, int]:
+        (row,) = clock.execute(
+            "SELECT (SELECT count(*) FROM firings) AS firings,"
+            " (SELECT count(*) FROM events WHERE at < now() - interval '90 days') AS events"
+        )
+        return row.firings, row.events
+
+    keeper = Round(clock.database, dispatcher, settings)
+    firings, events = LIMIT + 150, 3 * LIMIT + 150
+    for _ in range(5):
+        assert keeper.run()
+        firings, events = max(100, firings - LIMIT), max(0, events - LIMIT)
+        assert left() == (firings, events)
+    assert not keeper.is_untidy
+    # What happened lately is there, also to the schedule that is not.
+    assert clock.events("gone")[-1][0] == "deleted"
+    add_firings(clock, 1, 2 * OLD)
+    assert keeper.run() and left() == (101, 1)
+    keeper.count = TIDY_EVERY
+    assert keeper.run() and left() == (100, 0)
+
+
+def test_who_forgets_firings_disturbs_neither_beats_nor_who_deletes_the_schedule(
+    clock: Clock,
+) -> None:
+    names = [f"s{number}" for number in range(12)]
+    for name in names:
+        clock.create(name, every_seconds=1.0)
+        add_firings(clock, 600, OLD, name)
+        clock.pass_by(30.5, name)
+    ended = Event()
+
+    def forget_all() -> None:
+        while not ended.is_set():
+            forget(clock, 7)
+
+    def remove(name: str) -> None:
+        with clock.database.transaction() as tx:
+            schedules.remove(tx, name)
+
+    with ThreadPoolExecutor(6) as threads:
+        forgetting = [threads.submit(forget_all) for _ in range(2)]
+        ticking = [threads.submit(clock.tick) for _ in range(3)]
+        list(threads.map(remove, names[:6]))
+        plans = [plan for future in ticking for plan in future.result().plans]
+        ended.set()
+        for future in forgetting:
+            future.result()
+    plans += clock.tick().plans
+    forget(clock)
+    for name in names:
+        assert len(clock.firings(name)) == (0 if name in names[:6] else 100)
+    assert len(plans) == len({plan.run_id for plan in plans}) >= 6 * 30

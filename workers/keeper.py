@@ -15,7 +15,7 @@ from celery import bootsteps
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from opscore import engine, idempotency, logs
+from opscore import engine, idempotency, logs, schedules
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
@@ -57,6 +57,8 @@ class Round:
         """A limit was reached: the next round follows at once."""
         self.is_untidy = False
         """So for what is deleted, which has no hurry: the next round goes on with it."""
+        self.tidied: str | None = None
+        """Behind the firings of which schedule it goes on."""
 
     def run(self) -> bool:
         """Do one round; False if another keeper leads."""
@@ -148,9 +150,15 @@ class Round:
         self.has_more |= self.dispatcher.rescue(LIMIT)
 
     def tidy(self) -> None:
-        """Forget idempotency keys of which nobody may ask again."""
+        """Forget idempotency keys of which nobody may ask again, and old firings."""
+        days = self.settings.firing_days
         with self.database.autocommit() as tx:
-            self.is_untidy = idempotency.forget_keys(tx, LIMIT) >= LIMIT
+            forgotten = (
+                idempotency.forget_keys(tx, LIMIT),
+                schedules.forget_events(tx, days, LIMIT),
+            )
+            self.tidied = schedules.forget_firings(tx, days, LIMIT, self.tidied or "")
+        self.is_untidy = max(forgotten) >= LIMIT or self.tidied is not None
 
 
 class Keeper(bootsteps.StartStopStep):

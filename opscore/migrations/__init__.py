@@ -15,7 +15,7 @@ from opscore.errors import ConfigurationError
 if TYPE_CHECKING:
     from alembic.config import Config
 
-NEWEST = "0008"
+NEWEST = "0009"
 """The revision this code knows; said here so that a start need not load Alembic to find it."""
 
 
