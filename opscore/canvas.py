@@ -3,7 +3,8 @@
 Decides nothing about what may run, nor in which order: that is `graph`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 from uuid import UUID
 
 from celery import Celery, Signature, chain, group
@@ -133,3 +134,44 @@ def line(visits: Sequence[Signature]) -> Signature:
     if others:
         first.options["chain"] = others[::-1]
     return first
+
+
+# --- Told to people ------------------------------------------------------------------------------
+
+Step = str | dict[str, Any]
+"""A task's name; or `{chain: [step]}`, `{group: [step]}`, `{chord: {header: [step], body: step}}`,
+`{link: {task: name, then: [step]}}` of a task that several follow, none of them its chain's next;
+or `{lane: [name]}` of tasks side by side that share a message."""
+
+
+def outline(canvas: Canvas, nodes: Sequence[Node], name: Callable[[UUID], str]) -> list[Step]:
+    """Say which messages `signatures` makes, as Celery understands them."""
+    known = {node.id: node for node in nodes}
+
+    def step(block: Block) -> Step:
+        if isinstance(block, Series):
+            return _in_turn(block, step)
+        if isinstance(block, Parallel):
+            return {"group": [step(part) for part in block.parts]}
+        linked = [step(part) for part in canvas.links.get(block, ())]
+        return {"link": {"task": name(block), "then": linked}} if linked else name(block)
+
+    alone = [step(part) for block in canvas.blocks for part in parts_of(block, Parallel)]
+    lanes = [
+        [name(node.id) for node in part]
+        for lane in canvas.lanes
+        for part in by_queue([known[task] for task in lane])
+    ]
+    return alone + [{"lane": lane} if len(lane) > 1 else lane[0] for lane in lanes]
+
+
+def _in_turn(series: Series, step: Callable[[Block], Step]) -> Step:
+    """Return a chain; a group in it and what follows that are a chord, as Celery makes it."""
+    steps: list[Step] = []
+    for part in reversed(series.parts):
+        if isinstance(part, Parallel) and steps:
+            header = [step(inner) for inner in part.parts]
+            steps.append({"chord": {"header": header, "body": steps.pop()}})
+        else:
+            steps.append(step(part))
+    return {"chain": steps[::-1]} if len(steps) > 1 else steps[0]

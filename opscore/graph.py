@@ -60,6 +60,8 @@ class Canvas:
     back."""
     links: Mapping[UUID, Sequence[Block]]
     """Blocks that follow a task without being its chain's next: a fork without a join."""
+    joins: Mapping[UUID, frozenset[UUID]]
+    """Tasks in it -> those they depend on that no block puts before them: the claim waits."""
     wakes: frozenset[UUID]
     """Tasks before an edge that no block expresses: finishing, they wake their successors."""
     inside: frozenset[UUID]
@@ -85,15 +87,12 @@ def build(nodes: Sequence[Node], start: Iterable[UUID] | None = None) -> Canvas:
     for block in blocks:
         _preceding(block, graph.links, frozenset(), before)
     chosen |= wide
-    wakes = {
-        dependency
-        for node in nodes
-        for dependency in node.depends_on
-        if dependency in chosen and dependency not in before.get(node.id, ())
-    }
+    kept = {n.id: (n.depends_on & chosen).difference(before.get(n.id, ())) for n in nodes}
+    wakes = frozenset[UUID]().union(*kept.values())
+    joins = {task: left for task, left in kept.items() if left and task in chosen}
     beyond = tuple(n.id for n in nodes if n.id not in chosen) if start is None else ()
     shared = tuple(lane for group in groups for lane in lanes(group))
-    return Canvas(blocks, shared, graph.links, frozenset(wakes), frozenset(chosen), beyond)
+    return Canvas(blocks, shared, graph.links, joins, wakes, frozenset(chosen), beyond)
 
 
 def _wide(nodes: Sequence[Node], roots: set[UUID]) -> list[list[UUID]]:
@@ -239,7 +238,9 @@ class _Graph:
         name, join = min(
             ((n, i) for n, i in self.items.items() if len(i.before) > 1), key=lambda x: x[1].depth
         )
-        latest = max(join.before, key=lambda before: self.items[before].depth)
+        # The first of equals in the graph's order, or it would be another one each time.
+        in_order = (before for before in self.items if before in join.before)
+        latest = max(in_order, key=lambda before: self.items[before].depth)
         for before in join.before - {latest}:
             self.items[before].after.discard(name)
         join.before = {latest}

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from itertools import chain
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -176,13 +176,33 @@ def test_every_task_is_visited_once_behind_its_ancestors_only_or_woken_or_held_b
     made = build(nodes)
     before, known = carried_before(made), ancestors(nodes)
     assert set(before) | set(made.beyond) == {node.id for node in nodes}
-    assert not set(before) & set(made.beyond)
+    assert not set(before) & set(made.beyond) and set(made.joins) <= set(before)
     for node in nodes:
         if node.id in before:
             assert before[node.id] <= known[node.id], "no barrier the definition did not ask for"
-            assert node.depends_on - before[node.id] <= made.wakes
+            kept = node.depends_on - before[node.id]
+            assert kept <= made.wakes and kept == made.joins.get(node.id, frozenset())
         else:
             assert node.depends_on & set(before) <= made.wakes
+
+
+@settings(max_examples=200, deadline=None)
+@given(graphs())
+def test_the_same_graph_is_drawn_alike_whatever_its_tasks_ids(nodes: list[Node]) -> None:
+    others = {node.id: uuid4() for node in nodes}
+    known = {other: id for id, other in others.items()}
+
+    def renamed(block: Block) -> Block:
+        if isinstance(block, UUID):
+            return known[block]
+        return type(block)(tuple(map(renamed, block.parts)))
+
+    again = [Node(others[n.id], frozenset(others[d] for d in n.depends_on), 60.0) for n in nodes]
+    made, remade = build(nodes), build(again)
+    assert made.blocks == tuple(map(renamed, remade.blocks))
+    links = {known[task]: list(map(renamed, then)) for task, then in remade.links.items()}
+    assert dict(made.links) == links
+    assert made.lanes == tuple(tuple(known[task] for task in lane) for lane in remade.lanes)
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,15 +1,24 @@
 """Workflows over HTTP: versions, validation, both languages, lists."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
 from http_client import Client, open_client, problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import add_agent
 from sqlalchemy import func, select
 from stack import Servers, new_redis_url, stack_environment
+from test_canvas import read
+from test_graph import graphs
 
+from opscore import canvas, engine
 from opscore.config import Settings
-from opscore.models import Workflow
+from opscore.definition import parse
+from opscore.models import Task, Workflow
+from opscore.workflows import create_workflow
 
 YAML_TYPES = ["application/yaml", "application/x-yaml", "text/yaml"]
 
@@ -18,8 +27,8 @@ YAML_TYPES = ["application/yaml", "application/x-yaml", "text/yaml"]
 def client(servers: Servers) -> Iterator[Client]:
     """A client for tests that leave only workflows of their own behind."""
     with servers.new_database() as url:
-        settings = Settings.from_env(stack_environment(url, new_redis_url(servers)))
-        with open_client(settings) as client:
+        known = Settings.from_env(stack_environment(url, new_redis_url(servers)))
+        with open_client(known) as client:
             yield client
 
 
@@ -156,10 +165,153 @@ def test_validating_says_what_creating_would_do_and_writes_nothing(client: Clien
     answer = client.post("/workflows/validate", document)
     assert answer.status_code == 200, answer.json
     expected = {"valid": True, "workflowId": "valid", "version": 1, "isNew": True}
-    assert answer.json == {**expected, "tasks": ["b", "a"]}
+    told = {"tasks": ["b", "a"], "graph": answer.json["graph"], "canvas": answer.json["canvas"]}
+    assert answer.json == {**expected, **told}
     assert count(client) == before
     client.post("/workflows", document)
     assert client.post("/workflows/validate", document).json["isNew"] is False
+
+
+def test_validating_tells_the_graph_whatever_way_it_is_written(client: Client) -> None:
+    document = definition("graph", "a", "b")
+    document["tasks"] += [
+        {"taskId": "c", "type": "approval", "when": "tasks.a.output > 1"},
+        {"taskId": "d", "agentCapability": "write", "forEach": {"items": "${tasks.b.output}"}},
+        {"taskId": "e"},
+    ]
+    writer = {"agentId": "writer", "agentCapability": None}
+    who = {"a": writer, "b": writer, "d": {"agentId": None, "agentCapability": "write"}}
+    graph = [
+        {
+            "taskId": task,
+            "type": "approval" if task == "c" else "agent",
+            "agent": who.get(task),
+            "forEach": task == "d",
+            "dependsOn": [before] if before else [],
+            "when": "tasks.a.output > 1" if task == "c" else None,
+        }
+        for before, task in zip(["", *"abcd"], "abcde", strict=True)
+    ]
+    listed = client.post("/workflows/validate", document).json
+    assert listed["graph"] == graph
+    # As `e` may be skipped, for all before it may be, the run has an end of its own.
+    assert listed["canvas"]["messages"] == [{"chain": [*"abcde", "(end)"]}]
+    for task, then in zip(document["tasks"], [*"bcde", None], strict=True):
+        task["nextTaskId"] = then
+    assert client.post("/workflows/validate", document).json == listed
+
+
+def test_validating_shows_chords_joins_and_what_comes_later(client: Client) -> None:
+    tasks = {"a": "", "b": "", "c": "a", "d": "ab", "e": "cd"}
+    assert canvas_of(client, tasks) == {
+        "messages": [{"chain": ["a", {"chord": {"header": ["c", "d"], "body": "e"}}]}, "b"],
+        "joins": [{"taskId": "d", "after": ["b"]}],
+        "later": [],
+    }
+    chord = {"chord": {"header": ["b", "c"], "body": "(end)"}}
+    assert canvas_of(client, {"a": "", "b": "a", "c": "a"})["messages"] == [{"chain": ["a", chord]}]
+    many = [f"t{n}" for n in range(30)]
+    told = canvas_of(client, {**dict.fromkeys(many, ""), "last": many})
+    assert told["later"] == ["last"] and told["joins"] == []
+    assert [task for lane in told["messages"] for task in lane["lane"]] == many
+
+
+def canvas_of(client: Client, edges: dict[str, str | list[str]]) -> Any:
+    answer = client.post("/workflows/validate", {"id": "drawn", "tasks": listed(edges)})
+    assert answer.status_code == 200, answer.json
+    return answer.json["canvas"]
+
+
+def listed(edges: Mapping[str, Iterable[str]]) -> list[dict[str, Any]]:
+    return [
+        {"taskId": task, "agentId": "writer", "dependsOn": list(before)}
+        for task, before in edges.items()
+    ]
+
+
+@st.composite
+def documents(draw: st.DrawFn, far: str) -> dict[str, Any]:
+    """A definition of any graph, done by agents here and behind HTTP, and by nobody."""
+    nodes = draw(graphs(40))
+    names = {node.id: f"t{n}" for n, node in enumerate(nodes)}
+    tasks = listed({names[n.id]: [names[d] for d in n.depends_on] for n in nodes})
+    for task in tasks:
+        if (who := draw(st.sampled_from(["writer", far, ""]))) != "writer":
+            del task["agentId"]
+            task |= {"agentCapability": who} if who else {"type": "approval"}
+    return {"id": "generated", "tasks": tasks}
+
+
+@pytest.fixture(scope="module")
+def far(client: Client) -> str:
+    """The capability that only an agent behind HTTP has."""
+    with client.database.transaction() as tx:
+        add_agent(tx, "far", "fetch", kind="remote", capacity=1, contact_endpoint="https://a/")
+    return "fetch"
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_validating_tells_the_messages_that_a_run_submitted_now_would_send(
+    client: Client, far: str, data: st.DataObject
+) -> None:
+    document = data.draw(documents(far))
+    told = client.post("/workflows/validate", document).json["canvas"]
+    celery = client.app.extensions["opscore"].dispatcher.app
+    with client.database.transaction() as tx, tx.begin_nested() as trial:
+        stored, _ = create_workflow(tx, parse(document))
+        plan = engine.submit_run(tx, stored, engine.Submission(input={}))
+        names = {id: name for id, name in tx.execute(select(Task.id, Task.definition_id))}
+        trial.rollback()
+    assert plan.drawn is not None
+    sent = canvas.signatures(celery, plan.drawn, plan.nodes, plan.generation, None)
+    text = json.dumps([read(one) for one in sent])
+    for id, name in names.items():
+        text = text.replace(str(id), name or "(end)")
+    assert told["messages"] == json.loads(text)
+    said = {join["taskId"]: set(join["after"]) for join in told["joins"]}
+    for task in document["tasks"]:
+        if task["taskId"] not in told["later"]:
+            kept = said.get(task["taskId"], set())
+            before = set().union(*(ahead(one, task["taskId"]) or () for one in told["messages"]))
+            assert set(task["dependsOn"]) <= before | kept and not before & kept
+
+
+def ahead(step: Any, task: str, over: frozenset[str] = frozenset()) -> frozenset[str] | None:
+    """Return the tasks that are over when a message visits `task`; None if it does not."""
+    for earlier, inner in parts(step):
+        if inner == task:
+            return over | earlier
+        if not isinstance(inner, str) and (found := ahead(inner, task, over | earlier)) is not None:
+            return found
+    return None
+
+
+def parts(step: Any) -> Iterator[tuple[frozenset[str], Any]]:
+    """Yield what a step is made of, each with the tasks of the step that are over before it."""
+    nothing: frozenset[str] = frozenset()
+    if isinstance(step, str):
+        return (yield nothing, step)
+    ((word, inner),) = step.items()
+    if word == "chain":
+        yield from ((nothing.union(*map(done, inner[:n])), part) for n, part in enumerate(inner))
+    elif word == "chord":
+        yield from ((nothing, part) for part in inner["header"])
+        yield nothing.union(*map(done, inner["header"])), inner["body"]
+    elif word == "link":
+        yield nothing, inner["task"]
+        yield from ((frozenset({inner["task"]}), part) for part in inner["then"])
+    else:
+        yield from ((nothing, part) for part in inner)
+
+
+def done(step: Any) -> frozenset[str]:
+    """Return what is over when the next step begins; what is linked may not be."""
+    if isinstance(step, str):
+        return frozenset({step})
+    if "link" in step:
+        return frozenset({step["link"]["task"]})
+    return frozenset().union(*(done(part) for _, part in parts(step)))
 
 
 def test_a_workflow_is_got_by_version(client: Client) -> None:

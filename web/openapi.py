@@ -25,7 +25,7 @@ from opscore.remote import AGENT_PREFIX
 from web.bodies import JSON, YAML, Parser, read_definition
 from web.errors import PROBLEM
 from web.ids import RunId, TaskId
-from web.schemas import KeyHeader, Problem, WorkflowDefinition, camel
+from web.schemas import STEP, STEP_NAME, KeyHeader, Problem, WorkflowDefinition, camel
 from web.starting import REPLAYED_HEADER
 from web.streams import EVENT_STREAM
 
@@ -264,6 +264,7 @@ def make_api(app: Flask) -> Api:
     for name, (header, about) in SIGNATURE_SCHEMES.items():
         scheme = {"type": "apiKey", "in": "header", "name": header, "description": about}
         api.spec.components.security_scheme(name, scheme)
+    api.spec.components.schema(STEP_NAME, dict(STEP))
     for converter in (RunId, TaskId):
         api.register_converter(converter, lambda _: {"type": "string", "format": "uuid"})
     app.register_blueprint(_docs(api))

@@ -434,8 +434,112 @@ class Workflow(Answer):
     )
 
 
+STEP_NAME = "Step"
+_STEP: Mapping[str, Any] = {"$ref": f"#/components/schemas/{STEP_NAME}"}
+_STEPS: Mapping[str, Any] = {"type": "array", "items": _STEP}
+
+
+def _object(**properties: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _word(word: str, about: str, shape: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**_object(**{word: shape}), "description": about}
+
+
+IMPLICIT_END = "(end)"
+"""How a run's implicit last task is named where its canvas is told; no task can have this id."""
+STEP: Mapping[str, Any] = {
+    "description": "A task's id, or steps put together by the one word that is its member.",
+    "oneOf": [
+        {"type": "string", "description": "The definition's `taskId`."},
+        _word("chain", "One after the other.", _STEPS),
+        _word("group", "Side by side.", _STEPS),
+        _word(
+            "chord",
+            "Those of the header side by side, and when all of them are over, the body.",
+            _object(header=_STEPS, body=_STEP),
+        ),
+        _word(
+            "link",
+            "A task, and what is published when it is over, side by side.",
+            _object(task={"type": "string"}, then=_STEPS),
+        ),
+        _word(
+            "lane",
+            "Many tasks side by side share messages: whoever has this one does these in turn, or"
+            " gives them back.",
+            {"type": "array", "items": {"type": "string"}},
+        ),
+    ],
+}
+"""Recursive, so written by hand; `openapi` names it."""
+
+
+class AgentAskedFor(Answer):
+    """Who is to do a task: one of the two is null."""
+
+    agent_id = _text("This agent.", null=True)
+    agent_capability = _text("Or: any with this capability.", null=True)
+
+
+class GraphTask(Answer):
+    """A task of a definition, and what it waits for."""
+
+    task_id = _text(example="fetch")
+    type = _one_of(["agent", "approval", "delay", "workflow"], "Who does it.")
+    agent = fields.Nested(
+        AgentAskedFor,
+        allow_none=True,
+        metadata=_about("Null: none, or the one that the workflow is triggered for."),
+    )
+    for_each = fields.Boolean(metadata=_about("It is done for every item of a list."))
+    depends_on = fields.List(
+        fields.String(),
+        metadata=_about("Tasks that must be over before, however the document says so."),
+    )
+    when = _text("The expression that decides whether it is skipped.", null=True)
+
+
+class Join(Answer):
+    """What a task waits for that no message says."""
+
+    task_id = _text(example="merge")
+    after = fields.List(fields.String(), metadata=_about("Tasks it depends on."))
+
+
+class CanvasOutline(Answer):
+    """What is published of a run when it is submitted. `(end)` is the last task of one that several
+    tasks could end, or one that may be skipped or fail: it does nothing but end the run.
+    """
+
+    messages = fields.List(
+        fields.Raw(metadata={"allOf": [_STEP]}),
+        metadata=_about("Each is sent by itself, at once."),
+    )
+    joins = fields.List(
+        fields.Nested(Join),
+        metadata=_about(
+            "The edges that chains and chords cannot express: such a task is visited, and waits in"
+            " the database until the last of these is over."
+        ),
+    )
+    later = fields.List(
+        fields.String(),
+        metadata=_about(
+            "Tasks too far ahead for a message now. Each waits until all that it depends on is"
+            " over; then what follows it is drawn and published."
+        ),
+    )
+
+
 class Verdict(Answer):
-    """A definition in which nothing is wrong."""
+    """A definition in which nothing is wrong, and what becomes of it."""
 
     valid = fields.Boolean(metadata=_about("Always true: faults are answered with 422."))
     workflow_id = _text("The id it would be created under.")
@@ -444,6 +548,11 @@ class Verdict(Answer):
         metadata=_about("Whether creating it would write that version; false if it is the newest.")
     )
     tasks = fields.List(fields.String(), metadata=_about("Its task ids, dependencies first."))
+    graph = fields.List(fields.Nested(GraphTask), metadata=_about("The same, with their edges."))
+    canvas = fields.Nested(
+        CanvasOutline,
+        metadata=_about("The Celery canvas of a run of it, were it submitted at this moment."),
+    )
 
 
 class VersionArguments(Arguments):

@@ -163,13 +163,7 @@ def submit_run(
     _check_moments(tx, submission)
     check_agents(tx, definition, agent_id)
     run_id = run_id or uuid7()
-    tasks = _task_rows(definition, agent_id)
-    nodes = tuple(
-        Node(row["id"], frozenset(row["depends_on"]), row["timeout_seconds"], row["queue"])
-        for row in tasks
-    )
-    drawn = build(nodes)
-    _hold_beyond(tasks, drawn)
+    tasks, nodes, drawn = _draw(definition, agent_id)
     abroad = _SUBMIT(
         tx,
         {
@@ -183,9 +177,7 @@ def submit_run(
             "tasks": [_in_json(row) for row in tasks],
         },
     )
-    if abroad:
-        remote = set(abroad.scalars())
-        nodes = tuple(replace(n, queue=IO_QUEUE) if n.id in remote else n for n in nodes)
+    nodes = _sent_abroad(nodes, abroad.scalars())
     limited = None if definition.max_concurrent_runs is None else stored.workflow_id
     is_due = submission.start_at is None
     request_id = submission.request_id
@@ -218,6 +210,53 @@ def _check_moments(tx: Tx, submission: Submission) -> None:
 def _in_json(row: dict[str, Any]) -> dict[str, Any]:
     ids = {name: [str(id) for id in row[name]] for name in ("depends_on", "successors")}
     return row | ids | {"id": str(row["id"])}
+
+
+def _draw(
+    definition: Definition, agent_id: str | None
+) -> tuple[list[dict[str, Any]], tuple[Node, ...], Canvas]:
+    """Return the rows of a run's tasks, the graph they are, and what is published of it first."""
+    tasks = _task_rows(definition, agent_id)
+    nodes = tuple(
+        Node(row["id"], frozenset(row["depends_on"]), row["timeout_seconds"], row["queue"])
+        for row in tasks
+    )
+    drawn = build(nodes)
+    _hold_beyond(tasks, drawn)
+    return tasks, nodes, drawn
+
+
+def _sent_abroad(nodes: tuple[Node, ...], abroad: Sequence[UUID]) -> tuple[Node, ...]:
+    remote = set(abroad)
+    return tuple(replace(n, queue=IO_QUEUE) if n.id in remote else n for n in nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A run that nobody submitted: its tasks' names, its graph, and what would be published."""
+
+    names: Mapping[UUID, str]
+    """As the definition has them; `END` for the implicit end."""
+    nodes: tuple[Node, ...]
+    drawn: Canvas
+
+
+_ABROAD = Prepared(
+    f"""
+SELECT t.id FROM jsonb_to_recordset(cast(:tasks AS jsonb)) AS t (
+    id uuid, kind text, wanted_agent_id text, wanted_capability text)
+WHERE {_IS_REMOTE}
+""",
+    json=("tasks",),
+)
+
+
+def draft_run(tx: Tx, definition: Definition) -> Draft:
+    """Return what a run of a definition would be if it were submitted now; write nothing."""
+    tasks, nodes, drawn = _draw(definition, None)
+    abroad = _ABROAD(tx, {"tasks": [_in_json(row) for row in tasks]}).scalars()
+    names = {row["id"]: row["definition_id"] for row in tasks}
+    return Draft(names, _sent_abroad(nodes, abroad), drawn)
 
 
 def _hold_beyond(tasks: list[dict[str, Any]], drawn: Canvas) -> None:

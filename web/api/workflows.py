@@ -4,14 +4,15 @@ from typing import Any
 
 from flask import url_for
 
-from opscore import queries
-from opscore.definition import parse
+from opscore import canvas, engine, queries
+from opscore.definition import TaskSpec, parse
+from opscore.engine import Draft
 from opscore.workflows import archive_workflow, create_workflow, restore_workflow
 from web import pages
 from web.auth import principal
 from web.current import database
 from web.openapi import PREFIX, Answers, Blueprint
-from web.schemas import WORKFLOW_FILTERS, Verdict, VersionArguments, Workflow
+from web.schemas import IMPLICIT_END, WORKFLOW_FILTERS, Verdict, VersionArguments, Workflow
 
 blueprint = Blueprint(
     "workflows",
@@ -49,8 +50,37 @@ CREATED = Answers(
     has_location=True,
     also={200: (Workflow, "The newest version is this document already.")},
 )
+JUDGED = Answers(
+    schema=Verdict,
+    about="Nothing is wrong with it.",
+    example={
+        "valid": True,
+        "workflowId": "report",
+        "version": 1,
+        "isNew": True,
+        "tasks": ["fetch", "write"],
+        "graph": [
+            {
+                "taskId": "fetch",
+                "type": "agent",
+                "agent": {"agentId": None, "agentCapability": "fetch"},
+                "forEach": False,
+                "dependsOn": [],
+                "when": None,
+            },
+            {
+                "taskId": "write",
+                "type": "agent",
+                "agent": {"agentId": "writer", "agentCapability": None},
+                "forEach": False,
+                "dependsOn": ["fetch"],
+                "when": None,
+            },
+        ],
+        "canvas": {"messages": [{"chain": ["fetch", "write"]}], "joins": [], "later": []},
+    },
+)
 VERSIONS = Answers(schema=pages.page_of(Workflow, "WorkflowVersionPage"))
-VERDICT = Answers(schema=Verdict)
 ARCHIVED = Answers(
     schema=Workflow,
     about="It is archived; what exists of it goes on.",
@@ -74,16 +104,45 @@ def create(document: Any) -> Any:
 
 
 @blueprint.operation(
-    "POST", "/validate", VERDICT, definition=True, example=DEFINITION, problems=IS_ARCHIVED
+    "POST", "/validate", JUDGED, definition=True, example=DEFINITION, problems=IS_ARCHIVED
 )
 def validate(document: Any) -> Any:
-    """Check a definition as creating it would, and write nothing."""
+    """Check a definition as creating it would, write nothing, and say what a run of it becomes."""
     definition = parse(document)
     with database().transaction() as tx, tx.begin_nested() as trial:
         stored, created = create_workflow(tx, definition)
         trial.rollback()
+        draft = engine.draft_run(tx, definition)
     found = {"workflow_id": stored.workflow_id, "version": stored.version, "is_new": created}
-    return {"valid": True, **found, "tasks": [task.id for task in definition.tasks]}
+    told = {"graph": [_node(task) for task in definition.tasks], "canvas": _canvas(draft)}
+    return {"valid": True, **found, "tasks": [task.id for task in definition.tasks], **told}
+
+
+def _node(task: TaskSpec) -> dict[str, Any]:
+    named = {"agent_id": task.agent_id, "agent_capability": task.capability}
+    return {
+        "task_id": task.id,
+        "type": task.type,
+        "agent": named if any(named.values()) else None,
+        "for_each": task.for_each is not None,
+        "depends_on": list(task.depends_on),
+        "when": task.when.value if task.when else None,
+    }
+
+
+def _canvas(draft: Draft) -> dict[str, Any]:
+    names = {task: name or IMPLICIT_END for task, name in draft.names.items()}
+    order = list(names)
+    joins = draft.drawn.joins
+    return {
+        "messages": canvas.outline(draft.drawn, draft.nodes, names.__getitem__),
+        "joins": [
+            {"task_id": names[task], "after": [names[d] for d in order if d in joins[task]]}
+            for task in order
+            if task in joins
+        ],
+        "later": [names[task] for task in draft.drawn.beyond],
+    }
 
 
 @blueprint.operation("GET", "", Answers(schema=pages.page_of(Workflow)), query=WORKFLOWS)
