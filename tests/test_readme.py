@@ -26,7 +26,7 @@ def test_the_code_map_names_every_module_and_no_other() -> None:
     named = set(re.findall(r"`(?:opscore/)?([a-z_]+\.py)`", table))
     there = {path.name for path in (ROOT / "opscore").glob("*.py")} - {"__init__.py"}
     assert named - {"celeryconfig.py", "tasks.py"} == there
-    for folder in ("opscore/agentkit", "workers", "web", "examples", "tests"):
+    for folder in ("opscore/agentkit", "opscore/sdk", "workers", "web", "examples", "tests"):
         assert f"{folder.removeprefix('opscore/')}/" in table and (ROOT / folder).is_dir()
 
 
@@ -84,8 +84,18 @@ def test_the_tours_run_as_they_are_written() -> None:
         assert line.startswith(start), second
 
 
+def python_of_the_readme() -> list[str]:
+    return re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+
+
+def test_the_remote_agent_it_shows_is_the_example() -> None:
+    example = (ROOT / "examples/remote_agent.py").read_text()
+    (shown,) = [source for source in python_of_the_readme() if "AgentServer" in source]
+    assert example.endswith(f'"""\n\n{shown}')
+
+
 def test_the_agent_it_shows_runs_as_pasted() -> None:
-    (source,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    source = python_of_the_readme()[0]
     names: dict[str, object] = {}
     exec(source, names)
     from opscore import AgentBusy, Context
@@ -101,7 +111,7 @@ def test_the_agent_it_shows_runs_as_pasted() -> None:
 def test_the_workflows_it_shows_run_on_the_agents_it_shows(
     servers: Servers, tmp_path: Path
 ) -> None:
-    (source,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    source = python_of_the_readme()[0]
     first, second = re.findall(r"```yaml\n(.+?)```", README, re.DOTALL)
     (tmp_path / "my_agents.py").write_text(source)
     env = {"OPSCORE_AGENTS": "my_agents", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
