@@ -11,9 +11,10 @@ from fnmatch import fnmatchcase
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Any
 
-from opscore.agentkit.calling import Busy, Completed, Failed
+from opscore.agentkit.calling import MAX_RETRY_AFTER_SECONDS, Busy, Completed, Failed, Outcome
 from opscore.agentkit.context import MAX_MESSAGE_BYTES, storable_text
 from opscore.agentkit.output import Unstorable, to_json
+from opscore.errors import AgentBusy
 from opscore.json_values import kind
 
 AGENT_PREFIX = "X-AgentKit"
@@ -182,8 +183,11 @@ _FINAL_CODES = ("gave_up", "invalid_output", "output_too_large")
 """Not retryable when a function agent's attempt ends with them, so not here either."""
 
 
-def read_report(body: Mapping[str, Any]) -> Completed | Failed:
+def read_report(body: Mapping[str, Any]) -> Outcome:
     """Turn `{"status", "result", "error"}` into an outcome.
+
+    An error is text or `{"code", "message", "retryAfter"}`; the code `agent_busy` says that the
+    agent took no work after all.
 
     Raises:
         ValueError: it is none; the sentence says why.
@@ -211,15 +215,27 @@ def _completed(result: object) -> Completed | Failed:
         return failure(error.code, str(error), retryable=False)
 
 
-def _failed(error: object) -> Failed:
+def _failed(error: object) -> Failed | Busy:
     given = error if isinstance(error, Mapping) else {"message": error}
-    code, message = given.get("code") or "agent_error", given.get("message")
-    if not isinstance(code, str) or not isinstance(message, str | None):
+    said, message = given.get("code") or "agent_error", given.get("message")
+    if not isinstance(said, str) or not isinstance(message, str | None):
         raise ValueError("The error must be text, or an object whose code and message are text.")
+    code, wait = said.lower(), _wait(given.get("retryAfter"))
+    if code == AgentBusy.code:
+        return Busy(wait)
     text = message or "The agent reported a failure and did not say why."
-    if not _CODE.fullmatch(code.lower()):
-        code, text = "agent_error", f"{code[:64]}: {text}"
-    return failure(code.lower(), text, retryable=code.lower() not in _FINAL_CODES)
+    if not _CODE.fullmatch(code):
+        code, text = "agent_error", f"{said[:64]}: {text}"
+    return failure(code, text, retryable=code not in _FINAL_CODES, retry_after=wait)
+
+
+def _wait(seconds: Any) -> float | None:
+    if seconds is None:
+        return None
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not seconds >= 0:  # NaN is none either
+        raise ValueError("The error's retryAfter must be a number of seconds from 0.")
+    return float(min(seconds, MAX_RETRY_AFTER_SECONDS))
 
 
 def failure(
@@ -258,4 +274,4 @@ class Accepted:
     """The agent took the work and will report later."""
 
 
-Answer = Completed | Failed | Busy | Accepted
+Answer = Outcome | Accepted

@@ -21,7 +21,7 @@ from typing import Any
 import httpcore2
 import httpx2
 
-from opscore.agentkit.calling import MAX_RETRY_AFTER_SECONDS, Busy, Completed, Failed
+from opscore.agentkit.calling import MAX_RETRY_AFTER_SECONDS, Busy, Failed, Outcome
 from opscore.agentkit.context import storable_text
 from opscore.config import MAX_TEXT_BYTES, MAX_VALUE_BYTES
 from opscore.json_values import kind, read_json
@@ -161,7 +161,7 @@ def _answer(response: httpcore2.Response, line: "_Line") -> Answer:
     return failure("agent_failed", said, retry_after=_retry_after(headers))
 
 
-def _report_of(response: httpcore2.Response, headers: Mapping[str, str]) -> Completed | Failed:
+def _report_of(response: httpcore2.Response, headers: Mapping[str, str]) -> Outcome:
     encoding = headers.get("content-encoding", "")
     if encoding.strip().lower() not in ("", "identity"):
         raise _InvalidAnswer(f"it is encoded ({encoding[:64]}), and only identity is accepted.")

@@ -11,12 +11,13 @@ from typing import Any
 from uuid import UUID
 
 from opscore import engine, logs, work, workflows
-from opscore.agentkit import Completed, Failed
+from opscore.agentkit import Busy, Completed, Failed, Outcome
 from opscore.db import Tx
 from opscore.dispatch import Dispatcher
 from opscore.engine import Beat, Claimed, Failure, Fenced, Finished, OpenAttempt, Parked
 from opscore.errors import ReportRefused
 from opscore.queries import check_task
+from opscore.states import Reason
 
 log = logs.get(__name__)
 
@@ -38,7 +39,7 @@ class Accepted:
     recorded: Finished | Parked
 
 
-def accept_result(tx: Tx, reporter: Reporter, outcome: Completed | Failed) -> Accepted | None:
+def accept_result(tx: Tx, reporter: Reporter, outcome: Outcome) -> Accepted | None:
     """End the attempt with what its agent reports; None: it did, with this very result.
 
     Raises:
@@ -112,7 +113,11 @@ def _check(attempt: OpenAttempt | None, reporter: Reporter) -> OpenAttempt:
     return attempt
 
 
-def _record(tx: Tx, claimed: Claimed, outcome: Completed | Failed) -> Finished | Parked | Fenced:
+def _record(tx: Tx, claimed: Claimed, outcome: Outcome) -> Finished | Parked | Fenced:
+    if isinstance(outcome, Busy):
+        return engine.release_attempt(
+            tx, claimed, Reason.AGENT_BUSY, delay_seconds=outcome.retry_after, message=None
+        )
     if isinstance(outcome, Failed):
         failure = Failure(outcome.code, outcome.message, outcome.traceback, outcome.retryable)
         return engine.fail_attempt(
@@ -128,10 +133,13 @@ def _record(tx: Tx, claimed: Claimed, outcome: Completed | Failed) -> Finished |
     return engine.complete_attempt(tx, claimed, outcome.output, run_output, run_error)
 
 
-def _digest(outcome: Completed | Failed) -> str:
-    said: Any = (
-        {"result": outcome.output}
-        if isinstance(outcome, Completed)
-        else {"code": outcome.code, "message": outcome.message}
-    )
+def _digest(outcome: Outcome) -> str:
+    said: dict[str, Any]
+    match outcome:
+        case Completed(output):
+            said = {"result": output}
+        case Failed(code, message):
+            said = {"code": code, "message": message}
+        case Busy(seconds):
+            said = {"busy": seconds}
     return sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

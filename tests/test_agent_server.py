@@ -1142,7 +1142,8 @@ def test_no_more_is_given_to_it_than_it_takes(site: Site) -> None:
     assert {(row.attempt, row.tries) for row in site.tasks(run_id)} == {(1, 0)}
 
 
-def test_who_is_busy_loses_no_attempt_and_who_fails_does(site: Site) -> None:
+@pytest.mark.parametrize("answer_seconds", [5.0, 0.0])
+def test_who_is_busy_loses_no_attempt_and_who_fails_does(site: Site, answer_seconds: float) -> None:
     moods: list[Exception] = [AgentBusy(0.2), RetryLater(0.2), ValueError("odd")]
 
     def moody(parameters: Parameters, context: Context) -> Any:
@@ -1150,7 +1151,7 @@ def test_who_is_busy_loses_no_attempt_and_who_fails_does(site: Site) -> None:
             raise moods[context.attempt - 1]
         return context.attempt
 
-    with site.serving("moody", moody):
+    with site.serving("moody", moody, answer_seconds=answer_seconds):
         run_id = site.submit("moody", {})
         assert site.completed(run_id).output == 4
     assert site.task(run_id).tries == 2
@@ -1159,6 +1160,20 @@ def test_who_is_busy_loses_no_attempt_and_who_fails_does(site: Site) -> None:
     )
     codes = [row.error and row.error["code"] for row in errors]
     assert codes == ["agent_busy", "retry_later", "agent_error", None]
+
+
+@pytest.mark.parametrize("answer_seconds", [5.0, 0.0])
+def test_who_wants_to_be_asked_later_is(site: Site, answer_seconds: float) -> None:
+    asked: list[float] = []
+
+    def later(parameters: Parameters, context: Context) -> Any:
+        asked.append(time.monotonic())
+        if context.attempt == 1:
+            raise RetryLater(1.5)
+
+    with site.serving("later", later, answer_seconds=answer_seconds):
+        site.completed(site.submit("later", {}))
+    assert asked[1] - asked[0] >= 1.4, "by its own backoff the task would come after 0.1 s"
 
 
 def test_who_gives_up_is_not_asked_again(site: Site) -> None:

@@ -565,6 +565,16 @@ def test_threads_share_a_caller_and_get_their_own_answers() -> None:
             {"status": "failed", "error": {"code": "E 42!", "message": "x"}},
             Failed("agent_error", "E 42!: x"),
         ),
+        (
+            {"status": "failed", "error": {"code": "x", "message": "y", "retryAfter": 2.5}},
+            Failed("x", "y", retry_after=2.5),
+        ),
+        (
+            {"error": {"message": "y", "retryAfter": 10**400}},
+            Failed("agent_error", "y", retry_after=365 * 86_400.0),
+        ),
+        ({"error": {"code": "AGENT_BUSY", "retryAfter": 0}}, Busy(0.0)),
+        ({"status": "failed", "error": {"code": "agent_busy", "message": "later"}}, Busy(None)),
         ({"error": "no status"}, Failed("agent_error", "no status")),
         ({"status": "failed", "error": "a\0b\ud800"}, Failed("agent_error", "a\ufffdb?")),
     ],
@@ -599,6 +609,9 @@ def test_long_text_of_an_agent_is_cut() -> None:
         ({"status": "failed", "error": ["x"]}, "error must be text"),
         ({"status": "failed", "error": {"code": 5, "message": "x"}}, "code and message"),
         ({"status": "failed", "error": {"message": {"a": 1}}}, "code and message"),
+        ({"status": "failed", "error": {"retryAfter": "soon"}}, "retryAfter must be a number"),
+        ({"status": "failed", "error": {"retryAfter": -1}}, "retryAfter must be a number"),
+        ({"status": "failed", "error": {"retryAfter": True}}, "retryAfter must be a number"),
     ],
 )
 def test_what_is_no_report_is_refused_in_a_sentence(body: Any, fault: str) -> None:

@@ -12,12 +12,13 @@ from test_engine import task
 from test_races import at_once
 
 from opscore import agents, engine, reports
-from opscore.agentkit import Completed, Failed
+from opscore.agentkit import Busy, Completed, Failed, Outcome
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
 from opscore.engine import Claimed, Fenced, Finished, MustWait, Parked
 from opscore.errors import ReportRefused, RunFinished
 from opscore.reports import Reporter
+from opscore.states import Reason
 from workers.keeper import Round
 
 
@@ -40,7 +41,7 @@ class Abroad(Fleet):
         return claimed
 
     def result(
-        self, outcome: Completed | Failed, name: str = "a", token: UUID | None = None
+        self, outcome: Outcome, name: str = "a", token: UUID | None = None
     ) -> reports.Accepted | None:
         with self.tx() as tx:
             reporter = Reporter(self.id(name), "r", token or self.token)
@@ -134,6 +135,45 @@ def test_a_failure_is_tried_again_by_its_saved_visit(abroad: Abroad) -> None:
     abroad.result(Failed("agent_error", "no"))
     abroad.keep_house()
     assert abroad.run().status == "failed" and abroad.task("a").error["message"] == "no"
+
+
+def test_a_failure_that_names_a_time_is_tried_again_after_it(abroad: Abroad) -> None:
+    abroad.submit(task("a", "r"))
+    abroad.give()
+    abroad.result(Failed("retry_later", "not yet", retry_after=3600))
+    (row,) = abroad.rows_of("SELECT wake_at - now() AS rest FROM tasks WHERE agent_id = 'r'")
+    assert 3590 < row.rest.total_seconds() <= 3600
+
+
+def test_an_agent_that_is_busy_after_all_has_its_task_wait_and_no_attempt_is_counted(
+    abroad: Abroad,
+) -> None:
+    abroad.submit(task("a", "r"), task("b", "r", dependsOn=[]))
+    abroad.give()
+    accepted = abroad.result(Busy(3600))
+    assert accepted is not None and isinstance(accepted.recorded, Parked)
+    row, attempt = abroad.task("a"), abroad.attempt()
+    assert (row.reason, row.tries, row.lost, row.message) == ("agent_busy", 0, 0, {"of": "a"})
+    assert (attempt.status, attempt.error["code"]) == ("cancelled", "agent_busy")
+    assert abroad.slot().holder is None
+    assert abroad.wait("b") == Reason.AGENT_BUSY and abroad.wake_line("r") == []
+    assert abroad.result(Busy(3600)) is None, "the same again is no news"
+    abroad.report("r", "idle")
+    assert abroad.wake_line("r") == ["a"], "it kept its place in the line"
+
+
+def test_an_agent_may_be_busy_before_the_worker_heard_that_it_accepted(abroad: Abroad) -> None:
+    abroad.submit(task("a", "r"))
+    claimed = abroad.claim("a", token=abroad.token)
+    assert abroad.result(Busy(0)) is not None
+    with abroad.tx() as tx:
+        assert isinstance(engine.await_report(tx, claimed, message={}), Fenced)
+    abroad.alter("UPDATE tasks SET wake_at = now(), not_before = now() WHERE run_id = :run")
+    abroad.report("r", "idle")
+    abroad.give()
+    abroad.result(Completed(1))
+    abroad.keep_house()
+    assert abroad.run().status == "completed"
 
 
 def test_a_result_that_comes_before_the_worker_heard_that_it_was_accepted(abroad: Abroad) -> None:

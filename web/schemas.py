@@ -937,7 +937,10 @@ class TaskResult(Proof):
         ),
     )
     result = _json("The task's output.")
-    error = _json("What went wrong: text, or `{code, message}`.")
+    error = _json(
+        "What went wrong: text, or `{code, message, retryAfter}`. It is tried again after that many"
+        " seconds, if it is; with the code `agent_busy` it did not fail, and waits."
+    )
 
     @post_load
     def read(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

@@ -763,7 +763,7 @@ def release_attempt(
     reason: Reason,
     *,
     delay_seconds: float | None = None,
-    message: dict[str, Any],
+    message: dict[str, Any] | None,
 ) -> Finished | Parked | Fenced:
     """Give a claimed task back because its agent took no work; that uses up no attempt.
 
