@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet install
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fleet plays up down test fuzz bench chaos growth beats lint check clean
+.PHONY: help setup demo fleet plays up down test fuzz bench chaos growth beats sdk lint check clean
 
 help: ## Show this
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -45,6 +45,9 @@ growth: .venv/.dev ## Measure with a million runs in the tables (ARGS="--short")
 
 beats: .venv/.dev ## Fire schedules with three beats, killed at random (ARGS="--seconds 20 --seed 7")
 	@.venv/bin/python -m bench.beats $(ARGS)
+
+sdk: .venv/.dev ## Make what of the SDK is made: the sync client, the types
+	@.venv/bin/python tests/sdk_source.py
 
 lint: .venv/.dev ## Check style, types and floors
 	@.venv/bin/ruff check .

@@ -1,0 +1,706 @@
+"""The client of the API for `async` code; `sync_client` is made of this file by `make sdk`.
+
+    async with OpsCoreClientAsync("http://127.0.0.1:8000", key) as client:
+        run = await client.runs.submit("report", {"topic": "queues"})
+        print((await run.wait(timeout=60)).output)
+
+What is read comes as the JSON that the API documents, typed in `types`. Calls are sent again, with
+backoff, after connection errors, 429 and 503, where that cannot do anything twice: what starts work
+always carries an idempotency key. Raises what `errors` lists, and ValueError for arguments that
+cannot be sent.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from datetime import datetime
+from math import inf
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal, Self, cast
+
+import anyio
+import httpx2
+
+from opscore.sdk import types
+from opscore.sdk.errors import (
+    ConnectionError,
+    OpsCoreSDKError,
+    RunFailed,
+    WaitTimeout,
+    read_retry_after,
+)
+from opscore.sdk.transport import (
+    EVENT_STREAM,
+    LONG_POLL_SECONDS,
+    PAGE_SIZE,
+    RETRIES,
+    SILENCE_SECONDS,
+    Call,
+    EventParser,
+    Patience,
+    backoff,
+    check_stream,
+    given,
+    headers_of,
+    path,
+    pause_after,
+    read,
+    root_of,
+    trouble,
+)
+
+Definition = Mapping[str, Any] | str | Path
+"""A workflow: its document, the text of one in YAML or JSON, or the file that holds it."""
+Priority = Literal["low", "normal", "high"]
+RunStatus = Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
+TaskStatus = Literal["pending", "waiting", "running", "completed", "failed", "cancelled", "skipped"]
+Labels = Mapping[str, str]
+
+
+class OpsCoreClientAsync:
+    """A client of one opscore. Use it as a context manager, or close it."""
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str,
+        timeout: float = 10.0,
+        *,
+        retries: int = RETRIES,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        """`base_url` with or without `/v1`; `timeout` in seconds, for each part of a call."""
+        self._root, self._timeout, self._retries = root_of(base_url), timeout, retries
+        self._http = httpx2.AsyncClient(
+            headers=headers_of(api_key), timeout=timeout, transport=transport
+        )
+        self.workflows = AsyncWorkflows(self)
+        self.runs = AsyncRuns(self)
+        self.tasks = AsyncTasks(self)
+        self.agents = AsyncAgents(self)
+        self.schedules = AsyncSchedules(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._http.aclose()
+
+    async def update_state(self, agent_id: str, state: str, details: Any = None) -> types.Success:
+        """Report an agent's state, as the agent itself would."""
+        return await self.agents.update_state(agent_id, state, details)
+
+    async def get_state(self, agent_id: str) -> types.StateOfAgent:
+        """Return the state an agent reported last."""
+        return await self.agents.get_state(agent_id)
+
+    async def trigger_workflow(
+        self,
+        agent_id: str,
+        workflow_definition_id: str | None = None,
+        initial_payload: Mapping[str, Any] | None = None,
+        *,
+        workflow_definition: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> types.Triggered:
+        """Start a workflow for an agent: one that was created, or a definition that comes along.
+
+        `sessionId` in the answer is the run's id.
+        """
+        body = given(
+            workflowDefinitionId=workflow_definition_id,
+            workflowDefinition=workflow_definition,
+            initialPayload=initial_payload,
+        )
+        call = Call.start(path("agent", agent_id, "workflow"), body, idempotency_key)
+        return cast(types.Triggered, await self.send(call))
+
+    async def health(self) -> types.Health:
+        """Return whether the API is up; nothing else is asked for that."""
+        return cast(types.Health, await self.send(Call.get("/health")))
+
+    async def ready(self) -> types.Ready:
+        """Return whether the parts answer that the API needs.
+
+        Raises:
+            ServerError: they do not.
+        """
+        return cast(types.Ready, read(await self.attempt(Call.get("/ready"))))
+
+    async def send(self, call: Call) -> Any:
+        """Make a call, again and again where that helps; return the value it answers."""
+        tried = 0
+        while True:
+            tried += 1
+            outcome: httpx2.Response | ConnectionError
+            try:
+                outcome = await self.attempt(call)
+            except ConnectionError as error:
+                outcome = error
+            pause = pause_after(outcome, call, tried, self._retries)
+            if pause is not None:
+                await anyio.sleep(pause)
+            elif isinstance(outcome, ConnectionError):
+                raise outcome
+            else:
+                return read(outcome)
+
+    async def attempt(self, call: Call) -> httpx2.Response:
+        """Make a call once, whatever comes of it.
+
+        Raises:
+            ConnectionError: there is no answer.
+        """
+        content, headers = call.content()
+        try:
+            return await self._http.request(
+                call.method,
+                self._root + call.path,
+                params=call.query,
+                content=content,
+                headers=headers,
+                timeout=httpx2.Timeout(self._timeout, read=self._timeout + call.waits),
+            )
+        except httpx2.RequestError as error:
+            raise trouble(error, self._root) from error
+
+    async def pages(self, where: str, **query: Any) -> AsyncIterator[Any]:
+        """Yield the items of a list, newest first; a page is fetched when it is needed."""
+        cursor: str | None = None
+        while True:
+            page = await self.send(Call.get(where, **query, limit=PAGE_SIZE, cursor=cursor))
+            for item in page["items"]:
+                yield item
+            cursor = page["nextCursor"]
+            if cursor is None:
+                return
+
+    async def stream(self, where: str, after: int) -> AsyncIterator[Any]:
+        """Yield the events of a stream after a seq, until the API says that there are no more.
+
+        A connection that breaks is made anew, with `Last-Event-ID`.
+        """
+        patience, quiet = Patience(), 0
+        while True:
+            quiet += 1
+            try:
+                async with aclosing(self._connection(where, after)) as events:
+                    async for event in events:
+                        if event is None:
+                            return
+                        after, quiet = event["seq"], 0
+                        yield event
+                patience.reset()
+                pause = backoff(quiet) if quiet else 0
+            except OpsCoreSDKError as error:
+                if quiet == 0:
+                    patience.reset()
+                pause = patience.pause(error)
+            await anyio.sleep(pause)
+
+    async def _connection(self, where: str, after: int) -> AsyncGenerator[Any, None]:
+        """Yield the events of one connection; None if it says that there will be no more."""
+        headers = {"Accept": EVENT_STREAM, "Last-Event-ID": str(after)}
+        timeout = httpx2.Timeout(self._timeout, read=SILENCE_SECONDS)
+        url, parser = self._root + where, EventParser()
+        try:
+            async with self._http.stream("GET", url, headers=headers, timeout=timeout) as answer:
+                if answer.status_code == 204:
+                    yield None
+                    return
+                if not answer.is_success:
+                    await answer.aread()
+                    read(answer)
+                check_stream(answer)
+                async for line in answer.aiter_lines():
+                    for event in parser.feed(line):
+                        yield event
+        except httpx2.RequestError as error:
+            raise trouble(error, self._root) from error
+
+
+class AsyncRun:
+    """A run, as it was when it was last read. `data` is all that the API said of it."""
+
+    def __init__(self, client: OpsCoreClientAsync, data: types.Run | types.RunDetail) -> None:
+        self.data = data
+        self._client = client
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id} of {self.workflow_id}: {self.status}>"
+
+    @property
+    def id(self) -> str:
+        return self.data["runId"]
+
+    @property
+    def workflow_id(self) -> str:
+        return self.data["workflowId"]
+
+    @property
+    def status(self) -> RunStatus:
+        return self.data["status"]
+
+    @property
+    def reason(self) -> str | None:
+        return self.data["reason"]
+
+    @property
+    def output(self) -> Any:
+        return self.data["output"]
+
+    @property
+    def error(self) -> types.RunFault | None:
+        """`{code, message, taskId}` of a run that failed."""
+        return self.data["error"]
+
+    @property
+    def is_over(self) -> bool:
+        return self.data["finishedAt"] is not None
+
+    def raise_for_status(self) -> Self:
+        """Return the run if it is not over or was completed.
+
+        Raises:
+            RunFailed
+        """
+        if self.status in ("failed", "cancelled"):
+            raise RunFailed(self.id, self.status, self.error)
+        return self
+
+    async def refresh(self) -> Self:
+        """Read it again."""
+        self.data = await self._client.runs.detail(self.id)
+        return self
+
+    async def wait(self, timeout: float | None = None) -> Self:
+        """Wait until it is over; `timeout` in seconds, None for as long as it takes.
+
+        Outlives an API that is away for two minutes.
+
+        Raises:
+            WaitTimeout: it goes on.
+        """
+        until, patience = inf if timeout is None else monotonic() + timeout, Patience()
+        while not self.is_over:
+            left = until - monotonic()
+            if left <= 0:
+                raise WaitTimeout(f"Run {self.id} is {self.status} after {timeout:g} s.")
+            try:
+                self.data, pause = await self._client.runs.watch(
+                    self.id, min(left, LONG_POLL_SECONDS)
+                )
+                patience.reset()
+            except OpsCoreSDKError as error:
+                pause = patience.pause(error)
+            await anyio.sleep(max(0, min(pause, until - monotonic())))
+        return self
+
+    def events(self, *, after: int = 0) -> AsyncIterator[types.Event]:
+        """Yield what happened and happens in it, until it is over."""
+        return self._client.runs.events(self.id, after=after)
+
+    def tasks(self) -> AsyncIterator[types.Task]:
+        """Yield its tasks and items, in the order of the definition."""
+        return self._client.runs.tasks(self.id)
+
+    async def cancel(self) -> Self:
+        """Cancel it: nothing of it starts any more."""
+        return self._is(await self._client.runs.cancel(self.id))
+
+    async def pause(self) -> Self:
+        """Let what runs end, and start nothing new."""
+        return self._is(await self._client.runs.pause(self.id))
+
+    async def resume(self) -> Self:
+        """Let it go on."""
+        return self._is(await self._client.runs.resume(self.id))
+
+    async def retry(self, parameters: Mapping[str, Mapping[str, Any]] | None = None) -> Self:
+        """Have what failed tried again, with other `parameters` of tasks by id."""
+        return self._is(await self._client.runs.retry(self.id, parameters))
+
+    async def rerun(self, *, idempotency_key: str | None = None) -> "AsyncRun":
+        """Start another run of the same version with the same input."""
+        return await self._client.runs.rerun(self.id, idempotency_key=idempotency_key)
+
+    def _is(self, other: "AsyncRun") -> Self:
+        self.data = other.data
+        return self
+
+
+class AsyncTask:
+    """A task that was submitted for one agent, as it was when it was last read."""
+
+    def __init__(self, client: OpsCoreClientAsync, data: types.Task | types.TaskDetail) -> None:
+        self.data = data
+        self._client = client
+
+    def __repr__(self) -> str:
+        return f"<Task {self.id}: {self.status}>"
+
+    @property
+    def id(self) -> str:
+        return self.data["taskId"]
+
+    @property
+    def run_id(self) -> str:
+        return self.data["runId"]
+
+    @property
+    def status(self) -> TaskStatus:
+        return self.data["status"]
+
+    @property
+    def output(self) -> Any:
+        return self.data["output"]
+
+    @property
+    def error(self) -> types.Fault | None:
+        return self.data["error"]
+
+    async def refresh(self) -> Self:
+        """Read it again."""
+        self.data = await self._client.tasks.get(self.id)
+        return self
+
+    async def wait(self, timeout: float | None = None) -> Self:
+        """Wait until its run is over; as `Run.wait`."""
+        run = await self._client.runs.get(self.run_id)
+        await run.wait(timeout)
+        return await self.refresh()
+
+
+class _Resource:
+    def __init__(self, client: OpsCoreClientAsync) -> None:
+        self._client = client
+
+
+class AsyncWorkflows(_Resource):
+    """Definitions: named, versioned, never changed."""
+
+    async def create(self, definition: Definition) -> types.Workflow:
+        """Create a workflow or its next version; the newest document again is no new version."""
+        call = Call.define(path("workflows"), definition)
+        return cast(types.Workflow, await self._client.send(call))
+
+    async def validate(self, definition: Definition) -> types.Verdict:
+        """Check a definition as `create` would, and write nothing.
+
+        Raises:
+            ValidationError: `errors` has all that is wrong with it, by place.
+        """
+        call = Call.define(path("workflows", "validate"), definition)
+        return cast(types.Verdict, await self._client.send(call))
+
+    def list(self) -> AsyncIterator[types.Workflow]:
+        """Yield the newest version of each workflow."""
+        return self._client.pages(path("workflows"))
+
+    async def get(self, workflow_id: str, version: int | None = None) -> types.Workflow:
+        """Return a version of a workflow, the newest by default."""
+        call = Call.get(path("workflows", workflow_id), version=version)
+        return cast(types.Workflow, await self._client.send(call))
+
+    def versions(self, workflow_id: str) -> AsyncIterator[types.Workflow]:
+        """Yield the versions of a workflow."""
+        return self._client.pages(path("workflows", workflow_id, "versions"))
+
+
+class AsyncRuns(_Resource):
+    """Executions of workflows."""
+
+    async def submit(
+        self,
+        workflow_id: str,
+        input: Any = None,
+        *,
+        version: int | None = None,
+        labels: Labels | None = None,
+        priority: Priority | None = None,
+        start_at: datetime | None = None,
+        deadline_at: datetime | None = None,
+        idempotency_key: str | None = None,
+    ) -> AsyncRun:
+        """Start a run. With the same `idempotency_key` the same run is given again."""
+        body = given(
+            workflowId=workflow_id,
+            version=version,
+            input=input,
+            labels=labels,
+            priority=priority,
+            startAt=_moment(start_at),
+            deadlineAt=_moment(deadline_at),
+        )
+        return await self._run(Call.start(path("runs"), body, idempotency_key))
+
+    async def get(self, run_id: str) -> AsyncRun:
+        """Return a run."""
+        return AsyncRun(self._client, await self.detail(run_id))
+
+    def list(
+        self,
+        *,
+        workflow_id: str | None = None,
+        status: RunStatus | Sequence[RunStatus] | None = None,
+        labels: Labels | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+    ) -> AsyncIterator[types.RunSummary]:
+        """Yield runs, newest first."""
+        return self._client.pages(
+            path("runs"),
+            workflowId=workflow_id,
+            status=status,
+            label=[f"{name}:{value}" for name, value in (labels or {}).items()] or None,
+            createdAfter=_moment(created_after),
+            createdBefore=_moment(created_before),
+        )
+
+    async def detail(self, run_id: str) -> types.RunDetail:
+        """Return a run with its tasks, as JSON."""
+        return cast(types.RunDetail, await self._client.send(Call.get(path("runs", run_id))))
+
+    async def watch(self, run_id: str, seconds: float) -> tuple[types.RunDetail, float]:
+        """Return a run once it is over, or as it is after so many seconds.
+
+        Also how long the API asks to rest before it is asked again. Asks once only.
+        """
+        call = Call.get(path("runs", run_id), waitSeconds=round(seconds, 1))
+        answer = await self._client.attempt(replace(call, waits=seconds))
+        return cast(types.RunDetail, read(answer)), read_retry_after(answer.headers) or 0.0
+
+    def tasks(
+        self,
+        run_id: str,
+        *,
+        status: TaskStatus | Sequence[TaskStatus] | None = None,
+        task_definition_id: str | None = None,
+    ) -> AsyncIterator[types.Task]:
+        """Yield a run's tasks and items, in the order of the definition."""
+        where = path("runs", run_id, "tasks")
+        return self._client.pages(where, status=status, taskDefinitionId=task_definition_id)
+
+    def events(self, run_id: str, *, after: int = 0) -> AsyncIterator[types.Event]:
+        """Yield what happened and happens in a run, until it is over; `after` is a `seq`."""
+        return self._client.stream(path("runs", run_id, "events"), after)
+
+    async def cancel(self, run_id: str) -> AsyncRun:
+        """Cancel a run: nothing of it starts any more."""
+        return await self._act(run_id, "cancel", repeatable=True)
+
+    async def pause(self, run_id: str) -> AsyncRun:
+        """Let what runs end, and start nothing new."""
+        return await self._act(run_id, "pause", repeatable=True)
+
+    async def resume(self, run_id: str) -> AsyncRun:
+        """Let a paused run go on."""
+        return await self._act(run_id, "resume")
+
+    async def retry(
+        self, run_id: str, parameters: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> AsyncRun:
+        """Have what failed of a failed run tried again, with other `parameters` of tasks by id."""
+        return await self._act(run_id, "retry", {"parameters": parameters or {}})
+
+    async def rerun(self, run_id: str, *, idempotency_key: str | None = None) -> AsyncRun:
+        """Start another run of the same version with the same input."""
+        return await self._run(Call.start(path("runs", run_id, "rerun"), None, idempotency_key))
+
+    async def _act(
+        self, run_id: str, what: str, body: Any = None, *, repeatable: bool = False
+    ) -> AsyncRun:
+        return await self._run(
+            Call("POST", path("runs", run_id, what), body, repeatable=repeatable)
+        )
+
+    async def _run(self, call: Call) -> AsyncRun:
+        return AsyncRun(self._client, await self._client.send(call))
+
+
+class AsyncTasks(_Resource):
+    """Single tasks: those of runs, and those submitted for one agent without a workflow."""
+
+    async def submit(
+        self,
+        input: Mapping[str, Any],
+        *,
+        agent_id: str | None = None,
+        agent_capability: str | None = None,
+        labels: Labels | None = None,
+        priority: Priority | None = None,
+        timeout_seconds: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> AsyncTask:
+        """Start a task for an agent, or for one that has a capability."""
+        body = given(
+            taskType="agent_run",
+            agentId=agent_id,
+            agentCapability=agent_capability,
+            inputData=input,
+            labels=labels,
+            priority=priority,
+            timeoutSeconds=timeout_seconds,
+        )
+        call = Call.start(path("tasks"), body, idempotency_key)
+        return AsyncTask(self._client, await self._client.send(call))
+
+    async def get(self, task_id: str) -> types.TaskDetail:
+        """Return a task with its attempts and the newest one's log."""
+        return cast(types.TaskDetail, await self._client.send(Call.get(path("tasks", task_id))))
+
+    async def attempt(self, task_id: str, number: int) -> types.Attempt:
+        """Return an attempt with its log."""
+        call = Call.get(path("tasks", task_id, "attempts", str(number)))
+        return cast(types.Attempt, await self._client.send(call))
+
+    async def approve(self, task_id: str, comment: str | None = None) -> types.TaskDetail:
+        """Let the run go on behind an approval."""
+        return await self._decide(task_id, "approve", comment)
+
+    async def reject(self, task_id: str, comment: str | None = None) -> types.TaskDetail:
+        """Fail an approval."""
+        return await self._decide(task_id, "reject", comment)
+
+    async def report_result(self, task_id: str, token: str, result: Any) -> types.Accepted:
+        """Complete an attempt, as the agent whose it is; `token` is the attempt's."""
+        return await self._report(task_id, token, {"status": "completed", "result": result})
+
+    async def report_error(
+        self, task_id: str, token: str, message: str, code: str = "agent_error"
+    ) -> types.Accepted:
+        """Fail an attempt, as the agent whose it is."""
+        error = {"code": code, "message": message}
+        return await self._report(task_id, token, {"status": "failed", "error": error})
+
+    async def heartbeat(self, task_id: str, token: str) -> types.Heartbeat:
+        """Keep an attempt, as the agent whose it is.
+
+        Raises:
+            ConflictError: nobody wants it any more.
+        """
+        where, body = path("tasks", task_id, "heartbeat"), {"opscore_attempt_token": token}
+        call = Call("POST", where, body, repeatable=True)
+        return cast(types.Heartbeat, await self._client.send(call))
+
+    async def _decide(self, task_id: str, what: str, comment: str | None) -> types.TaskDetail:
+        call = Call("POST", path("tasks", task_id, what), given(comment=comment))
+        return cast(types.TaskDetail, await self._client.send(call))
+
+    async def _report(self, task_id: str, token: str, said: Mapping[str, Any]) -> types.Accepted:
+        where = path("tasks", task_id, "result")
+        call = Call("POST", where, {"opscore_attempt_token": token, **said}, repeatable=True)
+        return cast(types.Accepted, await self._client.send(call))
+
+
+class AsyncAgents(_Resource):
+    """Who does the work."""
+
+    def list(self, *, capability: str | None = None) -> AsyncIterator[types.Agent]:
+        """Yield agents."""
+        return self._client.pages(path("agents"), capability=capability)
+
+    async def get(self, agent_id: str) -> types.Agent:
+        """Return an agent with who holds it and who waits for it."""
+        return cast(types.Agent, await self._client.send(Call.get(path("agents", agent_id))))
+
+    async def change(self, agent_id: str, changes: types.AgentChange) -> types.Agent:
+        """Change an agent's capacity, heartbeat and so on; what is not named stays."""
+        call = Call("PATCH", path("agents", agent_id), changes, repeatable=True)
+        return cast(types.Agent, await self._client.send(call))
+
+    async def pause(self, agent_id: str) -> types.Agent:
+        """Give an agent nothing new until it is resumed."""
+        return await self.change(agent_id, {"paused": True})
+
+    async def drain(self, agent_id: str) -> types.Agent:
+        """Give an agent nothing new, since it is to go away."""
+        return await self.change(agent_id, {"draining": True})
+
+    async def resume(self, agent_id: str) -> types.Agent:
+        """Give an agent work again that was paused or drained."""
+        return await self.change(agent_id, {"paused": False, "draining": False})
+
+    def history(self, agent_id: str) -> AsyncIterator[types.StateReported]:
+        """Yield what an agent reported of its state, newest first."""
+        return self._client.pages(path("agents", agent_id, "state", "history"))
+
+    async def get_state(self, agent_id: str) -> types.StateOfAgent:
+        """Return the state an agent reported last."""
+        call = Call.get(path("agent", agent_id, "state"))
+        return cast(types.StateOfAgent, await self._client.send(call))
+
+    async def update_state(
+        self, agent_id: str, state: str, details: Any = None, timestamp: datetime | None = None
+    ) -> types.Success:
+        """Report an agent's state, as the agent itself would."""
+        body = given(state=state, details=details, timestamp=_moment(timestamp))
+        call = Call("POST", path("agent", agent_id, "state"), body)
+        return cast(types.Success, await self._client.send(call))
+
+
+class AsyncSchedules(_Resource):
+    """Recurring workflows."""
+
+    async def create(self, schedule: types.ScheduleArguments) -> types.ScheduleWithWarnings:
+        """Create a schedule; `warnings` say what in it looks as if something else was meant."""
+        return await self._changed(Call("POST", path("schedules"), schedule))
+
+    def list(self) -> AsyncIterator[types.Schedule]:
+        """Yield schedules."""
+        return self._client.pages(path("schedules"))
+
+    async def get(self, name: str) -> types.Schedule:
+        """Return a schedule."""
+        return cast(types.Schedule, await self._client.send(Call.get(path("schedules", name))))
+
+    async def change(self, name: str, changes: types.ScheduleChange) -> types.ScheduleWithWarnings:
+        """Change a schedule; what is not named stays. Other times count from now."""
+        return await self._changed(Call("PATCH", path("schedules", name), changes, repeatable=True))
+
+    async def delete(self, name: str) -> None:
+        """Delete a schedule with the history of its firings; its runs stay."""
+        await self._client.send(Call("DELETE", path("schedules", name)))
+
+    async def pause(self, name: str) -> types.ScheduleWithWarnings:
+        """Let a schedule not fire; what is missed meanwhile is not caught up."""
+        call = Call("POST", path("schedules", name, "pause"), repeatable=True)
+        return await self._changed(call)
+
+    async def resume(self, name: str) -> types.ScheduleWithWarnings:
+        """Let a schedule fire again, from now on."""
+        call = Call("POST", path("schedules", name, "resume"), repeatable=True)
+        return await self._changed(call)
+
+    async def trigger(self, name: str, *, idempotency_key: str | None = None) -> AsyncRun:
+        """Have a schedule fire now, whatever its times and its `overlap` say."""
+        call = Call.start(path("schedules", name, "trigger"), None, idempotency_key)
+        return AsyncRun(self._client, await self._client.send(call))
+
+    async def preview(self, name: str, count: int = 10) -> Sequence[str]:
+        """Return the next moments at which a schedule fires."""
+        call = Call.get(path("schedules", name, "preview"), count=count)
+        return cast(types.Preview, await self._client.send(call))["items"]
+
+    def firings(self, name: str) -> AsyncIterator[types.Firing]:
+        """Yield what became of a schedule's moments, newest first."""
+        return self._client.pages(path("schedules", name, "firings"))
+
+    async def _changed(self, call: Call) -> types.ScheduleWithWarnings:
+        return cast(types.ScheduleWithWarnings, await self._client.send(call))
+
+
+def _moment(moment: datetime | None) -> str | None:
+    """Write a moment as the API reads it.
+
+    Raises:
+        ValueError: it carries no time zone.
+    """
+    if moment is not None and moment.tzinfo is None:
+        raise ValueError(f"{moment} carries no time zone: use datetime.now(UTC) or the like.")
+    return moment.isoformat() if moment else None

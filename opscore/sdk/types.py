@@ -1,0 +1,598 @@
+"""The JSON of the API, made of its description at `/openapi.json` by `make sdk`.
+
+Later versions of the API may add members to what they answer.
+"""
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+
+class Accepted(TypedDict):
+    taskId: str
+    status: Literal["accepted"]
+
+
+class Holder(TypedDict):
+    slot: int
+    taskId: str
+    runId: str
+    taskDefinitionId: str
+    attempt: int
+    leaseExpiresAt: str
+
+
+class Waiter(TypedDict):
+    position: int
+    taskId: str
+    runId: str
+    taskDefinitionId: str
+    waitingSince: str | None
+    priority: Literal["low", "normal", "high"]
+    estimatedStartAt: str | None
+
+
+class Agent(TypedDict):
+    agentId: str
+    agentName: str
+    kind: Literal["function", "remote"]
+    version: str
+    capabilities: list[str]
+    capacity: int | None
+    state: Literal["UNKNOWN", "initializing", "idle", "active", "error", "finished"]
+    stateAt: str | None
+    available: bool
+    unavailableBecause: str | None
+    paused: bool
+    draining: bool
+    contactEndpoint: str | None
+    metadata: Any
+    heartbeatSeconds: float | None
+    requireToken: bool
+    seenAt: str
+    busyUntil: str | None
+    running: int
+    holders: list[Holder]
+    waiting: int
+    line: list[Waiter]
+    registeredAt: str
+    updatedAt: str
+
+
+class AgentChange(TypedDict):
+    capacity: NotRequired[int]
+    paused: NotRequired[bool]
+    draining: NotRequired[bool]
+    heartbeatSeconds: NotRequired[float | None]
+    requireToken: NotRequired[bool]
+
+
+class AgentDetails(TypedDict):
+    agentId: str
+    agentName: str
+    version: str
+    capabilities: NotRequired[list[str]]
+    contactEndpoint: str
+    metadata: NotRequired[dict[str, Any] | None]
+
+
+class AgentPage(TypedDict):
+    items: list[Agent]
+    nextCursor: str | None
+
+
+class AttemptFault(TypedDict):
+    code: str
+    message: str
+    traceback: str | None
+
+
+class LogLine(TypedDict):
+    line: int
+    at: str
+    message: str
+    fields: dict[str, Any]
+
+
+class Attempt(TypedDict):
+    number: int
+    agentId: str | None
+    worker: str
+    status: Literal["running", "completed", "failed", "lost", "cancelled"]
+    progress: float | None
+    progressMessage: str | None
+    startedAt: str
+    finishedAt: str | None
+    error: AttemptFault | None
+    taskId: str
+    logs: list[LogLine]
+
+
+class Fault(TypedDict):
+    code: str
+    message: str
+
+
+class AttemptSummary(TypedDict):
+    number: int
+    agentId: str | None
+    worker: str
+    status: Literal["running", "completed", "failed", "lost", "cancelled"]
+    progress: float | None
+    progressMessage: str | None
+    startedAt: str
+    finishedAt: str | None
+    error: Fault | None
+
+
+class BusyPolicy(TypedDict):
+    backoffSeconds: NotRequired[float]
+    maxBackoffSeconds: NotRequired[float]
+    maxWaitSeconds: NotRequired[float]
+
+
+class Comment(TypedDict):
+    comment: NotRequired[str | None]
+
+
+class Event(TypedDict):
+    seq: int
+    at: str
+    type: str
+    taskId: str | None
+    taskDefinitionId: str | None
+    index: int | None
+    by: str | None
+    reason: str | None
+    data: dict[str, Any]
+
+
+class EventPage(TypedDict):
+    items: list[Event]
+    nextAfter: int
+
+
+class Firing(TypedDict):
+    moment: str
+    status: Literal["waiting", "started", "skipped", "failed"]
+    by: str
+    error: Fault | None
+    runId: str | None
+    runStatus: str | None
+    decidedAt: str
+
+
+class FiringPage(TypedDict):
+    items: list[Firing]
+    nextCursor: str | None
+
+
+class ForEachDefinition(TypedDict):
+    items: Any
+    maxParallel: NotRequired[int]
+    tolerate: NotRequired[int | str]
+
+
+class Health(TypedDict):
+    status: Literal["ok"]
+
+
+class Heartbeat(TypedDict):
+    taskId: str
+    leaseExpiresAt: str
+    cancelled: bool
+
+
+class ItemCounts(TypedDict):
+    total: int
+    pending: int
+    waiting: int
+    running: int
+    completed: int
+    failed: int
+    cancelled: int
+
+
+class JobArguments(TypedDict):
+    taskType: Literal["agent_run"]
+    agentId: NotRequired[str | None]
+    agentCapability: NotRequired[str | None]
+    inputData: NotRequired[dict[str, Any]]
+    labels: NotRequired[dict[str, str]]
+    priority: NotRequired[Literal["low", "normal", "high"]]
+    timeoutSeconds: NotRequired[float]
+
+
+class Notice(TypedDict):
+    event_type: Literal["REGISTER", "DEREGISTER"]
+    agent_details: AgentDetails
+
+
+class Preview(TypedDict):
+    items: list[str]
+
+
+class Problem(TypedDict):
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    requestId: str
+    errors: NotRequired[dict[str, list[str]]]
+
+
+class Proof(TypedDict):
+    agentId: NotRequired[str | None]
+    opscore_attempt_token: NotRequired[str | None]
+    attemptToken: NotRequired[str | None]
+
+
+class QueuePlace(TypedDict):
+    position: int | None
+    estimatedStartAt: str | None
+
+
+class Ready(TypedDict):
+    status: Literal["ready", "unready"]
+    database: Literal["ok", "down", "behind"]
+    broker: Literal["ok", "down"]
+    workers: Literal["ok", "none", "unknown"]
+
+
+class RetryArguments(TypedDict):
+    parameters: NotRequired[dict[str, dict[str, Any]]]
+
+
+class RetryPolicy(TypedDict):
+    maxAttempts: NotRequired[int]
+    backoffSeconds: NotRequired[float]
+    maxBackoffSeconds: NotRequired[float]
+
+
+class RunFault(TypedDict):
+    code: str
+    message: str
+    taskId: str | None
+
+
+class Run(TypedDict):
+    runId: str
+    workflowId: str
+    version: int
+    agentId: str | None
+    status: Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
+    reason: str | None
+    error: RunFault | None
+    labels: dict[str, str]
+    priority: Literal["low", "normal", "high"]
+    requestId: str | None
+    cancelRequestedAt: str | None
+    parentTaskId: str | None
+    rerunOf: str | None
+    schedule: str | None
+    startAt: str | None
+    deadlineAt: str | None
+    createdAt: str
+    startedAt: str | None
+    finishedAt: str | None
+    input: Any
+    output: Any
+
+
+class RunArguments(TypedDict):
+    workflowId: str
+    version: NotRequired[int]
+    input: NotRequired[Any]
+    labels: NotRequired[dict[str, str]]
+    priority: NotRequired[Literal["low", "normal", "high"]]
+    startAt: NotRequired[str | None]
+    deadlineAt: NotRequired[str | None]
+
+
+class Task(TypedDict):
+    taskId: str
+    runId: str
+    taskDefinitionId: str
+    index: int | None
+    agentId: str | None
+    agentCapability: str | None
+    type: Literal["agent", "approval", "delay", "workflow"]
+    childRunId: str | None
+    status: Literal["pending", "waiting", "running", "completed", "failed", "cancelled", "skipped"]
+    reason: str | None
+    wakeAt: str | None
+    waitingFor: str | None
+    queue: QueuePlace | None
+    output: Any
+    error: Fault | None
+    createdAt: str
+    startedAt: str | None
+    finishedAt: str | None
+    attempts: list[AttemptSummary]
+    items: ItemCounts | None
+
+
+class RunDetail(TypedDict):
+    runId: str
+    workflowId: str
+    version: int
+    agentId: str | None
+    status: Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
+    reason: str | None
+    error: RunFault | None
+    labels: dict[str, str]
+    priority: Literal["low", "normal", "high"]
+    requestId: str | None
+    cancelRequestedAt: str | None
+    parentTaskId: str | None
+    rerunOf: str | None
+    schedule: str | None
+    startAt: str | None
+    deadlineAt: str | None
+    createdAt: str
+    startedAt: str | None
+    finishedAt: str | None
+    input: Any
+    output: Any
+    tasks: list[Task]
+
+
+class RunSummary(TypedDict):
+    runId: str
+    workflowId: str
+    version: int
+    agentId: str | None
+    status: Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
+    reason: str | None
+    error: RunFault | None
+    labels: dict[str, str]
+    priority: Literal["low", "normal", "high"]
+    requestId: str | None
+    cancelRequestedAt: str | None
+    parentTaskId: str | None
+    rerunOf: str | None
+    schedule: str | None
+    startAt: str | None
+    deadlineAt: str | None
+    createdAt: str
+    startedAt: str | None
+    finishedAt: str | None
+
+
+class RunSummaryPage(TypedDict):
+    items: list[RunSummary]
+    nextCursor: str | None
+
+
+class Schedule(TypedDict):
+    name: str
+    workflowId: str
+    version: int | None
+    agentId: str | None
+    cron: str | None
+    everySeconds: float | None
+    timezone: str
+    input: Any
+    labels: dict[str, str]
+    priority: Literal["low", "normal", "high"]
+    enabled: bool
+    startAt: str | None
+    endAt: str | None
+    jitterSeconds: float
+    overlap: Literal["skip", "queue", "cancel_previous", "allow"]
+    catchUp: Literal["none", "last", "all"]
+    catchUpWindowSeconds: float
+    nextAt: str | None
+    createdAt: str
+    updatedAt: str
+
+
+class ScheduleArguments(TypedDict):
+    workflowId: NotRequired[str]
+    version: NotRequired[int | None]
+    agentId: NotRequired[str | None]
+    cron: NotRequired[str | None]
+    everySeconds: NotRequired[float | None]
+    timezone: NotRequired[str]
+    input: NotRequired[Any]
+    labels: NotRequired[dict[str, str]]
+    priority: NotRequired[Literal["low", "normal", "high"]]
+    enabled: NotRequired[bool]
+    startAt: NotRequired[str | None]
+    endAt: NotRequired[str | None]
+    jitterSeconds: NotRequired[float]
+    overlap: NotRequired[Literal["skip", "queue", "cancel_previous", "allow"]]
+    catchUp: NotRequired[Literal["none", "last", "all"]]
+    catchUpWindowSeconds: NotRequired[float]
+    name: str
+
+
+class ScheduleChange(TypedDict):
+    workflowId: NotRequired[str]
+    version: NotRequired[int | None]
+    agentId: NotRequired[str | None]
+    cron: NotRequired[str | None]
+    everySeconds: NotRequired[float | None]
+    timezone: NotRequired[str]
+    input: NotRequired[Any]
+    labels: NotRequired[dict[str, str]]
+    priority: NotRequired[Literal["low", "normal", "high"]]
+    enabled: NotRequired[bool]
+    startAt: NotRequired[str | None]
+    endAt: NotRequired[str | None]
+    jitterSeconds: NotRequired[float]
+    overlap: NotRequired[Literal["skip", "queue", "cancel_previous", "allow"]]
+    catchUp: NotRequired[Literal["none", "last", "all"]]
+    catchUpWindowSeconds: NotRequired[float]
+
+
+class SchedulePage(TypedDict):
+    items: list[Schedule]
+    nextCursor: str | None
+
+
+class ScheduleWithWarnings(TypedDict):
+    name: str
+    workflowId: str
+    version: int | None
+    agentId: str | None
+    cron: str | None
+    everySeconds: float | None
+    timezone: str
+    input: Any
+    labels: dict[str, str]
+    priority: Literal["low", "normal", "high"]
+    enabled: bool
+    startAt: str | None
+    endAt: str | None
+    jitterSeconds: float
+    overlap: Literal["skip", "queue", "cancel_previous", "allow"]
+    catchUp: Literal["none", "last", "all"]
+    catchUpWindowSeconds: float
+    nextAt: str | None
+    createdAt: str
+    updatedAt: str
+    warnings: list[str]
+
+
+class StateOfAgent(TypedDict):
+    agentId: str
+    state: Literal["UNKNOWN", "initializing", "idle", "active", "error", "finished"]
+    details: Any
+    timestamp: str
+
+
+class StateReport(TypedDict):
+    agentId: NotRequired[str | None]
+    timestamp: NotRequired[str | None]
+    state: str
+    details: NotRequired[Any]
+
+
+class StateReported(TypedDict):
+    agentId: str
+    state: Literal["UNKNOWN", "initializing", "idle", "active", "error", "finished"]
+    details: Any
+    timestamp: str
+    receivedAt: str
+
+
+class StateReportedPage(TypedDict):
+    items: list[StateReported]
+    nextCursor: str | None
+
+
+class Success(TypedDict):
+    status: Literal["success"]
+    message: str
+
+
+class TaskDefinition(TypedDict):
+    taskId: str
+    name: NotRequired[str]
+    type: NotRequired[Literal["agent", "approval", "delay", "workflow"]]
+    when: NotRequired[str]
+    agentId: NotRequired[str]
+    agentCapability: NotRequired[str]
+    fallback: NotRequired[list[str]]
+    parameters: NotRequired[dict[str, Any] | str]
+    dependsOn: NotRequired[list[str]]
+    nextTaskId: NotRequired[str | None]
+    forEach: NotRequired[ForEachDefinition]
+    retry: NotRequired[RetryPolicy]
+    busy: NotRequired[BusyPolicy]
+    timeoutSeconds: NotRequired[float]
+    onTimeout: NotRequired[Literal["reject", "approve"]]
+    seconds: NotRequired[float | str]
+    until: NotRequired[str]
+    workflowId: NotRequired[str]
+    version: NotRequired[int]
+    onFailure: NotRequired[Literal["fail", "continue"]]
+
+
+class TaskDetail(TypedDict):
+    taskId: str
+    runId: str
+    taskDefinitionId: str
+    index: int | None
+    agentId: str | None
+    agentCapability: str | None
+    type: Literal["agent", "approval", "delay", "workflow"]
+    childRunId: str | None
+    status: Literal["pending", "waiting", "running", "completed", "failed", "cancelled", "skipped"]
+    reason: str | None
+    wakeAt: str | None
+    waitingFor: str | None
+    queue: QueuePlace | None
+    output: Any
+    error: Fault | None
+    createdAt: str
+    startedAt: str | None
+    finishedAt: str | None
+    attempts: list[AttemptSummary]
+    items: ItemCounts | None
+    logs: list[LogLine]
+
+
+class TaskPage(TypedDict):
+    items: list[Task]
+    nextCursor: str | None
+
+
+class TaskResult(TypedDict):
+    agentId: NotRequired[str | None]
+    opscore_attempt_token: NotRequired[str | None]
+    attemptToken: NotRequired[str | None]
+    status: NotRequired[Literal["completed", "failed", "success", "error", None]]
+    result: NotRequired[Any]
+    error: NotRequired[Any]
+
+
+class TriggerArguments(TypedDict):
+    workflowDefinitionId: NotRequired[str | None]
+    workflowDefinition: NotRequired[dict[str, Any] | None]
+    initialPayload: NotRequired[dict[str, Any] | None]
+
+
+class Triggered(TypedDict):
+    sessionId: str
+    runId: str
+    workflowId: str
+    message: str
+
+
+class Verdict(TypedDict):
+    valid: bool
+    workflowId: str
+    version: int
+    isNew: bool
+    tasks: list[str]
+
+
+class Workflow(TypedDict):
+    workflowId: str
+    version: int
+    name: str | None
+    definition: dict[str, Any]
+    createdAt: str
+
+
+class WorkflowDefinition(TypedDict):
+    id: NotRequired[str]
+    name: NotRequired[str]
+    description: NotRequired[str]
+    version: NotRequired[str]
+    inputSchema: NotRequired[dict[str, Any]]
+    maxConcurrentRuns: NotRequired[int]
+    tasks: list[TaskDefinition]
+    deadlineSeconds: NotRequired[float]
+    output: NotRequired[Any]
+
+
+class WorkflowPage(TypedDict):
+    items: list[Workflow]
+    nextCursor: str | None
+
+
+class WorkflowVersionPage(TypedDict):
+    items: list[Workflow]
+    nextCursor: str | None
