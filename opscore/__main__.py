@@ -1,4 +1,4 @@
-"""The `opscore` command: the stack, and each of its processes by itself.
+"""The `opscore` command: what `cli` has, the stack, and each of its processes by itself.
 
 Each command imports what it needs when it is called, so that `opscore --help` is quick.
 """
@@ -13,32 +13,44 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE
+from opscore.cli import COMMANDS
+from opscore.cli.session import Group, names_api
 from opscore.errors import OpsCoreError
 
 if TYPE_CHECKING:
     from opscore.config import Settings
 
-QUEUES = ",".join((AGENTS_QUEUE, IO_QUEUE, CONTROL_QUEUE))
+NO_SERVER = "This takes what servers need, and {} is not here: pip install 'opscore[server]'."
 
 
-class _Commands(click.Group):
-    """Shows an error we raise on purpose as one message, without a stack trace."""
+class _Main(Group):
+    """Has what we raise on purpose end a command in one sentence, without a stack trace."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from opscore.processes import Stopped
-
         try:
             return super().invoke(ctx)
-        except Stopped:
-            sys.exit(130)  # as a shell does it for Ctrl-C
         except OpsCoreError as error:
+            if error.code == "stopped":
+                sys.exit(130)  # as a shell does it for Ctrl-C
             raise click.ClickException(str(error)) from error
+        except ModuleNotFoundError as error:
+            if (error.name or "opscore").partition(".")[0] in ("opscore", "web", "workers"):
+                raise
+            raise click.ClickException(NO_SERVER.format(error.name)) from error
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-def main() -> None:
-    """Run workflows of agent tasks."""
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
+@names_api
+def main(**_: Any) -> None:
+    """Run workflows of agent tasks.
+
+    The API that commands ask is that of --api-url, else of OPSCORE_API_URL, else that of the stack
+    which `opscore up` started in this folder.
+    """
+
+
+for command in COMMANDS:
+    main.add_command(command)
 
 
 _data = click.option(
@@ -156,20 +168,22 @@ def web(host: str, port: int, workers: int, threads: int | None) -> None:
 
 
 @main.command()
-@click.option("--queues", default=QUEUES, show_default=True, help="Queues to take from.")
+@click.option("--queues", help="Queues to take from, separated by commas; all by default.")
 @click.option("--pool", type=click.Choice(["prefork", "threads"]), default="prefork")
 @click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--name", help="Name of this worker, unique on this host; by its pid by default.")
-def worker(queues: str, pool: str, concurrency: int, name: str | None) -> None:
+def worker(queues: str | None, pool: str, concurrency: int, name: str | None) -> None:
     """Run tasks (Celery)."""
-    from opscore.config import DATABASE_POOL
+    from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, DATABASE_POOL, IO_QUEUE
 
+    known = (AGENTS_QUEUE, IO_QUEUE, CONTROL_QUEUE)
+    queues = queues or ",".join(known)
     # Those that run tasks in one process, one that renews their leases, and one for lanes.
     pool_size = _settings((concurrency if pool == "threads" else 1) + 2).database_pool
     os.environ[DATABASE_POOL] = str(pool_size)
-    if unknown := set(queues.split(",")) - set(QUEUES.split(",")):
+    if unknown := set(queues.split(",")) - set(known):
         raise click.BadParameter(
-            f"{', '.join(sorted(unknown))}: there are {QUEUES}", param_hint="--queues"
+            f"{', '.join(sorted(unknown))}: there are {', '.join(known)}", param_hint="--queues"
         )
     _tell_when_ready()
     _run_worker(queues, pool, concurrency, name or f"worker-{os.getpid()}")

@@ -1,0 +1,10 @@
+"""The `opscore` command, as far as it asks the API: over HTTP, with the SDK, and by nothing else.
+
+A file per noun; `session` has what all commands share, `output` how things look. Exit statuses: 0
+all is well, 1 it failed or the API refused, 2 wrong usage, 3 no connection, 4 no valid key.
+"""
+
+from opscore.cli.schedules import schedule
+from opscore.cli.session import Group
+
+COMMANDS: tuple[Group, ...] = (schedule,)

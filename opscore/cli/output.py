@@ -1,0 +1,152 @@
+"""How things look for people: tables, details, times. Colours only on a terminal, and no NO_COLOR.
+
+What agents and users wrote is printed without control characters: nobody's output moves a cursor.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+STYLES: Mapping[str, str] = {
+    "completed": "green",
+    "started": "green",
+    "ready": "green",
+    "ok": "green",
+    "idle": "green",
+    "running": "cyan",
+    "active": "cyan",
+    "waiting": "yellow",
+    "queued": "yellow",
+    "paused": "magenta",
+    "failed": "red",
+    "error": "red",
+    "lost": "red",
+    "cancelled": "dim",
+    "skipped": "dim",
+    "pending": "dim",
+}
+"""By status."""
+NOTHING = "-"
+LONGEST_VALUE = 60
+"""Characters of a value in a table."""
+
+_BLANKS = dict.fromkeys("\t\r\n", " ")
+
+Column = tuple[str, Callable[[Any], Any]]
+"""A heading, and what stands below it of a row."""
+
+
+@cache
+def console() -> "Console":
+    """Return where things are printed; as wide as it takes if that is no terminal."""
+    from rich.console import Console
+
+    screen = Console(highlight=False, markup=False, emoji=False)
+    return screen if screen.is_terminal else Console(width=1_000_000, highlight=False)
+
+
+def plain(value: Any) -> str:
+    """Return a value as text that a terminal cannot take for orders."""
+    if value is None:
+        return NOTHING
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "".join(
+        c if c.isprintable() else _BLANKS.get(c, "\N{REPLACEMENT CHARACTER}") for c in text
+    )
+
+
+def cell(value: Any) -> "Text":
+    """Return a value as it stands in a table; a status in its colour."""
+    from rich.text import Text
+
+    if isinstance(value, Text):
+        return value
+    return Text(plain(value), style=STYLES.get(value, "") if isinstance(value, str) else "")
+
+
+def table(rows: Iterable[Any], columns: Sequence[Column], empty: str) -> None:
+    """Print rows; `empty` says what to print if there are none."""
+    from rich.table import Table
+
+    found = list(rows)
+    if not found:
+        click.echo(empty)
+        return
+    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for head, _ in columns:
+        grid.add_column(head, no_wrap=not console().is_terminal, overflow="fold")
+    for row in found:
+        grid.add_row(*(cell(read(row)) for _, read in columns))
+    _print(grid)
+
+
+def _print(thing: Any) -> None:
+    """Print without the blanks with which rich fills lines up."""
+    with console().capture() as capture:
+        console().print(thing)
+    for line in capture.get().rstrip("\n").split("\n"):
+        click.echo(line.rstrip(), color=console().color_system is not None or None)
+
+
+def details(members: Mapping[str, Any]) -> None:
+    """Print what is known of one thing, a line each; what has no value is left out."""
+    known = {name: value for name, value in members.items() if value not in (None, {}, [])}
+    width = max(map(len, known), default=0) + 2
+    for name, value in known.items():
+        click.echo(f"{name + ':':<{width}}", nl=False)
+        _print(cell(value))
+
+
+def block(head: str, value: Any) -> None:
+    """Print a value that may be large, as indented JSON below a heading."""
+    click.echo(f"{head}:")
+    text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
+    for line in text.splitlines():
+        click.echo(f"  {plain(line)}")
+
+
+def short(value: Any) -> str:
+    """Return a value in a few words."""
+    text = plain(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
+
+
+def moment(text: str | None) -> str | None:
+    """Return a moment of the API in this machine's time, to the second."""
+    return None if text is None else f"{_read(text).astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def age(text: str | None) -> str | None:
+    """Return how long ago a moment of the API was, or in how long it is."""
+    if text is None:
+        return None
+    seconds = (datetime.now(UTC) - _read(text)).total_seconds()
+    return span(seconds) if seconds >= 0 else f"in {span(-seconds)}"
+
+
+def span(seconds: float) -> str:
+    """Return a time in its largest unit that is not less than one."""
+    for size, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {name}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def between(start: str | None, end: str | None) -> str | None:
+    """Return how long something took, or takes so far."""
+    if start is None:
+        return None
+    until = datetime.now(UTC) if end is None else _read(end)
+    return span(max(0.0, (until - _read(start)).total_seconds()))
+
+
+def _read(text: str) -> datetime:
+    return datetime.fromisoformat(text)
