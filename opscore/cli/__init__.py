@@ -4,7 +4,11 @@ A file per noun; `session` has what all commands share, `output` how things look
 all is well, 1 it failed or the API refused, 2 wrong usage, 3 no connection, 4 no valid key.
 """
 
+from opscore.cli.agents import agent
+from opscore.cli.runs import run
 from opscore.cli.schedules import schedule
 from opscore.cli.session import Group
+from opscore.cli.tasks import task
+from opscore.cli.workflows import workflow
 
-COMMANDS: tuple[Group, ...] = (schedule,)
+COMMANDS: tuple[Group, ...] = (agent, run, schedule, task, workflow)

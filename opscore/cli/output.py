@@ -150,3 +150,9 @@ def between(start: str | None, end: str | None) -> str | None:
 
 def _read(text: str) -> datetime:
     return datetime.fromisoformat(text)
+
+
+def task_name(task: Mapping[str, Any]) -> str:
+    """Return how a task of a run, or an item of its `forEach`, is called."""
+    index = "" if task["index"] is None else f"[{task['index']}]"
+    return f"{task['taskDefinitionId']}{index}"

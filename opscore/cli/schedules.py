@@ -132,7 +132,7 @@ def list_(session: Session, limit: int | None) -> None:
         ("NAME", lambda s: s["name"]),
         ("WORKFLOW", lambda s: s["workflowId"]),
         ("WHEN", _when),
-        ("NEXT", lambda s: output.moment(s["nextAt"]) if s["enabled"] else "paused"),
+        ("NEXT", _next),
         ("OVERLAP", lambda s: s["overlap"]),
     )
     empty = "No schedules; `opscore schedule create` makes one."
@@ -229,6 +229,12 @@ def _when(schedule: Mapping[str, Any]) -> str:
     return f"every {output.span(schedule['everySeconds'])}"
 
 
+def _next(schedule: Mapping[str, Any]) -> str:
+    if not schedule["enabled"]:
+        return "paused"
+    return output.moment(schedule["nextAt"]) or "never again"
+
+
 def _show(session: Session, schedule: Mapping[str, Any]) -> None:
     session.show(schedule, lambda: _details(schedule))
 
@@ -241,8 +247,7 @@ def _details(schedule: Mapping[str, Any]) -> None:
             "workflow": f"{schedule['workflowId']} {f'version {version}' if version else 'latest'}",
             "agent": schedule["agentId"],
             "when": _when(schedule),
-            "next": output.moment(schedule["nextAt"]) or "never again",
-            "status": "enabled" if schedule["enabled"] else "paused",
+            "next": _next(schedule),
             "from": output.moment(schedule["startAt"]),
             "until": output.moment(schedule["endAt"]),
             "jitter": f"{schedule['jitterSeconds']:g} s" if schedule["jitterSeconds"] else None,

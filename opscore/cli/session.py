@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import update_wrapper
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import click
 
@@ -75,7 +75,7 @@ class Session:
         """The API's address and key may also have been given before the command's name."""
         before = ctx.find_root().params
         self._url = api_url or before.get("api_url") or os.environ.get("OPSCORE_API_URL")
-        self._key = api_key or before.get("api_key") or os.environ.get("OPSCORE_API_KEY")
+        self._key = api_key or before.get("api_key")
         self.data, self.as_json = data, as_json
         self._ctx = ctx
         self._client: OpsCoreClientSync | None = None
@@ -109,10 +109,11 @@ class Session:
             click.echo("There are more: --limit N, or --all.", err=True)
 
     def _where(self) -> tuple[str, str]:
-        url, key = self._url, self._key
+        url, around = self._url, cast("Mapping[str, str]", os.environ)
         if not url:
-            here = read_stack(self.data)
-            url, key = here.get("OPSCORE_API_URL"), here.get("OPSCORE_API_KEY")
+            around = read_stack(self.data)
+            url = around.get("OPSCORE_API_URL")
+        key = self._key or around.get("OPSCORE_API_KEY")
         if not url:
             raise click.UsageError(NO_API)
         if not key:

@@ -490,6 +490,17 @@ class AsyncRuns(_Resource):
         """Yield what happened and happens in a run, until it is over; `after` is a `seq`."""
         return self._client.stream(path("runs", run_id, "events"), after)
 
+    async def history(self, run_id: str, *, after: int = 0) -> AsyncIterator[types.Event]:
+        """Yield what happened in a run so far; `after` is a `seq`."""
+        while True:
+            call = Call.get(path("runs", run_id, "events"), after=after, limit=PAGE_SIZE)
+            page = cast(types.EventPage, await self._client.send(call))
+            for event in page["items"]:
+                yield event
+            if len(page["items"]) < PAGE_SIZE:
+                return
+            after = page["nextAfter"]
+
     async def cancel(self, run_id: str) -> AsyncRun:
         """Cancel a run: nothing of it starts any more."""
         return await self._act(run_id, "cancel", repeatable=True)

@@ -483,6 +483,16 @@ class Runs(_Resource):
         """Yield what happened and happens in a run, until it is over; `after` is a `seq`."""
         return self._client.stream(path("runs", run_id, "events"), after)
 
+    def history(self, run_id: str, *, after: int = 0) -> Iterator[types.Event]:
+        """Yield what happened in a run so far; `after` is a `seq`."""
+        while True:
+            call = Call.get(path("runs", run_id, "events"), after=after, limit=PAGE_SIZE)
+            page = cast(types.EventPage, self._client.send(call))
+            yield from page["items"]
+            if len(page["items"]) < PAGE_SIZE:
+                return
+            after = page["nextAfter"]
+
     def cancel(self, run_id: str) -> Run:
         """Cancel a run: nothing of it starts any more."""
         return self._act(run_id, "cancel", repeatable=True)

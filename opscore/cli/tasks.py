@@ -1,0 +1,144 @@
+"""`opscore task`: single tasks: of runs, for one agent, and those that wait for an approval."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from opscore.cli import output
+from opscore.cli.session import (
+    FAILED,
+    PRIORITIES,
+    Group,
+    Json,
+    Session,
+    asks,
+    labels,
+)
+
+
+@click.group(cls=Group)
+def task() -> None:
+    """Tasks: what they did, and those that wait for somebody's word."""
+
+
+@task.command(
+    examples=(
+        """opscore task submit --agent writer '{"topic": "queues"}'""",
+        "opscore task submit --capability summarize @input.json --wait",
+    )
+)
+@click.argument("input", type=Json())
+@click.option("--agent", "agent_id", help="The agent that does it; or:")
+@click.option("--capability", "agent_capability", help="What who does it must be able to do.")
+@click.option("--priority", type=click.Choice(PRIORITIES))
+@click.option("--timeout", "timeout_seconds", type=float, help="Seconds it may take.")
+@click.option("--wait", is_flag=True, help="Wait for its end; the exit status tells how it ended.")
+@labels
+@asks
+def submit(
+    session: Session, input: Any, wait: bool, label: Sequence[tuple[str, str]], **given: Any
+) -> None:
+    """Start a task for an agent, without a workflow. INPUT is a JSON object."""
+    submitted = session.client.tasks.submit(input, labels=dict(label) or None, **given)
+    if not wait:
+        said = f"Task {submitted.id} of run {submitted.run_id}."
+        return session.show(submitted.data, lambda: click.echo(said))
+    submitted.wait()
+    session.show(submitted.data, lambda: _outcome(submitted.data))
+    if submitted.status != "completed":
+        sys.exit(FAILED)
+
+
+@task.command(examples=("opscore task show 0192d3a0-…",))
+@click.argument("task_id")
+@asks
+def show(session: Session, task_id: str) -> None:
+    """Show a task: what it waits for, its attempts, its output."""
+    found = session.client.tasks.get(task_id)
+    session.show(found, lambda: _show(found))
+
+
+@task.command(examples=("opscore task logs 0192d3a0-…", "opscore task logs 0192d3a0-… --attempt 1"))
+@click.argument("task_id")
+@click.option("--attempt", type=click.IntRange(1), help="The newest by default.")
+@asks
+def logs(session: Session, task_id: str, attempt: int | None) -> None:
+    """Print what an agent wrote to the log of an attempt, and its traceback if it failed."""
+    number = attempt or len(session.client.tasks.get(task_id)["attempts"])
+    if number == 0:
+        return session.show(None, lambda: click.echo("No attempt was made yet."))
+    found = session.client.tasks.attempt(task_id, number)
+    session.show(found, lambda: _log(found))
+
+
+@task.command(examples=("opscore task approve 0192d3a0-… --comment 'Looks good.'",))
+@click.argument("task_id")
+@click.option("--comment", help="Kept with the decision.")
+@asks
+def approve(session: Session, task_id: str, comment: str | None) -> None:
+    """Let a run go on behind an approval."""
+    found = session.client.tasks.approve(task_id, comment)
+    session.show(found, lambda: click.echo(f"Approved; run {found['runId']} goes on."))
+
+
+@task.command(examples=("opscore task reject 0192d3a0-… --comment 'Not like this.'",))
+@click.argument("task_id")
+@click.option("--comment", help="Kept with the decision.")
+@asks
+def reject(session: Session, task_id: str, comment: str | None) -> None:
+    """Fail an approval."""
+    found = session.client.tasks.reject(task_id, comment)
+    session.show(found, lambda: click.echo(f"Rejected; see run {found['runId']}."))
+
+
+def _show(task: Mapping[str, Any]) -> None:
+    output.details(
+        {
+            "task": task["taskId"],
+            "of": output.task_name(task),
+            "run": task["runId"],
+            "type": task["type"],
+            "agent": task["agentId"] or task["agentCapability"],
+            "status": task["status"],
+            "because": task["waitingFor"] or task["reason"],
+            "wakes": output.moment(task["wakeAt"]),
+            "sub-workflow's run": task["childRunId"],
+            "created": output.moment(task["createdAt"]),
+            "took": output.between(task["startedAt"], task["finishedAt"]),
+        }
+    )
+    if task["attempts"]:
+        click.echo("\nAttempts:")
+        output.table(task["attempts"], _ATTEMPTS, "")
+    _outcome(task)
+
+
+def _outcome(task: Mapping[str, Any]) -> None:
+    if task["error"]:
+        output.block("error", f"{task['error']['message']} ({task['error']['code']})")
+    elif task["status"] == "completed":
+        output.block("output", task["output"])
+
+
+_ATTEMPTS: Sequence[output.Column] = (
+    ("#", lambda a: a["number"]),
+    ("STATUS", lambda a: a["status"]),
+    ("AGENT", lambda a: a["agentId"]),
+    ("STARTED", lambda a: output.moment(a["startedAt"])),
+    ("TOOK", lambda a: output.between(a["startedAt"], a["finishedAt"])),
+    ("ERROR", lambda a: a["error"] and output.short(a["error"]["message"])),
+    ("WORKER", lambda a: a["worker"]),
+)
+
+
+def _log(attempt: Mapping[str, Any]) -> None:
+    for line in attempt["logs"]:
+        fields = "".join(f" {name}={output.plain(v)}" for name, v in line["fields"].items())
+        click.echo(f"{output.moment(line['at'])}  {output.plain(line['message'])}{fields}")
+    error = attempt["error"]
+    if error:
+        output.block("error", error["traceback"] or f"{error['message']} ({error['code']})")
+    elif not attempt["logs"]:
+        click.echo("It wrote nothing.")
