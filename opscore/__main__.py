@@ -20,6 +20,8 @@ from opscore.errors import OpsCoreError
 if TYPE_CHECKING:
     from opscore.config import Settings
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as a shell has it."""
 NO_SERVER = "This takes what servers need, and {} is not here: pip install 'opscore[server]'."
 
 
@@ -29,9 +31,11 @@ class _Main(Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
         except OpsCoreError as error:
             if error.code == "stopped":
-                sys.exit(130)  # as a shell does it for Ctrl-C
+                sys.exit(INTERRUPTED)
             raise click.ClickException(str(error)) from error
         except ModuleNotFoundError as error:
             if (error.name or "opscore").partition(".")[0] in ("opscore", "web", "workers"):
@@ -62,7 +66,12 @@ _data = click.option(
 )
 
 
-@main.command()
+@main.command(
+    examples=(
+        "opscore up",
+        "opscore up --detach --agents my_agents --workflows workflows/",
+    )
+)
 @_data
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the API; free by default.")
 @click.option("--agents", help="Modules with agents, separated by commas.")
@@ -97,7 +106,7 @@ def up(
         local.up(options, os.environ)
 
 
-@main.command()
+@main.command(examples=("opscore down",))
 @_data
 def down(data: Path) -> None:
     """Stop the stack that runs on a data folder, and wait until it has ended."""
@@ -106,7 +115,7 @@ def down(data: Path) -> None:
     click.echo("Stopped." if local.down(data) else f"Nothing runs on {data}.")
 
 
-@main.command()
+@main.command(examples=("opscore status",))
 @_data
 def status(data: Path) -> None:
     """Show each process of the stack; the exit status is 0 if all of it is ready."""
@@ -143,7 +152,7 @@ def _settings(threads: int | str = 0) -> "Settings":
     return Settings.from_env(os.environ, threads=threads)
 
 
-@main.command()
+@main.command(examples=("opscore web --host 0.0.0.0 --workers 2",))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
@@ -167,7 +176,9 @@ def web(host: str, port: int, workers: int, threads: int | None) -> None:
     run()
 
 
-@main.command()
+@main.command(
+    examples=("opscore worker --concurrency 8", "opscore worker --queues opscore.io --pool threads")
+)
 @click.option("--queues", help="Queues to take from, separated by commas; all by default.")
 @click.option("--pool", type=click.Choice(["prefork", "threads"]), default="prefork")
 @click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True)
@@ -223,14 +234,14 @@ def _tell_when_ready() -> None:
     worker_process_init.connect(lambda **_: die_with_parent(), weak=False)
 
 
-@main.command()
+@main.command(examples=("opscore beat",))
 def beat() -> None:
     """Fire schedules (Celery beat); any number of beats may run."""
     _use_celery(_settings())
     _celery("beat", "--pidfile=", "--schedule=")
 
 
-@main.command()
+@main.command(examples=("FLOWER_BASIC_AUTH=me:secret opscore flower",))
 def flower() -> None:
     """Show queues and workers (Flower); FLOWER_* variables are its options."""
     settings = _settings()
@@ -271,7 +282,7 @@ def db() -> None:
     """The database."""
 
 
-@db.command()
+@db.command(examples=("DATABASE_URL=postgresql://localhost/opscore opscore db upgrade",))
 def upgrade() -> None:
     """Bring the tables of DATABASE_URL up to date."""
     settings = _settings()

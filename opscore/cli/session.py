@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FAILED, USAGE, CONNECTION, AUTHENTICATION = 1, 2, 3, 4
 """Exit statuses."""
 DATA = Path(".opscore")
+RETRIES = 2
+"""People look on; a program's client has more patience."""
 PRIORITIES = ("low", "normal", "high")
 NO_API = (
     "No API to ask: give --api-url and --api-key, set OPSCORE_API_URL and OPSCORE_API_KEY, or start"
@@ -87,7 +89,7 @@ class Session:
             from opscore.sdk import OpsCoreClientSync
 
             url, key = self._where()
-            self._client = OpsCoreClientSync(url, key)
+            self._client = OpsCoreClientSync(url, key, retries=RETRIES)
             self._ctx.call_on_close(self._client.close)
         return self._client
 

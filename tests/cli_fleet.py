@@ -1,0 +1,23 @@
+"""Agents for the tests of the command line."""
+
+from typing import Any
+
+from opscore import Context, GiveUp, agent
+
+Parameters = dict[str, Any]
+HOSTILE = "\x1b]0;owned\x07\x1b[31mred"
+"""What a terminal would take for orders."""
+
+
+@agent("echo", capabilities=["echo"], capacity=2)
+def echo(parameters: Parameters, context: Context) -> Any:
+    """Give back what it gets; say so in a way that no terminal should see."""
+    context.log(f"echoing {HOSTILE}", size=len(parameters))
+    return parameters
+
+
+@agent("grumpy")
+def grumpy(parameters: Parameters, context: Context) -> Any:
+    if parameters.get("mood") != "good":
+        raise GiveUp(f"not today {HOSTILE}")
+    return "well, then"
