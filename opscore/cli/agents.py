@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from opscore.cli import output
-from opscore.cli.session import Group, Json, Session, asks, limited
+from opscore.cli.session import Group, Json, Session, asks, limited, quiet
 
 
 @click.group(cls=Group)
@@ -19,6 +19,7 @@ def agent() -> None:
 )
 @click.option("--capability", help="Those that have it only.")
 @limited
+@quiet("agentId")
 @asks
 def list_(session: Session, capability: str | None, limit: int | None) -> None:
     """List agents."""

@@ -16,6 +16,7 @@ from opscore.cli.session import (
     asks,
     labels,
     limited,
+    quiet,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ _run = click.argument("run_id", metavar="RUN")
 )
 @labels
 @click.option("--watch", is_flag=True, help="Follow it; the exit status tells how it ended.")
+@quiet("runId")
 @asks
 def submit(
     session: Session,
@@ -77,6 +79,7 @@ def submit(
 @click.option("--created-before", type=Moment())
 @labels
 @limited
+@quiet("runId")
 @asks
 def list_(
     session: Session,
@@ -168,6 +171,7 @@ def resume(session: Session, run_id: str) -> None:
 @_run
 @click.option("--parameters", type=Json(), help="JSON: task id -> members that are to be others.")
 @click.option("--watch", is_flag=True, help="Follow it; the exit status tells how it ended.")
+@quiet("runId")
 @asks
 def retry(session: Session, run_id: str, parameters: Any, watch: bool) -> None:
     """Have what failed of a failed run tried again; what is finished stays as it is."""
@@ -177,6 +181,7 @@ def retry(session: Session, run_id: str, parameters: Any, watch: bool) -> None:
 @run.command(examples=("opscore run rerun 0192d3a0-… --watch",))
 @_run
 @click.option("--watch", is_flag=True, help="Follow it; the exit status tells how it ended.")
+@quiet("runId")
 @asks
 def rerun(session: Session, run_id: str, watch: bool) -> None:
     """Start another run of the same version with the same input."""

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from opscore.cli import output
-from opscore.cli.session import PRIORITIES, Group, Json, Moment, Session, asks, labels, limited
+from opscore.cli.session import (
+    PRIORITIES,
+    Group,
+    Json,
+    Moment,
+    Session,
+    asks,
+    labels,
+    limited,
+    quiet,
+)
 
 if TYPE_CHECKING:
     from opscore.sdk import types
@@ -125,6 +135,7 @@ def change(
 
 @schedule.command("list", examples=("opscore schedule list", "opscore schedule list --json"))
 @limited
+@quiet("name")
 @asks
 def list_(session: Session, limit: int | None) -> None:
     """List schedules."""
@@ -176,6 +187,7 @@ def resume(session: Session, name: str) -> None:
 
 @schedule.command(examples=("opscore schedule trigger nightly",))
 @click.argument("name")
+@quiet("runId")
 @asks
 def trigger(session: Session, name: str) -> None:
     """Have a schedule fire now, whatever its times and its overlap say."""

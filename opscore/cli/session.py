@@ -25,6 +25,8 @@ FAILED, USAGE, CONNECTION, AUTHENTICATION = 1, 2, 3, 4
 DATA = Path(".opscore")
 RETRIES = 2
 """People look on; a program's client has more patience."""
+QUIET = "opscore.quiet"
+"""Where a command's context has the one member that is printed of what the API said."""
 PRIORITIES = ("low", "normal", "high")
 NO_API = (
     "No API to ask: give --api-url and --api-key, set OPSCORE_API_URL and OPSCORE_API_KEY, or start"
@@ -95,7 +97,10 @@ class Session:
 
     def show(self, value: Any, people: Callable[[], None]) -> None:
         """Print what the API said: for programs as it is, for people as `people` prints it."""
-        if self.as_json:
+        if member := self._ctx.meta.get(QUIET):
+            for item in value if isinstance(value, list) else [value]:
+                click.echo(item[member])
+        elif self.as_json:
             click.echo(json.dumps(value, indent=2, ensure_ascii=False))
         else:
             people()
@@ -164,6 +169,17 @@ def asks(command: Callable[..., None]) -> Callable[..., None]:
             raise click.UsageError(str(error)) from error
 
     return names_api(_DATA(_JSON(update_wrapper(ask, command))))
+
+
+def quiet(member: str) -> Callable[[F], F]:
+    """Give a command `-q`: then it prints that member of what it got, and nothing else."""
+
+    def keep(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+        if wanted:
+            ctx.meta[QUIET] = member
+
+    said = f"Print {'ids' if member.endswith('Id') else 'names'} only."
+    return click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=keep, help=said)
 
 
 def limited(command: F) -> F:

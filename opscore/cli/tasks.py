@@ -15,6 +15,7 @@ from opscore.cli.session import (
     Session,
     asks,
     labels,
+    quiet,
 )
 
 
@@ -36,6 +37,7 @@ def task() -> None:
 @click.option("--timeout", "timeout_seconds", type=float, help="Seconds it may take.")
 @click.option("--wait", is_flag=True, help="Wait for its end; the exit status tells how it ended.")
 @labels
+@quiet("taskId")
 @asks
 def submit(
     session: Session, input: Any, wait: bool, label: Sequence[tuple[str, str]], **given: Any

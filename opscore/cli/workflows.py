@@ -9,7 +9,7 @@ import click
 
 from opscore.cli import output
 from opscore.cli.runs import follow, started
-from opscore.cli.session import Group, Json, Session, asks, limited
+from opscore.cli.session import Group, Json, Session, asks, limited, quiet
 
 
 @click.group(cls=Group)
@@ -24,6 +24,7 @@ _file = click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
     examples=("opscore workflow push report.yaml", "opscore workflow push a.yaml b.yaml")
 )
 @click.argument("files", type=click.Path(path_type=Path, allow_dash=True), nargs=-1, required=True)
+@quiet("workflowId")
 @asks
 def push(session: Session, files: Sequence[Path]) -> None:
     """Create workflows, or their next versions, from YAML or JSON; - reads standard input."""
@@ -47,6 +48,7 @@ def validate(session: Session, file: Path) -> None:
     "list", examples=("opscore workflow list", "opscore workflow list --json | jq .[].workflowId")
 )
 @limited
+@quiet("workflowId")
 @asks
 def list_(session: Session, limit: int | None) -> None:
     """List workflows."""
@@ -85,6 +87,7 @@ def show(session: Session, workflow_id: str, version: int | None) -> None:
 @click.argument("workflow_id")
 @click.option("--payload", type=Json(), help="JSON object; @FILE reads a file, - standard input.")
 @click.option("--watch", is_flag=True, help="Follow the run to its end.")
+@quiet("runId")
 @asks
 def trigger(session: Session, agent_id: str, workflow_id: str, payload: Any, watch: bool) -> None:
     """Start a workflow for an agent; `opscore run submit` starts one for whoever can."""
