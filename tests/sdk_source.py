@@ -88,20 +88,24 @@ def _ordered(schemas: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _class(name: str, schema: Mapping[str, Any]) -> str:
+    if "properties" not in schema:
+        return f"{name} = {_hint(schema)}"
     required = schema.get("required", ())
     lines = []
     for member, kind in schema.get("properties", {}).items():
         hint = _hint(kind)
         lines.append(f"    {member}: {hint if member in required else f'NotRequired[{hint}]'}")
     about = [f'    """{schema["description"]}"""\n'] if schema.get("description") else []
-    return "\n".join([f"class {name}(TypedDict):", *about, *(lines or ["    pass"])])
+    return "\n".join([f"class {name}(TypedDict):", *about, *lines])
 
 
 def _hint(schema: Mapping[str, Any]) -> str:
     if "$ref" in schema:
         return str(schema["$ref"].rsplit("/", 1)[1])
+    if "allOf" in schema:
+        return _hint(schema["allOf"][0])
     if choices := schema.get("anyOf") or schema.get("oneOf"):
-        return " | ".join(_hint(choice) for choice in choices)
+        return " | ".join(dict.fromkeys(_hint(choice) for choice in choices))
     kinds = schema.get("type", [])
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if "enum" in schema:
@@ -115,7 +119,8 @@ def _simple(kind: str, schema: Mapping[str, Any]) -> str:
     if kind == "array":
         return f"list[{_hint(schema['items'])}]"
     if kind == "object":
-        return f"dict[str, {_hint(schema.get('additionalProperties') or {})}]"
+        values = {} if "properties" in schema else schema.get("additionalProperties") or {}
+        return f"dict[str, {_hint(values)}]"
     names = {
         "string": "str",
         "integer": "int",

@@ -235,6 +235,28 @@ def history(session: Session, name: str, limit: int | None) -> None:
     )
 
 
+@schedule.command(
+    examples=("opscore schedule events nightly", "opscore schedule events nightly -n 5")
+)
+@click.argument("name")
+@limited
+@asks
+def events(session: Session, name: str, limit: int | None) -> None:
+    """List what happened to a schedule, newest first: changes, and what fired or could not."""
+    columns: Sequence[output.Column] = (
+        ("AT", lambda e: output.moment(e["at"])),
+        ("EVENT", lambda e: e["type"]),
+        ("BY", lambda e: e["by"]),
+        ("WHY", lambda e: e["reason"]),
+        ("MORE", lambda e: output.short(e["data"]) if e["data"] else None),
+    )
+    session.show_list(
+        session.client.schedules.events(name),
+        limit,
+        lambda found: output.table(found, columns, "Nothing has happened to it."),
+    )
+
+
 def _when(schedule: Mapping[str, Any]) -> str:
     if schedule["cron"] is not None:
         return f"{schedule['cron']} ({schedule['timezone']})"

@@ -15,8 +15,11 @@ from opscore.cli.session import (
     Session,
     asks,
     labels,
+    limited,
     quiet,
 )
+
+STATUSES = ("pending", "waiting", "running", "completed", "failed", "cancelled", "skipped")
 
 
 @click.group(cls=Group)
@@ -51,6 +54,38 @@ def submit(
     session.show(submitted.data, lambda: _outcome(submitted.data))
     if submitted.status != "completed":
         sys.exit(FAILED)
+
+
+@task.command(
+    "list",
+    examples=(
+        "opscore task list --reason approval",
+        "opscore task list --status running --agent writer",
+        "opscore task list --run 0192d3a0-… --status failed -q",
+    ),
+)
+@click.option("--status", type=click.Choice(STATUSES), multiple=True, help="May be repeated.")
+@click.option("--reason", help="Those that wait for this: approval, agent_busy, ...")
+@click.option("--agent", "agent_id", help="Of this agent only.")
+@click.option("--run", "run_id", help="Of this run only.")
+@quiet("taskId")
+@limited
+@asks
+def list_(session: Session, status: Sequence[Any], limit: int | None, **given: Any) -> None:
+    """List tasks of all runs, newest first; by default those that wait."""
+    if not status and (given["reason"] or not given["run_id"]):
+        status = ("waiting",)
+    columns: Sequence[output.Column] = (
+        ("TASK ID", lambda t: t["taskId"]),
+        ("TASK", output.task_name),
+        ("STATUS", lambda t: t["status"]),
+        ("BECAUSE", lambda t: t["waitingFor"] or t["reason"]),
+        ("AGENT", lambda t: t["agentId"] or t["agentCapability"]),
+        ("AGE", lambda t: output.age(t["createdAt"])),
+        ("RUN", lambda t: t["runId"]),
+    )
+    found = session.client.tasks.list(status=status or None, **given)
+    session.show_list(found, limit, lambda tasks: output.table(tasks, columns, "No such tasks."))
 
 
 @task.command(examples=("opscore task show 0192d3a0-…",))

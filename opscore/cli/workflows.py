@@ -45,12 +45,13 @@ def validate(session: Session, file: Path) -> None:
 
 
 @workflow.command(
-    "list", examples=("opscore workflow list", "opscore workflow list --json | jq .[].workflowId")
+    "list", examples=("opscore workflow list", "opscore workflow list --archived --json")
 )
+@click.option("--archived", is_flag=True, help="Those that are archived.")
 @limited
 @quiet("workflowId")
 @asks
-def list_(session: Session, limit: int | None) -> None:
+def list_(session: Session, archived: bool, limit: int | None) -> None:
     """List workflows."""
     columns: Sequence[output.Column] = (
         ("WORKFLOW", lambda w: w["workflowId"]),
@@ -61,7 +62,9 @@ def list_(session: Session, limit: int | None) -> None:
     )
     empty = "No workflows; `opscore workflow push FILE` creates one."
     session.show_list(
-        session.client.workflows.list(), limit, lambda found: output.table(found, columns, empty)
+        session.client.workflows.list(archived=archived),
+        limit,
+        lambda found: output.table(found, columns, empty),
     )
 
 
@@ -75,6 +78,40 @@ def show(session: Session, workflow_id: str, version: int | None) -> None:
     """Show a workflow: its definition."""
     found = session.client.workflows.get(workflow_id, version)
     session.show(found, lambda: _show(found))
+
+
+@workflow.command(examples=("opscore workflow explain report", "opscore workflow explain a.yaml"))
+@click.argument("workflow", metavar="WORKFLOW|FILE")
+@click.option("--version", type=click.IntRange(1), help="Of a workflow; the newest by default.")
+@asks
+def explain(session: Session, workflow: str, version: int | None) -> None:
+    """Show the graph of a definition, and the chains and chords that a run of it becomes."""
+    file, workflows = Path(workflow), session.client.workflows
+    definition: Path | str | Mapping[str, Any]
+    if workflow == "-" or file.is_file():
+        definition = _definition(file)
+    else:
+        definition = workflows.get(workflow, version)["definition"]
+    verdict = workflows.validate(definition)
+    session.show(verdict, lambda: _explain(verdict))
+
+
+@workflow.command(examples=("opscore workflow archive report",))
+@click.argument("workflow_id", metavar="WORKFLOW")
+@asks
+def archive(session: Session, workflow_id: str) -> None:
+    """Let a workflow get no new runs and versions; what there is of it goes on."""
+    found = session.client.workflows.archive(workflow_id)
+    session.show(found, lambda: click.echo(f"{workflow_id} is archived."))
+
+
+@workflow.command(examples=("opscore workflow restore report",))
+@click.argument("workflow_id", metavar="WORKFLOW")
+@asks
+def restore(session: Session, workflow_id: str) -> None:
+    """Let an archived workflow get runs and versions again."""
+    found = session.client.workflows.restore(workflow_id)
+    session.show(found, lambda: click.echo(f"{workflow_id} is not archived."))
 
 
 @workflow.command(
@@ -113,6 +150,55 @@ def _show(found: Mapping[str, Any]) -> None:
             "version": found["version"],
             "name": found["name"],
             "created": output.moment(found["createdAt"]),
+            "archived": output.moment(found["archivedAt"]),
         }
     )
     output.block("definition", found["definition"])
+
+
+def _explain(verdict: Mapping[str, Any]) -> None:
+    output.table(verdict["graph"], _GRAPH, "")
+    canvas = verdict["canvas"]
+    click.echo("\nWhen a run is submitted, these messages go out:")
+    for step in canvas["messages"]:
+        _print_step(step)
+    if canvas["joins"]:
+        click.echo("\nThese wait in the database for what no message says:")
+        for join in canvas["joins"]:
+            click.echo(f"  {join['taskId']} for {', '.join(join['after'])}")
+    if canvas["later"]:
+        click.echo(f"\nDrawn later, when it is their turn: {', '.join(canvas['later'])}")
+
+
+def _print_step(step: Any, depth: int = 1) -> None:
+    """Print a part of a canvas, what is in it indented."""
+    if isinstance(step, str):
+        click.echo(f"{'  ' * depth}{step}")
+        return
+    for word, inside in step.items():
+        click.echo(f"{'  ' * depth}{word}")
+        for below in inside if isinstance(inside, list) else _parts(inside):
+            _print_step(below, depth + 1)
+
+
+def _parts(inside: Any) -> list[Any]:
+    """Return the parts of a chord, or of a link, by their names."""
+    if isinstance(inside, str):
+        return [inside]
+    return [part if name == "task" else {name: part} for name, part in inside.items()]
+
+
+def _who(task: Mapping[str, Any]) -> str | None:
+    if task["agent"] is None:
+        return None
+    capability = task["agent"]["agentCapability"]
+    return f"any that can {capability}" if capability else str(task["agent"]["agentId"])
+
+
+_GRAPH: Sequence[output.Column] = (
+    ("TASK", lambda t: t["taskId"]),
+    ("TYPE", lambda t: f"{t['type']}{' for each' if t['forEach'] else ''}"),
+    ("AGENT", _who),
+    ("AFTER", lambda t: ", ".join(t["dependsOn"]) or None),
+    ("WHEN", lambda t: t["when"]),
+)
