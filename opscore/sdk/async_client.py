@@ -398,13 +398,25 @@ class AsyncWorkflows(_Resource):
         call = Call.define(path("workflows", "validate"), definition)
         return cast(types.Verdict, await self._client.send(call))
 
-    def list(self) -> AsyncIterator[types.Workflow]:
-        """Yield the newest version of each workflow."""
-        return self._client.pages(path("workflows"))
+    def list(self, *, archived: bool = False) -> AsyncIterator[types.Workflow]:
+        """Yield the newest version of each workflow, or of those that are archived."""
+        return self._client.pages(path("workflows"), archived=archived or None)
 
     async def get(self, workflow_id: str, version: int | None = None) -> types.Workflow:
         """Return a version of a workflow, the newest by default."""
         call = Call.get(path("workflows", workflow_id), version=version)
+        return cast(types.Workflow, await self._client.send(call))
+
+    async def archive(self, workflow_id: str) -> types.Workflow:
+        """Let a workflow get no new runs and versions; what there is of it goes on."""
+        return await self._put(workflow_id, "archive")
+
+    async def restore(self, workflow_id: str) -> types.Workflow:
+        """Let an archived workflow get runs and versions again."""
+        return await self._put(workflow_id, "restore")
+
+    async def _put(self, workflow_id: str, what: str) -> types.Workflow:
+        call = Call("POST", path("workflows", workflow_id, what), repeatable=True)
         return cast(types.Workflow, await self._client.send(call))
 
     def versions(self, workflow_id: str) -> AsyncIterator[types.Workflow]:
@@ -701,6 +713,10 @@ class AsyncSchedules(_Resource):
     def firings(self, name: str) -> AsyncIterator[types.Firing]:
         """Yield what became of a schedule's moments, newest first."""
         return self._client.pages(path("schedules", name, "firings"))
+
+    def events(self, name: str) -> AsyncIterator[types.Event]:
+        """Yield what happened to a schedule, newest first, also to one that was deleted."""
+        return self._client.pages(path("schedules", name, "events"))
 
     async def _changed(self, call: Call) -> types.ScheduleWithWarnings:
         return cast(types.ScheduleWithWarnings, await self._client.send(call))

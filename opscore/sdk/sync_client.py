@@ -391,13 +391,25 @@ class Workflows(_Resource):
         call = Call.define(path("workflows", "validate"), definition)
         return cast(types.Verdict, self._client.send(call))
 
-    def list(self) -> Iterator[types.Workflow]:
-        """Yield the newest version of each workflow."""
-        return self._client.pages(path("workflows"))
+    def list(self, *, archived: bool = False) -> Iterator[types.Workflow]:
+        """Yield the newest version of each workflow, or of those that are archived."""
+        return self._client.pages(path("workflows"), archived=archived or None)
 
     def get(self, workflow_id: str, version: int | None = None) -> types.Workflow:
         """Return a version of a workflow, the newest by default."""
         call = Call.get(path("workflows", workflow_id), version=version)
+        return cast(types.Workflow, self._client.send(call))
+
+    def archive(self, workflow_id: str) -> types.Workflow:
+        """Let a workflow get no new runs and versions; what there is of it goes on."""
+        return self._put(workflow_id, "archive")
+
+    def restore(self, workflow_id: str) -> types.Workflow:
+        """Let an archived workflow get runs and versions again."""
+        return self._put(workflow_id, "restore")
+
+    def _put(self, workflow_id: str, what: str) -> types.Workflow:
+        call = Call("POST", path("workflows", workflow_id, what), repeatable=True)
         return cast(types.Workflow, self._client.send(call))
 
     def versions(self, workflow_id: str) -> Iterator[types.Workflow]:
@@ -687,6 +699,10 @@ class Schedules(_Resource):
     def firings(self, name: str) -> Iterator[types.Firing]:
         """Yield what became of a schedule's moments, newest first."""
         return self._client.pages(path("schedules", name, "firings"))
+
+    def events(self, name: str) -> Iterator[types.Event]:
+        """Yield what happened to a schedule, newest first, also to one that was deleted."""
+        return self._client.pages(path("schedules", name, "events"))
 
     def _changed(self, call: Call) -> types.ScheduleWithWarnings:
         return cast(types.ScheduleWithWarnings, self._client.send(call))

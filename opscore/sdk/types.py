@@ -57,6 +57,11 @@ class Agent(TypedDict):
     updatedAt: str
 
 
+class AgentAskedFor(TypedDict):
+    agentId: str | None
+    agentCapability: str | None
+
+
 class AgentChange(TypedDict):
     capacity: NotRequired[int]
     paused: NotRequired[bool]
@@ -129,6 +134,20 @@ class BusyPolicy(TypedDict):
     maxWaitSeconds: NotRequired[float]
 
 
+Step = str | dict[str, Any]
+
+
+class Join(TypedDict):
+    taskId: str
+    after: list[str]
+
+
+class CanvasOutline(TypedDict):
+    messages: list[Step]
+    joins: list[Join]
+    later: list[str]
+
+
 class Comment(TypedDict):
     comment: NotRequired[str | None]
 
@@ -169,6 +188,15 @@ class ForEachDefinition(TypedDict):
     items: Any
     maxParallel: NotRequired[int]
     tolerate: NotRequired[int | str]
+
+
+class GraphTask(TypedDict):
+    taskId: str
+    type: Literal["agent", "approval", "delay", "workflow"]
+    agent: AgentAskedFor | None
+    forEach: bool
+    dependsOn: list[str]
+    when: str | None
 
 
 class Health(TypedDict):
@@ -425,6 +453,11 @@ class ScheduleChange(TypedDict):
     catchUpWindowSeconds: NotRequired[float]
 
 
+class ScheduleEventPage(TypedDict):
+    items: list[Event]
+    nextCursor: str | None
+
+
 class SchedulePage(TypedDict):
     items: list[Schedule]
     nextCursor: str | None
@@ -566,6 +599,8 @@ class Verdict(TypedDict):
     version: int
     isNew: bool
     tasks: list[str]
+    graph: list[GraphTask]
+    canvas: CanvasOutline
 
 
 class Workflow(TypedDict):
@@ -574,6 +609,7 @@ class Workflow(TypedDict):
     name: str | None
     definition: dict[str, Any]
     createdAt: str
+    archivedAt: str | None
 
 
 class WorkflowDefinition(TypedDict):
