@@ -14,7 +14,13 @@ from heapq import heappop, heappush
 from math import isfinite
 from typing import Any, Literal
 
-from opscore.errors import InvalidDefinition, InvalidInput
+from opscore.errors import (
+    InvalidDefinition,
+    InvalidInput,
+    InvalidRequest,
+    WorkflowArchived,
+    WorkflowNotFound,
+)
 from opscore.expressions import ITEM_NAMES, NAMES, Template
 from opscore.input_schema import Schema
 from opscore.json_values import Faults, at, check_json, kind, read_json, read_yaml, unknown
@@ -188,6 +194,14 @@ class Definition:
             if t.type == "agent" and t.agent_id is None and t.capability is None
         )
 
+    def check_bound(self) -> None:
+        """Make sure that each task names who is to do it. Raises InvalidRequest."""
+        sentence = "The task names neither agentId nor agentCapability: name one, or trigger the"
+        if unbound := self.unbound():
+            raise InvalidRequest(
+                {f"/tasks/{task}": [f"{sentence} workflow for an agent."] for task in unbound}
+            )
+
     def children(self) -> Iterator[tuple[str, Child]]:
         """Yield the tasks that run another workflow, with which."""
         for task in self.tasks:
@@ -269,6 +283,66 @@ def _check_own_id(top: "_Fields", rows: list["_Fields"]) -> None:
     for row in rows:
         if "id" in top and row.values.get("workflowId") == top.values["id"]:
             row.fault("workflowId", "A workflow cannot run itself; name another one.")
+
+
+# --- what a store asks
+
+
+def id_of(definition: Definition) -> str:
+    """Return the id a definition is stored under: its own, else one made from its name.
+
+    Raises:
+        InvalidDefinition: it has neither.
+    """
+    if definition.id is not None:
+        return definition.id
+    slug = re.sub(r"[^a-z0-9]+", "-", (definition.name or "").lower()).strip("-")
+    if not slug:
+        raise InvalidDefinition({"/id": ["Give the workflow an id, or a name to make one from."]})
+    return f"wf_{slug}"[:64]
+
+
+Find = Callable[[str, int | None], Definition]
+"""Returns a version of a workflow, the newest by default. Raises WorkflowNotFound."""
+
+
+def check_children(workflow_id: str, definition: Definition, find: Find) -> None:
+    """Make sure that the workflows a definition runs are there, and do not lead back to it.
+
+    `find` returns one of them, or raises WorkflowNotFound or WorkflowArchived.
+
+    Raises:
+        InvalidDefinition
+    """
+    faults = {}
+    places = {task["taskId"]: n for n, task in enumerate(definition.document["tasks"])}
+    for task, child in definition.children():
+        if sentence := _why_no_child(workflow_id, child, find):
+            faults[f"/tasks/{places[task]}/workflowId"] = [sentence]
+    if faults:
+        raise InvalidDefinition(faults)
+
+
+def _why_no_child(workflow_id: str, child: Child, find: Find) -> str | None:
+    seen: set[tuple[str, int | None]] = set()
+    ways = [[(child.workflow_id, child.version)]]
+    while ways:
+        way = ways.pop()
+        if way[-1][0] == workflow_id:
+            circle = " → ".join([workflow_id, *(id for id, _ in way)])
+            return f"This leads back to the workflow itself: {circle}; name another one."
+        if way[-1] in seen:
+            continue
+        seen.add(way[-1])
+        try:
+            found = find(*way[-1])
+        except (WorkflowNotFound, WorkflowArchived) as error:
+            if len(seen) == 1:
+                is_missing = isinstance(error, WorkflowNotFound)
+                return f"{error} Create it first." if is_missing else str(error)
+            continue
+        ways += [[*way, (below.workflow_id, below.version)] for _, below in found.children()]
+    return None
 
 
 # --- fields

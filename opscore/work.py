@@ -1,12 +1,13 @@
-"""What the expressions of a definition say for a claimed task: its parameters, its items, and what
-its run comes to. Nothing here asks a database.
+"""The work of a claimed task: what the engine hands out, what the definition's expressions say of
+it, and in what words an outcome is told. Nothing here asks a database.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 from opscore import logs
 from opscore.agentkit import Completed, Failed
@@ -20,12 +21,90 @@ from opscore.definition import (
     TaskSpec,
     read_moment,
 )
-from opscore.engine import Claimed, Failure, Undecided, Wait
+from opscore.errors import Invalid, OpsCoreError
 from opscore.expressions import ExpressionError, Template
 from opscore.json_values import check_json, fresh, kind
 from opscore.states import Reason, RunStatus
 
 log = logs.get(__name__)
+
+
+# --- What the engine hands out ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt failed."""
+
+    code: str
+    message: str
+    traceback: str | None = None
+    retryable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """This visit holds the task: run it, then record the outcome under `attempt`."""
+
+    task_id: UUID
+    run_id: UUID
+    attempt: int
+    kind: str
+    definition_id: str
+    parent_id: UUID | None
+    item_index: int | None
+    item: Any
+    merges_input: bool
+    """The first task of a run triggered for an agent: the input is merged over its parameters."""
+    expanded: bool
+    """It was begun, and what it waited for is over: items to collect, a decision, a moment, a run.
+    """
+    is_sink: bool
+    agent_id: str | None
+    has_slot: bool
+    """Its end may free a slot somebody waits for."""
+    workflow_id: str
+    version: int
+    generation: int
+    timeout_seconds: float
+    deadline_at: datetime
+    overrides: Mapping[str, Any] | None
+    """Merged over its parameters."""
+    decision: Mapping[str, Any] | None
+    """`{approved, comment, principal}` of an approval somebody decided."""
+    child: Mapping[str, Any] | None
+    """`{runId, status, output, error}` of the run of its sub-workflow."""
+    input: Any
+    tasks: Mapping[str, Any] | None
+    """Definition id -> `{output, status, error}` of the tasks its expressions read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Undecided:
+    """The task could start, but is to be skipped unless its `when` holds: `decide_task`, or
+    `skip_task`."""
+
+    task_id: UUID
+    run_id: UUID
+    definition_id: str
+    workflow_id: str
+    version: int
+    follows_skipped: bool
+    """All that it depends on was skipped, and so is this."""
+    input: Any
+    tasks: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """What a task waits for, until a moment or for so many seconds; neither: without limit."""
+
+    reason: Reason
+    seconds: float | None = None
+    until: datetime | None = None
+
+
+# --- Expressions ---------------------------------------------------------------------------------
 
 
 class TooLarge(ExpressionError):
@@ -59,7 +138,7 @@ def items(claimed: Claimed, template: Template) -> list[Any]:
     return values
 
 
-def holds(task: Undecided, spec: TaskSpec) -> bool:
+def holds(task: Claimed | Undecided, spec: TaskSpec) -> bool:
     """Tell whether a task is to run. Raises ExpressionError, as `parameters` does."""
     return spec.when is None or spec.when.holds(_scope(task))
 
@@ -73,6 +152,29 @@ class Start:
 
     child: Child
     input: Any
+
+
+MAX_DEPTH = 8
+"""Runs that may stand below each other, the first included."""
+
+
+class CannotNest(OpsCoreError):
+    """The workflow {workflow_id!r} cannot run below itself, nor {most} runs below each other."""
+
+    code = "cannot_nest"
+
+
+def check_nesting(workflow_id: str, above: Collection[str]) -> None:
+    """Accept a sub-workflow below runs of these workflows. Raises CannotNest."""
+    if len(above) >= MAX_DEPTH or workflow_id in above:
+        raise CannotNest(workflow_id=workflow_id, most=MAX_DEPTH + 1)
+
+
+def not_begun(error: OpsCoreError) -> Failed:
+    """Say why a sub-workflow was not begun, with the first faults of what it was given."""
+    faults = list(error.errors.items())[:3] if isinstance(error, Invalid) else []
+    told = [str(error), *(f"{pointer}: {said[0]}" for pointer, said in faults)]
+    return Failed(error.code, " ".join(told), retryable=False)
 
 
 def begin(claimed: Claimed, spec: TaskSpec) -> Wait | Start:
@@ -106,6 +208,12 @@ def collected(outputs: list[Any], failed: int, spec: TaskSpec) -> Completed | Fa
         return Completed(outputs)
     sentence = f"{failed} of {len(outputs)} items failed; {tolerated} may fail (forEach.tolerate)."
     return Failed("items_failed", sentence, retryable=False)
+
+
+def too_much_collected() -> Failed:
+    """Say that the outputs of a `forEach`'s items are too large together."""
+    sentence = f"The items' outputs take more than {MAX_GATHERED_BYTES:,} bytes together."
+    return Failed("output_too_large", f"{sentence} Let each return less.", retryable=False)
 
 
 def _decided(decision: Mapping[str, Any] | None, approval: Approval) -> Completed | Failed:
@@ -142,6 +250,43 @@ def _seconds(value: Any) -> float:
         return float(value)
     sentence = f"seconds must come to a number from 0 to {MAX_SECONDS:,.0f}"
     raise ExpressionError(f"{sentence}; it is {json.dumps(value)[:100]}.")
+
+
+# --- In what words ------------------------------------------------------------------------------
+
+
+def as_error(failure: Failure) -> dict[str, Any]:
+    """Return a failure as it is stored."""
+    error = {"code": failure.code, "message": failure.message}
+    return error | ({"traceback": failure.traceback} if failure.traceback else {})
+
+
+def waited_too_long(reason: str | None) -> Failure:
+    """Say that no agent took a task within its `busy.maxWaitSeconds`."""
+    if reason == Reason.AGENT_UNAVAILABLE:
+        return Failure("agent_unavailable", "No agent that could take it came in time.")
+    return Failure("agent_busy_timeout", "Its agent was busy for all of maxWaitSeconds.")
+
+
+def failed_with_item(
+    index: int, error: Mapping[str, Any], *, is_one_too_many: bool
+) -> dict[str, Any]:
+    """Return the error of a `forEach` that fails with this item: at once, or beyond `tolerate`."""
+    sentence = f"Item {index} failed: {error['message']}"
+    if is_one_too_many:
+        sentence = f"More items failed than forEach.tolerate allows. {sentence}"
+        return {"code": "items_failed", "message": sentence}
+    return {"code": "item_failed", "message": sentence}
+
+
+def failed_with_task(task_id: UUID, definition_id: str, error: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the error of a run that fails with this task."""
+    return {
+        "code": error["code"],
+        "message": f"Task {definition_id}: {error['message']}",
+        "taskId": str(task_id),
+        "taskDefinitionId": definition_id,
+    }
 
 
 # --- What a run comes to ------------------------------------------------------------------------

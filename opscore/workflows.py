@@ -7,8 +7,6 @@ inline with a trigger is kept too, since its runs must mean the same next month,
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -17,8 +15,8 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 
 from opscore import slots
 from opscore.db import Prepared, Tx
-from opscore.definition import Child, Definition, parse
-from opscore.errors import InvalidDefinition, WorkflowArchived, WorkflowNotFound
+from opscore.definition import Definition, check_children, id_of, parse
+from opscore.errors import WorkflowArchived, WorkflowNotFound
 from opscore.models import ArchivedWorkflow, Workflow
 
 CACHED_DEFINITIONS = 256
@@ -60,7 +58,7 @@ def create_workflow(
         WorkflowArchived
     """
     workflow_id = id_of(definition)
-    check_children(tx, workflow_id, definition)
+    _check_children(tx, workflow_id, definition)
     digest = _digest(definition)
     same = _same_version(tx, workflow_id, digest, inline)
     if same is None:
@@ -95,20 +93,6 @@ def _lock(tx: Tx, workflow_id: str) -> None:
         text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"),
         {"key": f"workflow:{workflow_id}"},
     )
-
-
-def id_of(definition: Definition) -> str:
-    """Return the id a definition is stored under: its own, else one made from its name.
-
-    Raises:
-        InvalidDefinition: it has neither.
-    """
-    if definition.id is not None:
-        return definition.id
-    slug = re.sub(r"[^a-z0-9]+", "-", (definition.name or "").lower()).strip("-")
-    if not slug:
-        raise InvalidDefinition({"/id": ["Give the workflow an id, or a name to make one from."]})
-    return f"wf_{slug}"[:64]
 
 
 def _is_created(tx: Tx, workflow_id: str) -> bool:
@@ -217,59 +201,21 @@ def _same_version(tx: Tx, workflow_id: str, digest: str, inline: bool) -> int | 
     return version
 
 
-def check_children(tx: Tx, workflow_id: str, definition: Definition) -> None:
+def _check_children(tx: Tx, workflow_id: str, definition: Definition) -> None:
     """Make sure that the workflows a definition runs get runs, and do not lead back to it.
 
     Raises:
         InvalidDefinition
     """
-    faults = {}
-    places = {task["taskId"]: n for n, task in enumerate(definition.document["tasks"])}
-    for task, child in definition.children():
-        if sentence := _why_no_child(tx, workflow_id, child):
-            faults[f"/tasks/{places[task]}/workflowId"] = [sentence]
-    if faults:
-        raise InvalidDefinition(faults)
+    named = [(child.workflow_id, child.version) for _, child in definition.children()]
 
+    def find(child: str, version: int | None) -> Definition:
+        found = find_workflow(tx, child, version)
+        if (child, version) in named:
+            found.check_open()
+        return found.definition
 
-def _why_no_child(tx: Tx, workflow_id: str, child: Child) -> str | None:
-    seen: set[tuple[str, int | None]] = set()
-    ways = [[(child.workflow_id, child.version)]]
-    while ways:
-        way = ways.pop()
-        if way[-1][0] == workflow_id:
-            circle = " → ".join([workflow_id, *(id for id, _ in way)])
-            return f"This leads back to the workflow itself: {circle}; name another one."
-        if way[-1] in seen:
-            continue
-        seen.add(way[-1])
-        try:
-            children = _children(tx, *way[-1], must_be_open=len(seen) == 1)
-        except WorkflowNotFound as error:
-            return f"{error} Create it first."
-        except WorkflowArchived as error:
-            return str(error)
-        ways += [[*way, (below.workflow_id, below.version)] for below in children]
-    return None
-
-
-def _children(
-    tx: Tx, workflow_id: str, version: int | None, *, must_be_open: bool
-) -> Iterator[Child]:
-    """Return what a workflow runs; nothing if it is not there.
-
-    Raises:
-        WorkflowNotFound, WorkflowArchived: it must be open.
-    """
-    try:
-        found = find_workflow(tx, workflow_id, version)
-    except WorkflowNotFound:
-        if must_be_open:
-            raise
-        return iter(())
-    if must_be_open:
-        found.check_open()
-    return (child for _, child in found.definition.children())
+    check_children(workflow_id, definition, find)
 
 
 def _digest(definition: Definition) -> str:

@@ -29,11 +29,11 @@ from celeryconfig import app
 from opscore import agentkit, agents, engine, logs, remote, work
 from opscore.agentkit import Busy, Completed, Context, Failed
 from opscore.canvas import RECALL, RECALL_SECONDS, REQUEST_HEADER, RUN_TASK
-from opscore.config import FIRST, MAX_GATHERED_BYTES
+from opscore.config import FIRST
 from opscore.db import Tx
 from opscore.definition import ForEach, TaskSpec
 from opscore.engine import Claimed, Failure, Finished, MustWait, Parked, Visit
-from opscore.errors import Invalid, OpsCoreError
+from opscore.errors import OpsCoreError
 from opscore.expressions import ExpressionError
 from opscore.states import Reason
 from opscore.workflows import find_workflow
@@ -293,10 +293,7 @@ def _items(claimed: Claimed, spec: TaskSpec, each: ForEach) -> Result:
 def _gathered(claimed: Claimed, spec: TaskSpec) -> Completed | Failed:
     """Collect the outputs of a `forEach`'s items."""
     gathered = _insist(lambda tx: engine.item_outputs(tx, claimed.task_id))
-    if gathered is not None:
-        return work.collected(*gathered, spec)
-    sentence = f"The items' outputs take more than {MAX_GATHERED_BYTES:,} bytes together."
-    return Failed("output_too_large", f"{sentence} Let each return less.", retryable=False)
+    return work.collected(*gathered, spec) if gathered else work.too_much_collected()
 
 
 def _call(trip: Trip, claimed: Claimed, parameters: dict[str, Any]) -> Result:
@@ -389,17 +386,10 @@ def _start(trip: Trip, claimed: Claimed, start: work.Start) -> None:
     try:
         plans = _insist(begin, whole=True)
     except OpsCoreError as error:
-        failed = Failed(error.code, _told(error), retryable=False)
-        return _record_failure(trip, claimed, failed)
+        return _record_failure(trip, claimed, work.not_begun(error))
     if plans is None:
         return _after_fence(trip, claimed)
     _leave_to(trip, claimed, plans)
-
-
-def _told(error: OpsCoreError) -> str:
-    """Return what is wrong, with the first faults of a document."""
-    faults = list(error.errors.items())[:3] if isinstance(error, Invalid) else []
-    return " ".join([str(error), *(f"{pointer}: {said[0]}" for pointer, said in faults)])
 
 
 def _after_fence(trip: Trip, claimed: Claimed) -> None:

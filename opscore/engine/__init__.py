@@ -13,13 +13,10 @@ visited next, and `dispatch` does it after the commit.
 
 from opscore.engine.claims import (
     Answer,
-    Claimed,
     Elsewhere,
-    Failure,
     Impossible,
     MustWait,
     Settled,
-    Undecided,
     Visit,
     Void,
     claim_task,
@@ -95,8 +92,6 @@ from opscore.engine.runs import (
     submit_run,
 )
 from opscore.engine.steps import (
-    CannotNest,
-    Wait,
     begin_child,
     begin_wait,
     decide_approval,
@@ -122,6 +117,7 @@ from opscore.engine.waits import (
     wake_parent,
     wake_successors,
 )
+from opscore.work import CannotNest, Claimed, Failure, Undecided, Wait
 
 __all__ = [
     "DEADLINE_GRACE_SECONDS",

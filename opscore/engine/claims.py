@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -28,16 +27,7 @@ from opscore.engine.clauses import (
 )
 from opscore.slots import ITEMS
 from opscore.states import TASK_ENDED, Reason
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why an attempt failed."""
-
-    code: str
-    message: str
-    traceback: str | None = None
-    retryable: bool = True
+from opscore.work import Claimed, Failure, Undecided
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,43 +41,6 @@ class Visit:
     """Its own: who asks again after a lost answer is told by it that the claim is his."""
     has_slot: bool = False
     """It was sent because a slot is kept for its task; only a hint."""
-
-
-@dataclass(frozen=True, slots=True)
-class Claimed:
-    """This visit holds the task: run it, then record the outcome under `attempt`."""
-
-    task_id: UUID
-    run_id: UUID
-    attempt: int
-    kind: str
-    definition_id: str
-    parent_id: UUID | None
-    item_index: int | None
-    item: Any
-    merges_input: bool
-    """The first task of a run triggered for an agent: the input is merged over its parameters."""
-    expanded: bool
-    """It was begun, and what it waited for is over: items to collect, a decision, a moment, a run.
-    """
-    is_sink: bool
-    agent_id: str | None
-    has_slot: bool
-    """Its end may free a slot somebody waits for."""
-    workflow_id: str
-    version: int
-    generation: int
-    timeout_seconds: float
-    deadline_at: datetime
-    overrides: Mapping[str, Any] | None
-    """Merged over its parameters."""
-    decision: Mapping[str, Any] | None
-    """`{approved, comment, principal}` of an approval somebody decided."""
-    child: Mapping[str, Any] | None
-    """`{runId, status, output, error}` of the run of its sub-workflow."""
-    input: Any
-    tasks: Mapping[str, Any] | None
-    """Definition id -> `{output, status, error}` of the tasks its expressions read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,23 +67,7 @@ class MustWait:
 class Impossible:
     """The task can never start: it fails at once."""
 
-    failure: "Failure"
-
-
-@dataclass(frozen=True, slots=True)
-class Undecided:
-    """The task could start, but is to be skipped unless its `when` holds: `decide_task`, or
-    `skip_task`."""
-
-    task_id: UUID
-    run_id: UUID
-    definition_id: str
-    workflow_id: str
-    version: int
-    follows_skipped: bool
-    """All that it depends on was skipped, and so is this."""
-    input: Any
-    tasks: Mapping[str, Any] | None
+    failure: Failure
 
 
 @dataclass(frozen=True, slots=True)

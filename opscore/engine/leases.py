@@ -7,10 +7,10 @@ from uuid import UUID
 from sqlalchemy import select, text
 
 from opscore.db import Prepared, Tx
-from opscore.engine.claims import Failure
 from opscore.engine.clauses import ATTEMPTED, IS_ABROAD, backoff, still
-from opscore.engine.outcomes import Gone, as_error, end_task, leave, lock_run
+from opscore.engine.outcomes import Gone, end_task, leave, lock_run
 from opscore.models import Task
+from opscore.work import Failure, as_error
 
 _RENEW = Prepared(
     f"""

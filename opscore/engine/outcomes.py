@@ -8,15 +8,13 @@ from uuid import UUID
 from sqlalchemy import Row, select
 from uuid6 import uuid7
 
-from opscore import models
+from opscore import models, work
 from opscore.config import MAX_GATHERED_BYTES
 from opscore.db import Prepared, Tx
 from opscore.engine.claims import (
     BY_SAVED,
     IS_IN_LINE,
     NEXT_STARTED,
-    Claimed,
-    Failure,
     Visit,
     read_by,
     simple_claim,
@@ -50,6 +48,7 @@ from opscore.graph import Node
 from opscore.models import Run, Task
 from opscore.slots import ITEMS
 from opscore.states import RUN_ENDED, Reason, TaskStatus
+from opscore.work import Claimed, Failure, as_error
 
 # --- Finishing -----------------------------------------------------------------------------------
 
@@ -526,16 +525,7 @@ def fail_overdue(tx: Tx, task_id: UUID) -> Gone | None:
     row = _OVERDUE(tx, {"task_id": task_id}).first()
     if row is None:
         return None
-    if row.reason == Reason.AGENT_UNAVAILABLE:
-        failure = Failure("agent_unavailable", "No agent that could take it came in time.")
-    else:
-        failure = Failure("agent_busy_timeout", "Its agent was busy for all of maxWaitSeconds.")
-    return fail_unclaimed(tx, task_id, failure)
-
-
-def as_error(failure: Failure) -> dict[str, Any]:
-    error = {"code": failure.code, "message": failure.message}
-    return error | ({"traceback": failure.traceback} if failure.traceback else {})
+    return fail_unclaimed(tx, task_id, work.waited_too_long(row.reason))
 
 
 _END_TASK = Prepared(
@@ -670,18 +660,10 @@ SELECT id FROM closing
 def _fail_run(tx: Tx, row: Row[Any], error: dict[str, Any]) -> None:
     """Mark the run as failing and cancel what has not started; the caller holds the run's lock."""
     if row.parent_id is not None:
-        sentence = f"Item {row.item_index} failed: {error['message']}"
-        if row.goes_on:
-            sentence = f"More items failed than forEach.tolerate allows. {sentence}"
-            error = {"code": "items_failed", "message": sentence}
-        item = {"code": "item_failed", "message": sentence} if not row.goes_on else error
-        _FAIL_PARENT(tx, {"task_id": row.parent_id, "error": item})
-    brief = {
-        "code": error["code"],
-        "message": f"Task {row.definition_id}: {error['message']}",
-        "taskId": str(row.id),
-        "taskDefinitionId": row.definition_id,
-    }
+        each = work.failed_with_item(row.item_index, error, is_one_too_many=row.goes_on)
+        _FAIL_PARENT(tx, {"task_id": row.parent_id, "error": each})
+        error = each if row.goes_on else error
+    brief = work.failed_with_task(row.id, row.definition_id, error)
     _FAIL_RUN(tx, {"run_id": row.run_id, "error": brief})
     close_tasks(tx, row.run_id, "upstream_failed")
 

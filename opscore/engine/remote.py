@@ -10,9 +10,10 @@ from typing import Any
 from uuid import UUID
 
 from opscore.db import Prepared, Tx
-from opscore.engine.claims import Claimed, Failure, read_by
+from opscore.engine.claims import read_by
 from opscore.engine.clauses import ATTEMPTED, IS_ABROAD, RUN_ALIVE, still
 from opscore.engine.outcomes import Fenced, Finished, Parked, abandon_attempt, hand_back
+from opscore.work import Claimed, Failure
 
 _AWAIT = Prepared(
     f"""

@@ -276,13 +276,7 @@ def check_agents(tx: Tx, definition: Definition, agent_id: str | None) -> None:
         AgentNotFound
     """
     if agent_id is None:
-        if unbound := definition.unbound():
-            sentence = (
-                "The task names neither agentId nor agentCapability: name one, or trigger the"
-            )
-            raise InvalidRequest(
-                {f"/tasks/{task}": [f"{sentence} workflow for an agent."] for task in unbound}
-            )
+        definition.check_bound()
     else:
         known = select(Agent.agent_id).where(
             Agent.agent_id == agent_id, Agent.deregistered_at.is_(None)

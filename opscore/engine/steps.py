@@ -4,8 +4,6 @@ Each is claimed like any other task, says what it waits for, and waits without a
 wakes it when that has come, and finishes it.
 """
 
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -13,7 +11,6 @@ from sqlalchemy import func, select
 from uuid6 import uuid7
 
 from opscore.db import Prepared, Tx
-from opscore.engine.claims import Claimed
 from opscore.engine.clauses import MINE, RUN_ALIVE, RUN_OPEN, WAITS, WAKE_AT, WOKEN, still
 from opscore.engine.controls import pause_children, retry_run
 from opscore.engine.outcomes import Finished, leave, lock_run
@@ -22,6 +19,7 @@ from opscore.engine.waits import Woken, as_woken
 from opscore.errors import ApprovalRefused, OpsCoreError, TaskNotFound
 from opscore.models import Run, Task
 from opscore.states import Reason, RunStatus
+from opscore.work import Claimed, Wait, check_nesting
 from opscore.workflows import StoredWorkflow
 
 # --- Branches ------------------------------------------------------------------------------------
@@ -72,15 +70,6 @@ _BEGIN_WAIT = Prepared(
     ),
     json=("message",),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """What a task waits for, until a moment or for so many seconds; neither: without limit."""
-
-    reason: Reason
-    seconds: float | None = None
-    until: datetime | None = None
 
 
 def begin_wait(tx: Tx, claimed: Claimed, wait: Wait, message: dict[str, Any]) -> bool:
@@ -167,8 +156,6 @@ def _why_refused(tx: Tx, task_id: UUID) -> OpsCoreError:
 
 # --- Sub-workflows -------------------------------------------------------------------------------
 
-MAX_DEPTH = 8
-"""Runs that may stand below each other, the first included."""
 _BEGIN_CHILD = Prepared(
     leave(
         """status = 'waiting', reason = 'children', items = 0, woken_at = NULL, wake_at = NULL,
@@ -207,12 +194,6 @@ SELECT * FROM line ORDER BY depth DESC
 )
 
 
-class CannotNest(OpsCoreError):
-    """The workflow {workflow_id!r} cannot run below itself, nor {most} runs below each other."""
-
-    code = "cannot_nest"
-
-
 def begin_child(
     tx: Tx,
     claimed: Claimed,
@@ -234,8 +215,7 @@ def begin_child(
     """
     lock_run(tx, claimed.run_id)  # a pause at this moment takes the new run along, or is seen here
     above = list(_ANCESTORS(tx, {"run_id": claimed.run_id}))
-    if len(above) >= MAX_DEPTH or stored.workflow_id in {run.workflow_id for run in above}:
-        raise CannotNest(workflow_id=stored.workflow_id, most=MAX_DEPTH + 1)
+    check_nesting(stored.workflow_id, [run.workflow_id for run in above])
     submission = Submission(
         input=input,
         labels=above[0].labels,

@@ -9,10 +9,10 @@ from flask import url_for
 
 from opscore import agents, queries, reports
 from opscore.db import Tx
-from opscore.definition import parse
+from opscore.definition import id_of, parse
 from opscore.engine import Plan, Submission, submit_run
 from opscore.reports import Accepted, Reporter
-from opscore.workflows import StoredWorkflow, create_workflow, find_workflow, id_of
+from opscore.workflows import StoredWorkflow, create_workflow, find_workflow
 from web import pages
 from web.auth import principal
 from web.current import database, dispatcher
