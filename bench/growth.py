@@ -40,12 +40,15 @@ from bench.contenders import ROOT, BenchError, OpsCore, Servers
 from bench.drives import drive
 from bench.measure import connect
 from bench.workloads import WORKLOADS, Workload
-from opscore import engine, migrations, queries, slots, workflows
+from opscore import engine, migrations, presence, queries, slots, status, workflows
 from opscore.agentkit import load_agents
 from opscore.agents import register_functions
+from opscore.config import QUEUES
 from opscore.db import Database, Prepared, Tx
 from opscore.definition import parse
+from opscore.dispatch import Depth
 from opscore.engine import Claimed, Failure, Left, MustWait, Plan, Visit
+from opscore.presence import Presence
 from opscore.queries import RunFilter
 from opscore.servers import PostgresServer, RedisServer
 from opscore.workflows import StoredWorkflow
@@ -271,6 +274,7 @@ def fill_open(url: str) -> None:
         )
         free, _ = workflows.create_workflow(tx, parse(_chain("growth", "bench")))
         held, _ = workflows.create_workflow(tx, parse(_chain("growth-held", BUSY_AGENT)))
+        _have_worker(tx)
     for fill, stored in ((_fill_retry, free), (_fill_busy, held), (_fill_dependent, free)):
         for _ in range(OPEN_RUNS):
             with database.transaction() as tx:
@@ -284,6 +288,15 @@ def fill_open(url: str) -> None:
             {"day": DAY_SECONDS},
         )
     database.close()
+
+
+def _have_worker(tx: Tx) -> None:
+    """Write a worker that lives all the while, or the status would not look for lost visits."""
+    presence.say(tx, Presence(uuid4(), WORKER, "host", 1, "prefork", 1, QUEUES, None))
+    tx.execute(
+        text("UPDATE workers SET seen_at = now() + make_interval(secs => :day)"),
+        {"day": DAY_SECONDS},
+    )
 
 
 def _claim(tx: Tx, task_id: UUID) -> Claimed:
@@ -367,7 +380,7 @@ def time_statements(url: str, watch: _Stopwatch) -> None:
 def _walk_run(watch: _Stopwatch, stored: StoredWorkflow) -> None:
     """Take a chain of 5 from its submission to its end, in all the ways a task can take."""
     own = {"worker": WORKER, "lease_seconds": LEASE_SECONDS}
-    plan = watch("submit_run", engine.submit_run, stored, input={})
+    plan = watch("submit_run", engine.submit_run, stored, engine.Submission(input={}))
     ids = [node.id for node in plan.nodes]
 
     def visit(position: int) -> Visit:
@@ -420,6 +433,7 @@ def _reads(finished: Sequence[UUID]) -> dict[str, Callable[[Tx], Any]]:
         "get_run_detail": _each(finished, queries.get_run_detail),
         "list_tasks": _each(finished, queries.list_tasks, after=None, limit=50),
         "list_events": _each(finished, queries.list_events, after=0, limit=100),
+        "status": lambda tx: status.read(tx, {queue: Depth(0, 0) for queue in QUEUES}),
     }
 
 
@@ -431,7 +445,7 @@ def _filters() -> dict[str, RunFilter]:
         "workflow that never failed": RunFilter(workflow_id="growth-6", status=["failed"]),
         "open": RunFilter(status=["queued", "running"]),
         "status without runs": RunFilter(status=["paused"]),
-        "label without runs": RunFilter(labels={"team": "nobody"}),
+        "label without runs": RunFilter(labels=[("team", "nobody")]),
         "last day": RunFilter(created_after=datetime.now(UTC) - timedelta(days=1)),
     }
 
@@ -722,7 +736,8 @@ def _explain_called(
     executed: list[tuple[str, Any]] = []
 
     def note(*about: Any) -> None:
-        executed.append((about[2], about[3]))
+        if not about[2].startswith("SET "):
+            executed.append((about[2], about[3]))
 
     event.listen(tx, "before_cursor_execute", note)
     function(tx)

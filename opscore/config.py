@@ -22,11 +22,22 @@ IO_QUEUE = "opscore.io"
 """Agents behind HTTP."""
 CONTROL_QUEUE = "opscore.control"
 """What must never lie behind agent work."""
+QUEUES = (AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE)
 FIRST = 1
 """The priority of visits that are served before all others of their queue, which have 0. As it
 comes kombu serves a higher number later; `workers.consumer.Channel` turns that round."""
-SERVED_FIRST = tuple(f"{queue}\x06\x16{FIRST}" for queue in (AGENTS_QUEUE, IO_QUEUE))
-"""The Redis lists of those visits, as kombu names them."""
+
+
+def lists_of(queue: str) -> tuple[str, str]:
+    """Return the Redis lists of a queue, as kombu names them; the second is served first."""
+    return queue, f"{queue}\x06\x16{FIRST}"
+
+
+SERVED_FIRST = tuple(lists_of(queue)[1] for queue in (AGENTS_QUEUE, IO_QUEUE))
+"""The Redis lists of those visits."""
+TAKEN = "unacked"
+"""The Redis hash of the messages that were taken and not acknowledged, as kombu names it: JSON of
+message, exchange and the name of the queue."""
 SET_ASIDE = "opscore.set_aside"
 """The Redis list of the newest queue entries that were no message, as JSON: `queue`, `reason`,
 `at`, `bytes` (its whole length) and `entry`."""

@@ -8,10 +8,10 @@ queues, to tell a visit that was lost from one that is late.
 
 import json
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import chain
 from typing import Any
@@ -23,14 +23,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from opscore import canvas, engine, graph, logs
-from opscore.config import (
-    AGENTS_QUEUE,
-    CONTROL_QUEUE,
-    FIRST,
-    IO_QUEUE,
-    SERVED_FIRST,
-    Settings,
-)
+from opscore.config import FIRST, QUEUES, SERVED_FIRST, TAKEN, Settings, lists_of
 from opscore.db import Database, Tx
 from opscore.engine import Finished, Left, Plan, Woken
 from opscore.errors import Unavailable
@@ -50,7 +43,8 @@ HEAD = 200
 MOST_FIRST = 5000
 """Entries looked at to learn who is served first; there are as many as workers are behind."""
 
-QUEUES = (AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE)
+MOST_TAKEN = 500
+"""Messages looked at to learn which queue each was taken from; workers hold a few each."""
 LINES = (Reason.AGENT_BUSY, Reason.AGENT_UNAVAILABLE)
 
 BrokerErrors = (OperationalError, KombuError, RedisError, OSError)
@@ -61,6 +55,16 @@ Take = Callable[[Woken], bool]
 
 def _take_nothing(woken: Woken) -> bool:
     return False
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """How many messages a queue has."""
+
+    ready: int
+    """That no worker has taken."""
+    taken: int | None
+    """That workers have, or died with; None: there are very many."""
 
 
 class Dispatcher:
@@ -327,6 +331,28 @@ class Dispatcher:
         first = list(chain(*answers[len(QUEUES) :]))
         return heads, None if len(first) > MOST_FIRST else tuple(_visited(first) or ())
 
+    def depths(self) -> dict[str, Depth]:
+        """Count the messages of each queue, those that are served first included.
+
+        Raises:
+            Unavailable: the broker did not answer within a second.
+        """
+        try:
+            with self._redis() as redis, redis.pipeline(transaction=False) as pipe:
+                for name in chain.from_iterable(map(lists_of, QUEUES)):
+                    pipe.llen(name)
+                pipe.hlen(TAKEN)
+                *lengths, number = pipe.execute()
+                entries = redis.hvals(TAKEN) if number <= MOST_TAKEN else None
+        except RedisError as error:
+            raise Unavailable("Redis does not answer.") from error
+        ready = map(sum, zip(lengths[::2], lengths[1::2], strict=True))
+        taken = None if entries is None else _taken_from(entries)
+        return {
+            name: Depth(number, None if taken is None else taken[name])
+            for name, number in zip(QUEUES, ready, strict=True)
+        }
+
     def is_reachable(self) -> bool:
         """Say whether the broker is worth a try: after a failure it must first answer a ping."""
         if time.monotonic() < self._closed_until:
@@ -423,6 +449,15 @@ def _earlier(one: datetime | str, other: datetime | str) -> datetime | str:
     if isinstance(one, str) or isinstance(other, str):
         return engine.NOTHING
     return min(one, other)
+
+
+def _taken_from(entries: Iterable[bytes | str]) -> Counter[str]:
+    """Count messages that workers have by the queue they came from."""
+    taken = Counter[str]()
+    for entry in entries:
+        with suppress(ValueError, TypeError, KeyError, IndexError):
+            taken[str(json.loads(entry)[2])] += 1
+    return taken
 
 
 def _visited(entries: Sequence[bytes]) -> list[UUID] | None:

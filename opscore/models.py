@@ -675,6 +675,24 @@ class Firing(Base):
     )
 
 
+class Worker(Base):
+    """A worker's main process, which says every few seconds that it lives: see `presence`."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    """As attempts and Flower have it; unique if whoever starts workers takes care of it."""
+    host: Mapped[str]
+    pid: Mapped[int]
+    pool: Mapped[str]
+    concurrency: Mapped[int]
+    queues: Mapped[list[str]]
+    version: Mapped[str | None]
+    started_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
 class Lease(Base):
     """A role only one process may act in at a time, such as the keeper's."""
 

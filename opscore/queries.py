@@ -548,7 +548,7 @@ def _busy(task: Row) -> str:
     place = task["queue"] or {}
     said = [_busy_with(task), *_ahead(place)]
     known = place.get("seconds")
-    when = _again(task) if known is None else f", about {_duration(known)}"
+    when = _again(task) if known is None else f", about {duration(known)}"
     return f"waiting for {whom}: {', '.join(said)}{when}"
 
 
@@ -570,7 +570,7 @@ def _ahead(place: Row) -> Iterable[str]:
             yield f"{position - 1} ahead" if position > 1 else "next in line"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Say how long about: in the largest unit of which there are two."""
     for unit, name in ((3600, "h"), (60, "min")):
         if seconds >= 2 * unit:

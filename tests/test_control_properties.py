@@ -41,10 +41,10 @@ from celeryconfig import make_app
 from opscore import agents, canvas, dispatch, engine, work, workflows
 from opscore.agentkit import Completed, Failed
 from opscore.canvas import RUN_TASK, WAKES_HEADER
-from opscore.config import SERVED_FIRST, Settings
+from opscore.config import QUEUES, SERVED_FIRST, Settings
 from opscore.db import Database, Tx
 from opscore.definition import parse
-from opscore.dispatch import QUEUES, Dispatcher
+from opscore.dispatch import Dispatcher
 from opscore.engine import (
     Claimed,
     Elsewhere,

@@ -14,8 +14,7 @@ from werkzeug.serving import make_server
 
 from examples.fleet import Fleet, Slow
 from opscore import engine
-from opscore.config import SERVED_FIRST
-from opscore.dispatch import QUEUES
+from opscore.config import QUEUES, SERVED_FIRST
 from web.app import create_app
 
 SECRET = "a-secret-that-signs"

@@ -1,4 +1,5 @@
-"""Whether the parts this process needs answer: PostgreSQL, the broker, a worker.
+"""Whether the parts this process needs answer: PostgreSQL, the broker, a worker; and how long the
+queues are.
 
 Each is asked in a thread of its own and given up on after a second, since a frozen server keeps its
 caller for as long as it likes; while one question hangs, no second one is asked.
@@ -6,11 +7,12 @@ caller for as long as it likes; while one question hangs, no second one is asked
 
 import threading
 from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
 
 from opscore import logs, migrations, queries
 from opscore.config import Settings
 from opscore.db import Database
-from opscore.dispatch import Dispatcher
+from opscore.dispatch import Depth, Dispatcher
 
 log = logs.get("opscore.web")
 
@@ -21,14 +23,17 @@ Answer = Mapping[str, str]
 """Part -> `ok`, or what is the matter with it."""
 
 
-class Probe:
-    """One question to one server."""
+T = TypeVar("T")
 
-    def __init__(self, ask: Callable[[], Answer], silent: Answer) -> None:
-        self._ask, self._silent = ask, silent
+
+class Probe(Generic[T]):
+    """One question to one server; `silent` is said in its stead, of the parts named."""
+
+    def __init__(self, ask: Callable[[], T], silent: T, *parts: str) -> None:
+        self._ask, self._silent, self._parts = ask, silent, parts
         self._lock = threading.Lock()
         self._running: threading.Thread | None = None
-        self._answer: Answer = silent
+        self._answer = silent
 
     def start(self) -> threading.Thread:
         """Ask, unless the last question is still unanswered."""
@@ -38,7 +43,7 @@ class Probe:
                 self._running.start()
             return self._running
 
-    def answer(self, running: threading.Thread) -> Answer:
+    def answer(self, running: threading.Thread) -> T:
         """Wait for the answer for at most `TIMEOUT_SECONDS`."""
         running.join(TIMEOUT_SECONDS)
         return self._silent if running.is_alive() else self._answer
@@ -48,7 +53,7 @@ class Probe:
             self._answer = self._ask()
         except Exception as error:
             # Whatever it is: a part that cannot be asked is not ready.
-            log.warning("part_down", parts=sorted(self._silent), error=type(error).__name__)
+            log.warning("part_down", parts=self._parts, error=type(error).__name__)
             self._answer = self._silent
 
 
@@ -62,18 +67,24 @@ class Readiness:
     def __init__(self, settings: Settings, dispatcher: Dispatcher) -> None:
         self._database = Database(settings.database_url, pool_size=1, application="opscore-ready")
         revision = migrations.NEWEST
-        self._probes = (
+        self._probes: tuple[Probe[Answer], ...] = (
             Probe(
                 lambda: _ask_database(self._database, revision),
                 {"database": "down", "workers": "unknown"},
+                *("database", "workers"),
             ),
-            Probe(lambda: _ask_broker(dispatcher), {"broker": "down"}),
+            Probe(lambda: _ask_broker(dispatcher), {"broker": "down"}, "broker"),
         )
+        self._depths: Probe[Mapping[str, Depth] | None] = Probe(dispatcher.depths, None, "queues")
 
     def check(self) -> dict[str, str]:
         """Ask all parts at once; return every part's answer."""
         asked = [(probe, probe.start()) for probe in self._probes]
         return {part: said for probe, run in asked for part, said in probe.answer(run).items()}
+
+    def depths(self) -> Mapping[str, Depth] | None:
+        """Ask the broker how long each queue is; None if it does not answer."""
+        return self._depths.answer(self._depths.start())
 
     def close(self) -> None:
         self._database.close()

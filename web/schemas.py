@@ -1434,6 +1434,198 @@ class Triggered(Answer):
     message = _text(example="Workflow triggered successfully")
 
 
+# --- Status -------------------------------------------------------------------------------------
+
+
+def _number(text: str = "") -> fields.Integer:
+    return fields.Integer(metadata=_about(text))
+
+
+def _seconds_since(text: str, *, null: bool = False) -> fields.Float:
+    return fields.Float(allow_none=null, metadata=_about(text))
+
+
+class WorkerThatLives(Answer):
+    """A worker, which said that it lives in the last 20 seconds."""
+
+    name = _text("As attempts and Flower have it.", example="worker-17@host")
+    host = _text()
+    pid = _number("Of its main process.")
+    pool = _text("`prefork` or `threads`.", example="prefork")
+    concurrency = _number("So many tasks at once.")
+    queues = fields.List(fields.String(), metadata=_about("Those it takes from."))
+    version = _text("Of opscore, if known.", null=True)
+    started_at = Moment("When it first said so.")
+    seen_at = Moment("When it last said so.")
+
+
+class QueueDepth(Answer):
+    """A queue in Redis, and who takes from it."""
+
+    name = _text(example="opscore.agents")
+    ready = fields.Integer(
+        allow_none=True,
+        metadata=_about("Messages that no worker has taken; null while Redis does not answer."),
+    )
+    unacked = fields.Integer(
+        allow_none=True,
+        metadata=_about("Those that workers have, or died with; null if there are very many."),
+    )
+    workers = _number("Workers that take from it.")
+
+
+class AgentCounts(Answer):
+    """How many agents there are, each counted once by the first that is so."""
+
+    total = _number()
+    available = _number("They get work, as soon as they have a free slot and are not busy.")
+    paused = _number()
+    draining = _number()
+    silent = _number("For longer than their `heartbeatSeconds`.")
+    error = _number("They reported it.")
+
+
+class SlotCounts(Answer):
+    """The slots of all agents that have a capacity."""
+
+    held = _number("By attempts.")
+    total = _number()
+
+
+class LineLength(Answer):
+    """Who waits for an agent, or for any with a capability."""
+
+    agent_id = _text("The agent they wait for.", null=True)
+    agent_capability = _text("Or the capability.", null=True)
+    waiting = _number("Tasks in it.")
+    oldest_seconds = _seconds_since("How long the first to come has waited.")
+    unserved_because = _text(
+        "Why nobody takes from it, if so.", null=True, example="agent writer is paused"
+    )
+
+
+class FleetStatus(Answer):
+    """The agents, and the lines before them."""
+
+    agents = fields.Nested(AgentCounts)
+    states = fields.Dict(
+        keys=fields.String(),
+        values=fields.Integer(),
+        metadata=_about("State -> how many agents are in it.", example={"idle": 3}),
+    )
+    slots = fields.Nested(SlotCounts)
+    lines = fields.List(fields.Nested(LineLength), metadata=_about("The ten longest."))
+
+
+class WaitingTasks(Answer):
+    """Tasks that wait for one reason."""
+
+    reason = _text(example="agent_busy")
+    count = _number()
+    oldest_seconds = _seconds_since(
+        "How long ago the first of them came to its line; or was begun, where there is no line; or"
+        " was submitted, if it was not."
+    )
+    next_wake_at = Moment("When the first of them is looked at again.", null=True)
+
+
+class OpenRuns(Answer):
+    """Runs that are not over, of one status and reason."""
+
+    status = _one_of(RunStatus)
+    reason = _text(null=True)
+    count = _number()
+    oldest_seconds = _seconds_since("How long ago the first of them was submitted.")
+    oldest_run_id = _uuid("That one.")
+
+
+class ApprovalAsked(Answer):
+    """A task that waits for somebody to approve or reject it."""
+
+    task_id = _uuid("POST its `/approve` or `/reject`.")
+    run_id = _uuid("Its run.")
+    task_definition_id = _text(example="review")
+    index = fields.Integer(allow_none=True, metadata=_about("Of an item, if it is one."))
+    workflow_id = _text(example="report")
+    since = Moment("When it was asked.")
+
+
+class Stuck(Answer):
+    """A run that does not move by itself any more, or of which something is long overdue."""
+
+    code = _one_of(
+        ["upkeep_late", "nobody_wakes", "visit_lost", "nobody_serves", "turn_blocked"],
+        "upkeep_late: the keeper is a minute late with it. nobody_wakes: it waits for what is over."
+        " visit_lost: sent ten minutes ago, gone from its queue, and not claimed. nobody_serves:"
+        " in line for ten minutes, and no agent takes from it. turn_blocked: waiting for ten"
+        " minutes for its turn, behind runs that are paused or over.",
+    )
+    run_id = _uuid("The run.")
+    task_id = _uuid("The task, unless it is the run itself.", null=True)
+    task_definition_id = _text(null=True, example="fetch")
+    index = fields.Integer(allow_none=True, metadata=_about("Of an item, if it is one."))
+    since = Moment("Since when.")
+    sentence = _text("What is the matter.")
+    hint = _text("What to do.")
+
+
+class KeeperStatus(Answer):
+    """Who wakes what waits and finds what is lost: one of the workers."""
+
+    holder = _text("Host, pid and a word of its own.", null=True, example="host:17:0f3a9c2e")
+    renewed_at = Moment("When it last said so.", null=True)
+    late_seconds = _seconds_since(
+        "How long its lease has been over; 0 if all is well, null if nobody has it.", null=True
+    )
+
+
+class ScheduleCounts(Answer):
+    """The schedules that are not paused."""
+
+    enabled = _number()
+    due = _number("Their moment has come.")
+    late = _number("By more than 5 s.")
+    worst_lag_seconds = _seconds_since("By how much the latest is.")
+
+
+class DatabaseStatus(Answer):
+    """The database as this process sees it."""
+
+    revision = _text("Of its schema.", null=True)
+    newest_revision = _text("That this process knows.")
+    clock_skew_seconds = _seconds_since("Its clock minus that of this process.")
+
+
+class Trouble(Answer):
+    """Something that is not as it should be."""
+
+    code = _text("Which, for programs.", example="no_workers")
+    sentence = _text("What is the matter.", example="No worker lives: nothing is done.")
+    hint = _text("What to do.", example="Start one: `opscore worker`.")
+
+
+class Status(Answer):
+    """What the whole installation is at, as of one moment."""
+
+    problems = fields.List(
+        fields.Nested(Trouble),
+        metadata=_about("Empty if all is well. With `database_behind` the rest is not known."),
+    )
+    workers = fields.List(fields.Nested(WorkerThatLives))
+    queues = fields.List(fields.Nested(QueueDepth))
+    broker_error = _text("Why the depths of the queues are null, if they are.", null=True)
+    fleet = fields.Nested(FleetStatus)
+    waiting = fields.List(fields.Nested(WaitingTasks))
+    runs = fields.List(fields.Nested(OpenRuns))
+    approvals = fields.List(
+        fields.Nested(ApprovalAsked), metadata=_about("The first 20; all of them are at `/tasks`.")
+    )
+    stuck = fields.List(fields.Nested(Stuck), metadata=_about("At most 20, oldest first."))
+    keeper = fields.Nested(KeeperStatus)
+    schedules = fields.Nested(ScheduleCounts)
+    database = fields.Nested(DatabaseStatus)
+
+
 # --- Health -------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""The keeper: the loop that wakes, rescues and tidies.
+"""The keeper: the loop that wakes, rescues and tidies, and says that its worker lives.
 
 A thread in every worker's main process, with its own connection; a row lease lets one act at a
 time, so that a frozen holder is replaced in seconds. It needs neither beat nor Redis nor a worker
@@ -8,6 +8,8 @@ slot.
 import os
 import socket
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
@@ -15,15 +17,14 @@ from celery import bootsteps
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from opscore import engine, idempotency, logs, schedules
+from opscore import engine, idempotency, logs, presence, schedules
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
+from opscore.presence import KEEPER_LEASE_SECONDS, Presence
 
 log = logs.get(__name__)
 
-LEASE_SECONDS = 5
-"""The keeper's own lease: after this a silent keeper is replaced."""
 RESCUE_EVERY = 5
 """Rounds between two looks for lost visits."""
 TIDY_EVERY = 600
@@ -41,7 +42,10 @@ WHERE leases.holder = excluded.holder OR leases.expires_at < now()
 RETURNING holder
 """
 )
-_RESIGN = text("DELETE FROM leases WHERE name = 'keeper' AND holder = :holder")
+_RESIGN = text(
+    "UPDATE leases SET expires_at = now() WHERE name = 'keeper' AND holder = :holder"
+    " AND expires_at > now()"
+)
 
 
 class Round:
@@ -63,7 +67,9 @@ class Round:
     def run(self) -> bool:
         """Do one round; False if another keeper leads."""
         with self.database.autocommit() as tx:
-            led = tx.execute(_LEAD, {"holder": self.holder, "seconds": LEASE_SECONDS}).first()
+            led = tx.execute(
+                _LEAD, {"holder": self.holder, "seconds": KEEPER_LEASE_SECONDS}
+            ).first()
         if led is None:
             return False
         is_rescue = self.has_more or self.count % RESCUE_EVERY == 0
@@ -150,15 +156,53 @@ class Round:
         self.has_more |= self.dispatcher.rescue(LIMIT)
 
     def tidy(self) -> None:
-        """Forget idempotency keys of which nobody may ask again, and old firings."""
+        """Forget keys of which nobody may ask again, old firings, and workers that died."""
         days = self.settings.firing_days
         with self.database.autocommit() as tx:
+            presence.forget(tx)
             forgotten = (
                 idempotency.forget_keys(tx, LIMIT),
                 schedules.forget_events(tx, days, LIMIT),
             )
             self.tidied = schedules.forget_firings(tx, days, LIMIT, self.tidied or "")
         self.is_untidy = max(forgotten) >= LIMIT or self.tidied is not None
+
+
+class Sign:
+    """A worker's sign of life, given every few seconds."""
+
+    def __init__(self, database: Database, worker: Presence) -> None:
+        self.database = database
+        self.worker = worker
+        self._due = 0.0
+
+    def give(self) -> None:
+        """Say that the worker lives, if it is time to."""
+        if time.monotonic() < self._due:
+            return
+        with self.database.autocommit() as tx:
+            presence.say(tx, self.worker)
+        self._due = time.monotonic() + presence.SAY_SECONDS
+
+    def take_back(self) -> None:
+        """Say that the worker has ended."""
+        with self.database.autocommit() as tx:
+            presence.leave(tx, self.worker.id)
+
+
+def introduce(worker: Any) -> Presence:
+    """Return what there is to say of one of Celery's workers."""
+    pool = worker.pool_cls.__module__.rpartition(".")[2]
+    return Presence(
+        id=uuid4(),
+        name=worker.hostname,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        pool="threads" if pool == "thread" else pool,
+        concurrency=worker.concurrency,
+        queues=sorted(worker.app.amqp.queues.consume_from),
+        version=presence.installed_version(),
+    )
 
 
 class Keeper(bootsteps.StartStopStep):
@@ -172,27 +216,30 @@ class Keeper(bootsteps.StartStopStep):
         self.thread: threading.Thread | None = None
 
     def start(self, worker: Any) -> None:
-        self.thread = threading.Thread(target=self._loop, args=(worker.app,), daemon=True)
+        arguments = (worker.app, introduce(worker))
+        self.thread = threading.Thread(target=self._loop, args=arguments, daemon=True)
         self.thread.start()
 
     def stop(self, worker: Any) -> None:
         self.ended.set()
         if self.thread is not None:
-            self.thread.join(timeout=LEASE_SECONDS)
+            self.thread.join(timeout=KEEPER_LEASE_SECONDS)
 
-    def _loop(self, app: Any) -> None:
+    def _loop(self, app: Any, worker: Presence) -> None:
         settings = Settings.from_env(os.environ)
         database = Database(settings.database_url, pool_size=2, application="keeper")
         rounds = Round(database, Dispatcher(app, database, settings), settings)
+        sign = Sign(database, worker)
         while not self.ended.is_set():
-            self._round(rounds)
+            self._try(rounds.run)
+            self._try(sign.give)
             self.ended.wait(0 if rounds.has_more else settings.keeper_seconds)
-        self._resign(rounds, database)
+        self._end(rounds, sign)
 
     @staticmethod
-    def _round(rounds: Round) -> None:
+    def _try(act: Callable[[], Any]) -> None:
         try:
-            rounds.run()
+            act()
         except SQLAlchemyError as error:
             log.warning("keeper.database_away", error=repr(error)[:300])
         except Exception:
@@ -200,9 +247,10 @@ class Keeper(bootsteps.StartStopStep):
             log.exception("keeper.round_failed")
 
     @staticmethod
-    def _resign(rounds: Round, database: Database) -> None:
+    def _end(rounds: Round, sign: Sign) -> None:
         try:
             rounds.resign()
+            sign.take_back()
         except SQLAlchemyError:
             log.info("keeper.lease_left_to_expire")
-        database.close()
+        rounds.database.close()

@@ -68,6 +68,9 @@ ITEMS_OVER = f"""(NOT EXISTS (
     SELECT FROM runs c WHERE c.id = t.child_run_id AND c.status NOT IN {listed(RUN_ENDED)}
     OFFSET 0))"""
 """So is the run of its sub-workflow."""
+SENT_AT = """greatest(r.generation_at, t.created_at, t.woken_at,
+    (SELECT max(d.finished_at) FROM tasks d WHERE d.id = ANY (t.depends_on)))"""
+"""When the visit of a task that could start was sent, if it was."""
 END = ""
 """The definition id of the implicit end; no task of a definition can have it."""
 WAKE_AT = """to_char(wake_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
@@ -194,9 +197,13 @@ def is_ready(row: str = "a") -> str:
 
     What an agent behind HTTP said while it was at an attempt of ours told of that; slots count it.
     """
-    return f"""({row}.kind <> 'remote'
-    OR ({row}.state IN {_FREE_STATES} OR {row}.state_lapses)
-       AND ({row}.busy_until IS NULL OR {row}.busy_until <= now()))"""
+    return f"""({says_it_is_free(row)}
+    AND ({row}.kind <> 'remote' OR {row}.busy_until IS NULL OR {row}.busy_until <= now()))"""
+
+
+def says_it_is_free(row: str = "a") -> str:
+    """Return the condition that nothing an agent said keeps work from it; in SQL."""
+    return f"({row}.kind <> 'remote' OR {row}.state IN {_FREE_STATES} OR {row}.state_lapses)"
 
 
 def backoff(base: str, cap: str, exponent: str) -> str:

@@ -27,6 +27,7 @@ from opscore.engine.clauses import (
     PLACES,
     RESERVE_SECONDS,
     RUN_OPEN,
+    SENT_AT,
     WAITS,
     WAKE_AT,
     WOKEN,
@@ -381,13 +382,11 @@ LOST_BY_AGE_SECONDS = 600
 """If its queue does not tell, a visit that did not come for this long is lost."""
 NOTHING = "-infinity"
 """What has left a queue whose oldest entry is unknown."""
-_SENT_AT = """greatest(r.generation_at, t.created_at, t.woken_at,
-    (SELECT max(d.finished_at) FROM tasks d WHERE d.id = ANY (t.depends_on)))"""
 _IS_UNDER_WAY = "(t.status = 'pending' OR t.status = 'waiting' AND t.woken_at IS NOT NULL)"
 _OLDEST = Prepared(
     f"""
 SELECT CASE WHEN cardinality(cast(:task_ids AS uuid[])) = 0 THEN now()
-            ELSE min({_SENT_AT}) END
+            ELSE min({SENT_AT}) END
 FROM tasks t JOIN runs r ON r.id = t.run_id
 WHERE t.id = ANY (:task_ids) AND {_IS_UNDER_WAY} AND {RUN_OPEN} AND {dependencies_over()}
 """
@@ -438,7 +437,7 @@ FROM ready t
     -- OFFSET: one look for each task, where a plan made on empty tables might read them whole.
     CROSS JOIN LATERAL (SELECT status, reason, cancel_requested_at, error, generation, generation_at
                         FROM runs WHERE id = t.run_id OFFSET 0) AS r
-    CROSS JOIN LATERAL (SELECT {_SENT_AT} AS at OFFSET 0) AS sent
+    CROSS JOIN LATERAL (SELECT {SENT_AT} AS at OFFSET 0) AS sent
 WHERE {RUN_OPEN} AND {_LOST}
   AND sent.at < now() - make_interval(secs => :after * power(2, least(r.generation, 2) - 1))
 GROUP BY t.run_id, r.generation

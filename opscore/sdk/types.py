@@ -70,6 +70,15 @@ class AgentChange(TypedDict):
     requireToken: NotRequired[bool]
 
 
+class AgentCounts(TypedDict):
+    total: int
+    available: int
+    paused: int
+    draining: int
+    silent: int
+    error: int
+
+
 class AgentDetails(TypedDict):
     agentId: str
     agentName: str
@@ -82,6 +91,15 @@ class AgentDetails(TypedDict):
 class AgentPage(TypedDict):
     items: list[Agent]
     nextCursor: str | None
+
+
+class ApprovalAsked(TypedDict):
+    taskId: str
+    runId: str
+    taskDefinitionId: str
+    index: int | None
+    workflowId: str
+    since: str
 
 
 class AttemptFault(TypedDict):
@@ -152,6 +170,12 @@ class Comment(TypedDict):
     comment: NotRequired[str | None]
 
 
+class DatabaseStatus(TypedDict):
+    revision: str | None
+    newestRevision: str
+    clockSkewSeconds: float
+
+
 class Event(TypedDict):
     seq: int
     at: str
@@ -182,6 +206,26 @@ class Firing(TypedDict):
 class FiringPage(TypedDict):
     items: list[Firing]
     nextCursor: str | None
+
+
+class SlotCounts(TypedDict):
+    held: int
+    total: int
+
+
+class LineLength(TypedDict):
+    agentId: str | None
+    agentCapability: str | None
+    waiting: int
+    oldestSeconds: float
+    unservedBecause: str | None
+
+
+class FleetStatus(TypedDict):
+    agents: AgentCounts
+    states: dict[str, int]
+    slots: SlotCounts
+    lines: list[LineLength]
 
 
 class ForEachDefinition(TypedDict):
@@ -229,9 +273,23 @@ class JobArguments(TypedDict):
     timeoutSeconds: NotRequired[float]
 
 
+class KeeperStatus(TypedDict):
+    holder: str | None
+    renewedAt: str | None
+    lateSeconds: float | None
+
+
 class Notice(TypedDict):
     event_type: Literal["REGISTER", "DEREGISTER"]
     agent_details: AgentDetails
+
+
+class OpenRuns(TypedDict):
+    status: Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
+    reason: str | None
+    count: int
+    oldestSeconds: float
+    oldestRunId: str
 
 
 class Preview(TypedDict):
@@ -252,6 +310,13 @@ class Proof(TypedDict):
     agentId: NotRequired[str | None]
     opscore_attempt_token: NotRequired[str | None]
     attemptToken: NotRequired[str | None]
+
+
+class QueueDepth(TypedDict):
+    name: str
+    ready: int | None
+    unacked: int | None
+    workers: int
 
 
 class QueuePlace(TypedDict):
@@ -453,6 +518,13 @@ class ScheduleChange(TypedDict):
     catchUpWindowSeconds: NotRequired[float]
 
 
+class ScheduleCounts(TypedDict):
+    enabled: int
+    due: int
+    late: int
+    worstLagSeconds: float
+
+
 class ScheduleEventPage(TypedDict):
     items: list[Event]
     nextCursor: str | None
@@ -512,6 +584,57 @@ class StateReported(TypedDict):
 class StateReportedPage(TypedDict):
     items: list[StateReported]
     nextCursor: str | None
+
+
+class Trouble(TypedDict):
+    code: str
+    sentence: str
+    hint: str
+
+
+class WorkerThatLives(TypedDict):
+    name: str
+    host: str
+    pid: int
+    pool: str
+    concurrency: int
+    queues: list[str]
+    version: str | None
+    startedAt: str
+    seenAt: str
+
+
+class WaitingTasks(TypedDict):
+    reason: str
+    count: int
+    oldestSeconds: float
+    nextWakeAt: str | None
+
+
+class Stuck(TypedDict):
+    code: Literal["upkeep_late", "nobody_wakes", "visit_lost", "nobody_serves", "turn_blocked"]
+    runId: str
+    taskId: str | None
+    taskDefinitionId: str | None
+    index: int | None
+    since: str
+    sentence: str
+    hint: str
+
+
+class Status(TypedDict):
+    problems: list[Trouble]
+    workers: list[WorkerThatLives]
+    queues: list[QueueDepth]
+    brokerError: str | None
+    fleet: FleetStatus
+    waiting: list[WaitingTasks]
+    runs: list[OpenRuns]
+    approvals: list[ApprovalAsked]
+    stuck: list[Stuck]
+    keeper: KeeperStatus
+    schedules: ScheduleCounts
+    database: DatabaseStatus
 
 
 class Success(TypedDict):

@@ -1,6 +1,6 @@
 """The resources, one file each."""
 
-from web.api import agents, health, runs, schedules, tasks, webhook, workflows
+from web.api import agents, health, runs, schedules, status, tasks, webhook, workflows
 from web.openapi import Blueprint
 
 BLUEPRINTS: tuple[Blueprint, ...] = (
@@ -10,5 +10,6 @@ BLUEPRINTS: tuple[Blueprint, ...] = (
     schedules.blueprint,
     agents.blueprint,
     webhook.blueprint,
+    status.blueprint,
     health.blueprint,
 )
