@@ -6,15 +6,14 @@ Each command imports what it needs when it is called, so that `opscore --help` i
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from opscore.cli import COMMANDS
-from opscore.cli.session import Group, names_api
+from opscore.cli import COMMANDS, overview
+from opscore.cli.session import Group, Session, asks, names_api
 from opscore.errors import OpsCoreError
 
 if TYPE_CHECKING:
@@ -115,28 +114,33 @@ def down(data: Path) -> None:
     click.echo("Stopped." if local.down(data) else f"Nothing runs on {data}.")
 
 
-@main.command(examples=("opscore status",))
-@_data
-def status(data: Path) -> None:
-    """Show each process of the stack; the exit status is 0 if all of it is ready."""
+@main.command(examples=("opscore status", "opscore status --json | jq .waiting"))
+@asks
+def status(session: Session) -> None:
+    """Show how everything is: processes, workers, queues, agents, what waits and why.
+
+    The exit status is 0 if all is well. Processes are those of the stack in this folder.
+    """
+    is_up = _show_processes(session) if session.is_local else True
+    sys.exit(0 if overview.show_status(session) and is_up else 1)
+
+
+def _show_processes(session: Session) -> bool:
+    """Print each process of the stack in this folder; return whether it is ready.
+
+    If there is none to ask, that is all there is to say.
+    """
     from opscore import local
 
-    found = local.status(data)
-    click.echo(f"{found.phase}{f' (pid {found.pid})' if found.pid else ''}")
-    for line in _table(found.processes):
-        click.echo(line)
-    sys.exit(0 if found.is_ready else 1)
-
-
-def _table(processes: Sequence[Mapping[str, Any]]) -> list[str]:
-    import time
-
-    now = time.time()
-    layout = "{name:<15} {state:<11} {pid:>8} {restarts:>9} {up:>9}  {url}"
-    heads = ("name", "state", "pid", "restarts", "up", "url")
-    rows = [{**p, "up": f"{now - p['since']:.0f} s", "url": p["url"] or ""} for p in processes]
-    lines = [layout.format(**row).rstrip() for row in rows]
-    return [layout.format(**{head: head.upper() for head in heads}), *lines] if lines else []
+    found = local.status(session.data)
+    said = f"{found.phase}{f' (pid {found.pid})' if found.pid else ''}"
+    if not found.processes:
+        click.echo(said, err=session.as_json)
+        sys.exit(1)
+    if not session.as_json:
+        click.echo(said)
+        overview.show_processes(found.processes)
+    return found.is_ready
 
 
 def _settings(threads: int | str = 0) -> "Settings":

@@ -320,7 +320,9 @@ def test_a_detached_stack_is_ready_and_says_where(stack: Running) -> None:
     assert stack.get("/ready")
     status = opscore("status", folder=stack.folder)
     assert status.returncode == 0, status.stdout
-    names = [line.split()[0] for line in status.stdout.splitlines()[2:]]
+    processes, _, page = status.stdout.partition("\n\n")
+    assert page.endswith("All is well.\n")
+    names = [line.split()[0] for line in processes.splitlines()[2:]]
     servers = ["postgres", "valkey"]
     assert names == [
         *servers,

@@ -96,6 +96,11 @@ def _print(thing: Any) -> None:
         click.echo(line.rstrip(), color=console().color_system is not None or None)
 
 
+def echo(text: str) -> None:
+    """Print text that may be styled; without its colours where none are wanted."""
+    click.echo(text, color=False if console().no_color else None)
+
+
 def details(members: Mapping[str, Any]) -> None:
     """Print what is known of one thing, a line each; what has no value is left out."""
     known = {name: value for name, value in members.items() if value not in (None, {}, [])}

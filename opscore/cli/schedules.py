@@ -293,4 +293,4 @@ def _details(schedule: Mapping[str, Any]) -> None:
         }
     )
     for warning in schedule.get("warnings", ()):
-        click.secho(f"Warning: {warning}", fg="yellow", err=True)
+        click.echo(f"Warning: {warning}", err=True)

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import update_wrapper
+from functools import cached_property, update_wrapper
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
@@ -85,12 +85,21 @@ class Session:
         self._client: OpsCoreClientSync | None = None
 
     @property
+    def url(self) -> str:
+        return self._place[0]
+
+    @property
+    def is_local(self) -> bool:
+        """The API is that of the stack in this folder."""
+        return not self._url
+
+    @property
     def client(self) -> "OpsCoreClientSync":
         """The client of the API that is asked."""
         if self._client is None:
             from opscore.sdk import OpsCoreClientSync
 
-            url, key = self._where()
+            url, key = self._place
             self._client = OpsCoreClientSync(url, key, retries=RETRIES)
             self._ctx.call_on_close(self._client.close)
         return self._client
@@ -115,7 +124,9 @@ class Session:
         if len(found) > len(shown):
             click.echo("There are more: --limit N, or --all.", err=True)
 
-    def _where(self) -> tuple[str, str]:
+    @cached_property
+    def _place(self) -> tuple[str, str]:
+        """The API's address, and its key."""
         url, around = self._url, cast("Mapping[str, str]", os.environ)
         if not url:
             around = read_stack(self.data)
@@ -208,7 +219,7 @@ def fail(error: "OpsCoreSDKError", as_json: bool) -> NoReturn:
         click.echo(json.dumps(_as_json(error), ensure_ascii=False), err=True)
     else:
         click.echo(f"Error: {error}", err=True)
-        if hint := _hint(error):
+        if hint := hint_about(error):
             click.echo(f"Hint: {hint}", err=True)
     sys.exit(status.get(type(error), FAILED))
 
@@ -220,7 +231,8 @@ def _as_json(error: "OpsCoreSDKError") -> dict[str, Any]:
     return {"error": {**found, "code": found["code"] or "connection", "detail": detail}}
 
 
-def _hint(error: "OpsCoreSDKError") -> str | None:
+def hint_about(error: "OpsCoreSDKError") -> str | None:
+    """Return what may help, if anything is known to."""
     from opscore.sdk import AuthenticationError, ConnectionError, ServerError
 
     if isinstance(error, ConnectionError):

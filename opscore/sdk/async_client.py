@@ -120,6 +120,10 @@ class OpsCoreClientAsync:
         call = Call.start(path("agent", agent_id, "workflow"), body, idempotency_key)
         return cast(types.Triggered, await self.send(call))
 
+    async def status(self) -> types.Status:
+        """Return how everything is: workers, queues, agents, what waits, what is the matter."""
+        return cast(types.Status, await self.send(Call.get(path("status"))))
+
     async def health(self) -> types.Health:
         """Return whether the API is up; nothing else is asked for that."""
         return cast(types.Health, await self.send(Call.get("/health")))
@@ -572,6 +576,19 @@ class AsyncTasks(_Resource):
         )
         call = Call.start(path("tasks"), body, idempotency_key)
         return AsyncTask(self._client, await self._client.send(call))
+
+    def list(
+        self,
+        *,
+        status: TaskStatus | Sequence[TaskStatus] | None = None,
+        reason: str | Sequence[str] | None = None,
+        agent_id: str | None = None,
+        run_id: str | None = None,
+    ) -> AsyncIterator[types.Task]:
+        """Yield tasks of all runs, newest first; those that are over of one run only."""
+        return self._client.pages(
+            path("tasks"), status=status, reason=reason, agentId=agent_id, runId=run_id
+        )
 
     async def get(self, task_id: str) -> types.TaskDetail:
         """Return a task with its attempts and the newest one's log."""

@@ -117,6 +117,10 @@ class OpsCoreClientSync:
         call = Call.start(path("agent", agent_id, "workflow"), body, idempotency_key)
         return cast(types.Triggered, self.send(call))
 
+    def status(self) -> types.Status:
+        """Return how everything is: workers, queues, agents, what waits, what is the matter."""
+        return cast(types.Status, self.send(Call.get(path("status"))))
+
     def health(self) -> types.Health:
         """Return whether the API is up; nothing else is asked for that."""
         return cast(types.Health, self.send(Call.get("/health")))
@@ -558,6 +562,19 @@ class Tasks(_Resource):
         )
         call = Call.start(path("tasks"), body, idempotency_key)
         return Task(self._client, self._client.send(call))
+
+    def list(
+        self,
+        *,
+        status: TaskStatus | Sequence[TaskStatus] | None = None,
+        reason: str | Sequence[str] | None = None,
+        agent_id: str | None = None,
+        run_id: str | None = None,
+    ) -> Iterator[types.Task]:
+        """Yield tasks of all runs, newest first; those that are over of one run only."""
+        return self._client.pages(
+            path("tasks"), status=status, reason=reason, agentId=agent_id, runId=run_id
+        )
 
     def get(self, task_id: str) -> types.TaskDetail:
         """Return a task with its attempts and the newest one's log."""
