@@ -15,6 +15,7 @@ from marshmallow import EXCLUDE, Schema, ValidationError, validate
 from marshmallow import fields as ma
 
 from opscore.errors import ConfigurationError
+from opscore.json_values import MAX_TEXT_BYTES
 
 AGENTS_QUEUE = "opscore.agents"
 """Function and LLM agents."""
@@ -43,15 +44,6 @@ SET_ASIDE = "opscore.set_aside"
 `at`, `bytes` (its whole length) and `entry`."""
 SET_ASIDE_COUNT = "opscore.set_aside.count"
 """The Redis hash that says how many were set aside ever, per queue."""
-
-MAX_VALUE_BYTES = 2**20
-"""Bytes of an input, an output, or any other value that is stored, as compact JSON in UTF-8."""
-MAX_TEXT_BYTES = 4 * MAX_VALUE_BYTES
-"""Bytes of the text that such a value comes in: spaces, characters spelled as `\\u00e9` (which
-takes three times as many) and what stands beside it may take the rest."""
-MAX_GATHERED_BYTES = 16 * MAX_VALUE_BYTES
-"""Bytes of values that were let through one by one and are put together: the outputs of a
-`forEach`'s items, and of a run's last tasks."""
 
 DATABASE_POOL = "OPSCORE_DATABASE_POOL"
 SECRET_LENGTH = 16

@@ -15,8 +15,14 @@ from typing import Any
 
 import yaml
 
-from opscore.config import MAX_GATHERED_BYTES, MAX_TEXT_BYTES, MAX_VALUE_BYTES
-
+MAX_VALUE_BYTES = 2**20
+"""Bytes of an input, an output, or any other value that is stored, as compact JSON in UTF-8."""
+MAX_TEXT_BYTES = 4 * MAX_VALUE_BYTES
+"""Bytes of the text that such a value comes in: spaces, characters spelled as `\\u00e9` (which
+takes three times as many) and what stands beside it may take the rest."""
+MAX_GATHERED_BYTES = 16 * MAX_VALUE_BYTES
+"""Bytes of values that were let through one by one and are put together: the outputs of a
+`forEach`'s items, and of a run's last tasks."""
 MAX_DEPTH = 64
 """Objects and arrays inside each other."""
 MAX_FAULTS = 500

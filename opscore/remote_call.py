@@ -23,8 +23,7 @@ import httpx2
 
 from opscore.agentkit.calling import MAX_RETRY_AFTER_SECONDS, Busy, Failed, Outcome
 from opscore.agentkit.context import storable_text
-from opscore.config import MAX_TEXT_BYTES, MAX_VALUE_BYTES
-from opscore.json_values import kind, read_json
+from opscore.json_values import MAX_TEXT_BYTES, MAX_VALUE_BYTES, kind, read_json
 from opscore.remote import (
     OUR_PREFIX,
     WAY_IN,

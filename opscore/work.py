@@ -11,7 +11,6 @@ from uuid import UUID
 
 from opscore import logs
 from opscore.agentkit import Completed, Failed
-from opscore.config import MAX_GATHERED_BYTES, MAX_VALUE_BYTES
 from opscore.definition import (
     MAX_SECONDS,
     Approval,
@@ -23,7 +22,7 @@ from opscore.definition import (
 )
 from opscore.errors import Invalid, OpsCoreError
 from opscore.expressions import ExpressionError, Template
-from opscore.json_values import check_json, fresh, kind
+from opscore.json_values import MAX_GATHERED_BYTES, MAX_VALUE_BYTES, check_json, fresh, kind
 from opscore.states import Reason, RunStatus
 
 log = logs.get(__name__)

@@ -17,8 +17,8 @@ from webargs.flaskparser import FlaskParser
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from opscore import json_values
-from opscore.config import MAX_TEXT_BYTES
 from opscore.errors import InvalidRequest
+from opscore.json_values import MAX_TEXT_BYTES
 from web.errors import Refused, pointers
 
 JSON = "application/json"

@@ -9,7 +9,6 @@ from sqlalchemy import Row, select
 from uuid6 import uuid7
 
 from opscore import models, work
-from opscore.config import MAX_GATHERED_BYTES
 from opscore.db import Prepared, Tx
 from opscore.engine.claims import (
     BY_SAVED,
@@ -45,6 +44,7 @@ from opscore.engine.clauses import (
 )
 from opscore.engine.waits import Woken, as_woken
 from opscore.graph import Node
+from opscore.json_values import MAX_GATHERED_BYTES
 from opscore.models import Run, Task
 from opscore.slots import ITEMS
 from opscore.states import RUN_ENDED, Reason, TaskStatus

@@ -32,9 +32,8 @@ import httpx2
 
 from opscore.agentkit.calling import Busy, Outcome
 from opscore.agentkit.function import AgentFunction, FunctionAgent, Registry
-from opscore.config import MAX_GATHERED_BYTES
 from opscore.errors import ConfigurationError
-from opscore.json_values import check_json
+from opscore.json_values import MAX_GATHERED_BYTES, check_json
 from opscore.remote import Accepted, UrlPolicy
 from opscore.sdk.agent_jobs import COME_AGAIN_SECONDS, Jobs
 from opscore.sdk.agent_link import Api, Link, as_bytes, as_report
