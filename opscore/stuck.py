@@ -1,16 +1,7 @@
 """Which runs are stuck: nothing of them moves by itself any more, or something is long overdue.
 
-A run that is not over, and that nobody paused, is stuck if
-
-- `upkeep_late`: what the keeper should have done for it is a minute late: a task's wake, a silent
-  worker's lease, its start, its deadline, its end;
-- `nobody_wakes`: a task of it waits, without a moment to look again, for what is over or cannot be;
-- `visit_lost`: a visit was sent ten minutes ago, workers take from its queue and have emptied it,
-  and nobody claimed the task;
-- `nobody_serves`: a task of it has stood for ten minutes in a line from which no agent takes;
-- `turn_blocked`: it has waited for ten minutes for its turn, and all before it are paused or over.
-
-A long queue, a busy agent, an approval nobody gave and a retry to come are no such thing.
+What that means exactly `find` says. It looks at what is open by the indexes of what is open, at so
+many that it is quick, and at those that wait longest.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -176,6 +167,19 @@ _BEGIN_ANEW = "POST /v1/opscore/runs/{run_id}/cancel, then /rerun: it cannot go 
 
 def find(tx: Tx, lines: Iterable[Row], emptied: Collection[str]) -> list[dict[str, Any]]:
     """Return what is stuck, at most `SHOWN` and oldest first.
+
+    A run that is not over, and that nobody paused, is stuck if
+
+    - `upkeep_late`: what the keeper should have done for it is a minute late: a task's wake, the
+      end of a silent worker's lease, its start, its deadline, its end;
+    - `nobody_wakes`: a task of it waits, without a moment to look again, for what is over;
+    - `visit_lost`: a visit was sent ten minutes ago, workers take from its queue and have emptied
+      it, and nobody claimed the task;
+    - `nobody_serves`: a task of it has stood for ten minutes in a line from which no agent takes;
+    - `turn_blocked`: it has waited for ten minutes for its turn, and all before it are paused or
+      over.
+
+    A long queue, a busy agent, an approval nobody gave and a retry to come are no such thing.
 
     Each is `{code, run_id, task_id, task_definition_id, index, since, sentence, hint}`; without a
     task it is the run itself. `lines` are those of `status`, `emptied` the queues from which

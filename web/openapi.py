@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from flask_smorest.spec.plugins import FlaskPlugin  # type: ignore[import-untype
 from marshmallow import Schema
 from werkzeug import Response
 
+from opscore.presence import installed_version
 from opscore.remote import AGENT_PREFIX
 from web.bodies import JSON, YAML, Parser, read_definition
 from web.errors import PROBLEM
@@ -251,7 +251,7 @@ def make_api(app: Flask) -> Api:
         app,
         spec_kwargs={
             "title": "opscore",
-            "version": _version(),
+            "version": installed_version() or "0",
             "openapi_version": "3.1.0",
             "info": {"description": cleandoc(ABOUT)},
             "flask_plugin": _Paths(),
@@ -269,13 +269,6 @@ def make_api(app: Flask) -> Api:
         api.register_converter(converter, lambda _: {"type": "string", "format": "uuid"})
     app.register_blueprint(_docs(api))
     return api
-
-
-def _version() -> str:
-    try:
-        return version("opscore")
-    except PackageNotFoundError:
-        return "0"
 
 
 def _docs(api: Api) -> PlainBlueprint:
