@@ -49,7 +49,7 @@ from opscore.definition import parse
 from opscore.dispatch import Depth
 from opscore.engine import Claimed, Failure, Left, MustWait, Plan, Visit
 from opscore.presence import Presence
-from opscore.queries import RunFilter
+from opscore.queries import RunFilter, TaskFilter
 from opscore.servers import PostgresServer, RedisServer
 from opscore.workflows import StoredWorkflow
 
@@ -433,6 +433,7 @@ def _reads(finished: Sequence[UUID]) -> dict[str, Callable[[Tx], Any]]:
         "get_run_detail": _each(finished, queries.get_run_detail),
         "list_tasks": _each(finished, queries.list_tasks, after=None, limit=50),
         "list_events": _each(finished, queries.list_events, after=0, limit=100),
+        **{f"find_tasks, {name}": _find(wanted) for name, wanted in _task_filters().items()},
         "status": lambda tx: status.read(tx, {queue: Depth(0, 0) for queue in QUEUES}),
     }
 
@@ -448,6 +449,19 @@ def _filters() -> dict[str, RunFilter]:
         "label without runs": RunFilter(labels=[("team", "nobody")]),
         "last day": RunFilter(created_after=datetime.now(UTC) - timedelta(days=1)),
     }
+
+
+def _task_filters() -> dict[str, TaskFilter]:
+    return {
+        "first page": TaskFilter(),
+        "waiting": TaskFilter(status=["waiting"]),
+        "approvals": TaskFilter(reason=["approval"]),
+        "pending": TaskFilter(status=["pending"]),
+    }
+
+
+def _find(wanted: TaskFilter) -> Callable[[Tx], Any]:
+    return lambda tx: queries.find_tasks(tx, wanted, after=None, limit=50)
 
 
 def _list(wanted: RunFilter, before: datetime | None = None) -> Callable[[Tx], Any]:
@@ -743,9 +757,10 @@ def _explain_called(
     function(tx)
     event.remove(tx, "before_cursor_execute", note)
     cursor = tx.connection.dbapi_connection.cursor()  # type: ignore[union-attr]
+    is_list = "list_runs" in name or name == "find_tasks, first page"
     names = [name if len(executed) == 1 else f"{name} #{n + 1}" for n in range(len(executed))]
     return [
-        _explain(cursor, called, statement, parameters, partial, is_list="list_runs" in name)
+        _explain(cursor, called, statement, parameters, partial, is_list=is_list)
         for called, (statement, parameters) in zip(names, executed, strict=True)
     ]
 

@@ -24,6 +24,7 @@ from sqlalchemy import (
     bindparam,
     case,
     cast,
+    false,
     func,
     literal,
     literal_column,
@@ -32,13 +33,20 @@ from sqlalchemy import (
     text,
     true,
     tuple_,
+    union_all,
 )
 from sqlalchemy.dialects.postgresql import JSONB, aggregate_order_by, distinct_on
 from sqlalchemy.orm import aliased
 
 from opscore.db import Tx
 from opscore.engine.clauses import FOR_CAPABILITY, ORDER, is_open, still
-from opscore.errors import AgentNotFound, RunNotFound, ScheduleNotFound, TaskNotFound
+from opscore.errors import (
+    AgentNotFound,
+    InvalidRequest,
+    RunNotFound,
+    ScheduleNotFound,
+    TaskNotFound,
+)
 from opscore.models import (
     IN_LINE,
     RUN_STATUS,
@@ -297,6 +305,98 @@ def list_tasks(
         statement = statement.where(tuple_(Task.position, _place) > after)
     page = _page(tx, statement.order_by(Task.position, _place), limit, "position", "place")
     return Page(_with_parts(tx, page.items), page.next)
+
+
+_HELD = f"status = 'waiting' AND reason NOT IN {IN_LINE}"
+_STANDING = f"status = 'waiting' AND reason IN {IN_LINE}"
+_OPEN_TASKS: Mapping[str, Sequence[str]] = {
+    TaskStatus.PENDING: ("status = 'pending'",),
+    TaskStatus.WAITING: (_HELD, _STANDING),
+    TaskStatus.RUNNING: ("status = 'running' AND lease_expires_at IS NOT NULL",),
+}
+"""Status of tasks that are not over -> their parts, each as a partial index has it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFilter:
+    """Which tasks to list; what is left out does not matter."""
+
+    status: Sequence[str] = ()
+    reason: Sequence[str] = ()
+    """Those that wait for one of these."""
+    agent_id: str | None = None
+    """Of the newest attempt, else the one asked for."""
+    run_id: UUID | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.status or self.reason) and self.agent_id is None and self.run_id is None
+
+    def places(self) -> Sequence[str]:
+        """Return the conditions under which indexes find all that are meant, and few others.
+
+        Raises:
+            InvalidRequest: there are none: it would be a look at every task there ever was.
+        """
+        if self.run_id is not None:
+            return ("run_id = :run_id",)
+        statuses = set(self.status or (_OPEN_TASKS if self.reason else ()))
+        if not statuses:
+            raise InvalidRequest({"/agentId": [_NOT_OF_ALL]})
+        if ended := sorted(statuses - _OPEN_TASKS.keys()):
+            raise InvalidRequest({"/status": [_OVER_BY_RUN.format(", ".join(ended))]})
+        if self.reason:
+            statuses &= {TaskStatus.WAITING}
+        return [part for status in sorted(statuses) for part in _OPEN_TASKS[status]]
+
+    def conditions(self) -> Iterable[ColumnElement[bool]]:
+        """Return what tasks must meet."""
+        yield Task.kind != "end"
+        if self.status:
+            yield Task.status.in_(self.status)
+        if self.reason:
+            yield Task.status == TaskStatus.WAITING
+            yield Task.reason.in_(self.reason)
+        if self.agent_id is not None:
+            yield func.coalesce(Task.agent_id, Task.wanted_agent_id) == self.agent_id
+
+
+_NOT_OF_ALL = (
+    f"Not of all tasks there ever were: give a status among {', '.join(_OPEN_TASKS)}, a reason, or"
+    " a runId with it."
+)
+_OVER_BY_RUN = (
+    "Tasks that are over ({}) are listed of one run only: give a runId with it. GET"
+    " /v1/opscore/runs?status=failed lists the runs that failed."
+)
+
+
+def find_tasks(tx: Tx, wanted: TaskFilter, *, after: Key | None, limit: int) -> Page:
+    """Return a page of tasks and items of all runs, by when their rows were written.
+
+    Raises:
+        InvalidRequest: the filter would have it look at every task there ever was.
+    """
+    conditions = list(wanted.conditions())
+    if after is not None:
+        conditions.append(tuple_(Task.id) < after)
+    # Ids rise with time.
+    chosen = _chosen_tasks(wanted, conditions).limit(limit + 1)
+    statement = select(*_TASK).where(Task.id.in_(chosen)).order_by(Task.id.desc())
+    page = _page(tx, statement.params(run_id=wanted.run_id), limit, "task_id")
+    return Page(_with_parts(tx, page.items), page.next)
+
+
+def _chosen_tasks(wanted: TaskFilter, conditions: Sequence[ColumnElement[bool]]) -> Select[UUID]:
+    if wanted.is_empty:
+        return select(Task.id).where(*conditions).order_by(Task.id.desc())
+    # OFFSET: put in order when they are found, or all others may be read in that order on the way.
+    parts = [
+        select(Task.id).where(text(place), *conditions).offset(literal_column("0"))
+        for place in wanted.places()
+    ]
+    found = union_all(*parts or [select(Task.id).where(false())]).subquery()
+    return select(found.c.id).order_by(found.c.id.desc())
 
 
 def get_task(tx: Tx, task_id: UUID) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import binascii
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 from uuid import UUID
 
@@ -85,8 +86,9 @@ def page_arguments(*key: Part, **more: fields.Field[Any]) -> Arguments:
     return Arguments.from_dict(members, name="Arguments")()  # type: ignore[return-value]
 
 
+@cache
 def page_of(schema: type[Answer], name: str | None = None) -> type[Schema]:
-    """Make the answer schema of a list; `name` is its own in the description."""
+    """Return the answer schema of a list; `name` is its own in the description."""
     return Answer.from_dict(
         {
             "items": fields.List(fields.Nested(schema)),

@@ -32,6 +32,7 @@ from opscore.states import (
     CatchUp,
     FiringStatus,
     Overlap,
+    Reason,
     RunStatus,
     TaskStatus,
 )
@@ -823,6 +824,19 @@ class RunDetail(Run):
 TASK_FILTERS: Mapping[str, fields.Field[Any]] = {
     "status": _several(TaskStatus, "Tasks with one of these statuses only."),
     "task_definition_id": _text("The task of this id and its items only."),
+}
+
+
+ALL_TASKS_FILTERS: Mapping[str, fields.Field[Any]] = {
+    "status": _several(
+        TaskStatus,
+        "Tasks with one of these statuses only; without a `runId`, pending, running and waiting.",
+    ),
+    "reason": _several(Reason, "Tasks that wait for one of these reasons only."),
+    "agent_id": _text(
+        "Tasks with this `agentId` only; with a `runId`, a `reason`, or a `status` of those."
+    ),
+    "run_id": _uuid("Tasks of this run only."),
 }
 
 

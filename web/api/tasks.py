@@ -1,5 +1,5 @@
-"""Tasks: submit one by itself, see what became of one, attempt by attempt; and what agents behind
-HTTP report of theirs.
+"""Tasks: submit one by itself, list those of all runs, see what became of one, attempt by attempt;
+and what agents behind HTTP report of theirs.
 """
 
 from typing import Any
@@ -13,12 +13,14 @@ from opscore.definition import Definition, parse
 from opscore.engine import Plan, Submission, decide_approval, submit_run
 from opscore.reports import Reporter
 from opscore.workflows import create_workflow
+from web import pages
 from web.auth import principal
 from web.current import database, dispatcher
 from web.errors import placed
 from web.openapi import PREFIX, Answers, Blueprint
 from web.requests import request_id
 from web.schemas import (
+    ALL_TASKS_FILTERS,
     Accepted,
     Attempt,
     Comment,
@@ -41,6 +43,7 @@ WORKFLOW_ID = "agent-run"
 """Of tasks without a workflow; equal ones share a version."""
 SUBMITTED = Answers(schema=Task, status=202, has_location=True, about="The task will be done.")
 SUBMIT = {"taskType": "agent_run", "agentId": "writer", "inputData": {"topic": "queues"}}
+TASKS = pages.page_arguments(pages.uuid, **ALL_TASKS_FILTERS)
 NO_AGENT = {404: "There is no such agent, or it has deregistered."}
 ATTEMPT = "/<task:task_id>/attempts/<int(max=2147483647):number>"
 TOKEN = "0b4b5b4e-9a0c-4d27-9c53-1f0f3f6f6c11"
@@ -84,6 +87,17 @@ def _definition(wanted: dict[str, Any]) -> Definition:
     if wanted["agent_capability"] is not None:
         task["agentCapability"] = wanted["agent_capability"]
     return parse({"id": WORKFLOW_ID, "tasks": [task]})
+
+
+@blueprint.operation("GET", "", Answers(schema=pages.page_of(Task)), query=TASKS)
+def get_many(wanted: dict[str, Any]) -> Any:
+    """List tasks of all runs, such as all that wait for an approval. Those that are over are listed
+    of one run only.
+    """
+    after, limit = wanted.pop("cursor", None), wanted.pop("limit")
+    with database().autocommit() as tx:
+        tasks = queries.TaskFilter(**wanted)
+        return pages.answer(queries.find_tasks(tx, tasks, after=after, limit=limit))
 
 
 @blueprint.operation("GET", "/<task:task_id>", Answers(schema=TaskDetail))
