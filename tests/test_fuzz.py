@@ -67,10 +67,10 @@ def fill(client: Client) -> dict[str, list[Any]]:
     for state in ("error", "active", "idle"):
         client.post("/agent/abroad/state", {"state": state, "details": {"queue": 1}})
     asked = []
-    for task_id, run_id in itertools.chain(_failed(client), _open_tasks(client)):
+    for task_id, run_id in itertools.chain(fail_runs(client), open_attempts(client)):
         tasks.append(task_id)
         runs.append(run_id)
-    for task_id, _ in _asked(client):
+    for task_id, _ in ask_for_approvals(client):
         tasks.insert(0, task_id)
         asked.append(task_id)
     agents = ["writer", "abroad"]
@@ -125,7 +125,7 @@ def _schedules(client: Client) -> list[str]:
     return names
 
 
-def _open_tasks(client: Client) -> Iterator[tuple[str, str]]:
+def open_attempts(client: Client) -> Iterator[tuple[str, str]]:
     """Give an agent tasks whose token is that of the description's example."""
     desk = Desk(client.database)
     celery = client.app.extensions["opscore"].dispatcher.app
@@ -138,7 +138,7 @@ def _open_tasks(client: Client) -> Iterator[tuple[str, str]]:
         yield str(claimed.task_id), str(claimed.run_id)
 
 
-def _asked(client: Client) -> Iterator[tuple[str, str]]:
+def ask_for_approvals(client: Client) -> Iterator[tuple[str, str]]:
     """Ask for approvals, as a worker does."""
     desk = Desk(client.database)
     celery = client.app.extensions["opscore"].dispatcher.app
@@ -151,7 +151,7 @@ def _asked(client: Client) -> Iterator[tuple[str, str]]:
         yield str(claimed.task_id), str(claimed.run_id)
 
 
-def _failed(client: Client) -> Iterator[tuple[str, str]]:
+def fail_runs(client: Client) -> Iterator[tuple[str, str]]:
     """Have runs fail, as a worker does."""
     desk = Desk(client.database)
     for _ in range(EACH):

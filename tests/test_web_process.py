@@ -31,13 +31,13 @@ def free_port() -> int:
 
 @contextmanager
 def serving(
-    environment: dict[str, str], log: Path
+    environment: dict[str, str], log: Path, *, port: int | None = None, threads: int = 4
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """Run `opscore web` and wait until it answers; yield the process and its port."""
-    port = free_port()
+    port = port or free_port()
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "opscore", "web", f"--port={port}", "--threads=4"],
+            [sys.executable, "-m", "opscore", "web", f"--port={port}", f"--threads={threads}"],
             cwd=ROOT,
             env=os.environ | environment | {"OPSCORE_LOG_FORMAT": "json"},
             stdout=out,

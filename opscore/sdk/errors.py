@@ -8,7 +8,7 @@ OpsCoreSDKError
     ├── AuthenticationError     401, 403
     ├── NotFoundError           404
     ├── ConflictError           409
-    ├── ValidationError         400, 413, 415, 422
+    ├── ValidationError         400, 413, 414, 415, 422, 431
     ├── RateLimitError          429
     └── ServerError             5xx
 """
@@ -41,13 +41,16 @@ class WaitTimeout(OpsCoreSDKError, TimeoutError):
 
 
 class RunFailed(OpsCoreSDKError):
-    """A run failed or was cancelled. `status`; `error`: `{code, message, taskId}` or None."""
+    """A run failed or was cancelled. `status`; `error`: `{code, message, ...}` or None."""
 
     def __init__(self, run_id: str, status: str, error: Mapping[str, Any] | None) -> None:
         self.run_id, self.status, self.error = run_id, status, error
-        because = f": {error['message']} ({error['code']})" if error else "."
-        ended = "was cancelled" if status == "cancelled" else status
-        super().__init__(f"Run {run_id} {ended}{because}")
+        super().__init__(run_id, status, error)
+
+    def __str__(self) -> str:
+        because = f": {self.error['message']} ({self.error['code']})" if self.error else "."
+        ended = "was cancelled" if self.status == "cancelled" else self.status
+        return f"Run {self.run_id} {ended}{because}"
 
 
 class OpsCoreApiError(OpsCoreSDKError):
@@ -68,12 +71,15 @@ class OpsCoreApiError(OpsCoreSDKError):
     ) -> None:
         self.status_code, self.detail, self.code = status_code, detail, code
         self.errors, self.request_id, self.retry_after = dict(errors or {}), request_id, retry_after
+        super().__init__(status_code, detail, code, errors, request_id, retry_after)
+
+    def __str__(self) -> str:
         places = "".join(
             f"\n  {pointer or '(the whole)'}: {sentence}"
             for pointer, sentences in self.errors.items()
             for sentence in sentences
         )
-        super().__init__(f"{detail}{places}")
+        return f"{self.detail}{places}"
 
 
 class AuthenticationError(OpsCoreApiError):
@@ -107,8 +113,10 @@ _BY_STATUS: Mapping[int, type[OpsCoreApiError]] = {
     404: NotFoundError,
     409: ConflictError,
     413: ValidationError,
+    414: ValidationError,
     415: ValidationError,
     422: ValidationError,
+    431: ValidationError,
     429: RateLimitError,
 }
 
@@ -134,17 +142,26 @@ def read_retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _read_problem(body: bytes) -> Mapping[str, Any]:
+    """Return the problem that a body tells of; nothing if that is none of opscore's."""
     try:
         problem = json.loads(body)
     except (ValueError, RecursionError):
         return {}
-    is_ours = isinstance(problem, dict) and isinstance(problem.get("detail"), str)
-    return problem if is_ours else {}
+    return problem if isinstance(problem, dict) and _is_ours(problem) else {}
+
+
+def _is_ours(problem: Mapping[str, Any]) -> bool:
+    errors = problem.get("errors", {})
+    return (
+        all(isinstance(problem.get(name), str) for name in ("detail", "code"))
+        and isinstance(errors, dict)
+        and all(isinstance(sentences, list) for sentences in errors.values())
+    )
 
 
 def _foreign(status: int, headers: Mapping[str, str], body: bytes) -> str:
     """Say what something else than opscore answered: a proxy, or the wrong server."""
     if 300 <= status < 400:
-        return f"{status}: it redirects to {headers.get('Location')}; use that as base_url."
+        return f"{status}: it redirects to {headers.get('Location')}; use that server's base_url."
     text = " ".join(body[: 4 * LONGEST_QUOTE].decode(errors="replace").split())[:LONGEST_QUOTE]
     return f"{status}, and no problem that opscore would answer: {text or 'no body'}"

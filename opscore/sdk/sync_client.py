@@ -9,18 +9,19 @@ How calls are made, and what they raise, is said there.
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import datetime
 from math import inf
-from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, Self, cast
+from weakref import WeakSet
 
 import httpx2
 
 from opscore.sdk import types
 from opscore.sdk.errors import (
+    ConflictError,
     ConnectionError,
     OpsCoreSDKError,
     RunFailed,
@@ -34,21 +35,23 @@ from opscore.sdk.transport import (
     RETRIES,
     SILENCE_SECONDS,
     Call,
+    Definition,
     EventParser,
     Patience,
-    backoff,
     check_stream,
+    filled,
     given,
     headers_of,
+    moment,
     path,
     pause_after,
     read,
+    read_event,
     root_of,
+    seconds_of,
     trouble,
 )
 
-Definition = Mapping[str, Any] | str | Path
-"""A workflow: its document, the text of one in YAML or JSON, or the file that holds it."""
 Priority = Literal["low", "normal", "high"]
 RunStatus = Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
 TaskStatus = Literal["pending", "waiting", "running", "completed", "failed", "cancelled", "skipped"]
@@ -68,10 +71,12 @@ class OpsCoreClientSync:
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         """`base_url` with or without `/v1`; `timeout` in seconds, for each part of a call."""
-        self._root, self._timeout, self._retries = root_of(base_url), timeout, retries
+        self._root, self._timeout = root_of(base_url), seconds_of(timeout)
+        self._retries = retries
         self._http = httpx2.Client(
             headers=headers_of(api_key), timeout=timeout, transport=transport
         )
+        self._streams: WeakSet[Generator[Any, None]] = WeakSet()
         self.workflows = Workflows(self)
         self.runs = Runs(self)
         self.tasks = Tasks(self)
@@ -85,7 +90,10 @@ class OpsCoreClientSync:
         self.close()
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close its connections, also those of streams that were not read to their end."""
+        for events in tuple(self._streams):
+            with suppress(RuntimeError, ValueError):  # somebody waits for the next one
+                events.close()
         self._http.close()
 
     def update_state(self, agent_id: str, state: str, details: Any = None) -> types.Success:
@@ -109,6 +117,8 @@ class OpsCoreClientSync:
 
         `sessionId` in the answer is the run's id.
         """
+        if workflow_definition_id == "":
+            raise ValueError("workflow_definition_id is empty.")
         body = given(
             workflowDefinitionId=workflow_definition_id,
             workflowDefinition=workflow_definition,
@@ -122,16 +132,13 @@ class OpsCoreClientSync:
         return cast(types.Status, self.send(Call.get(path("status"))))
 
     def health(self) -> types.Health:
-        """Return whether the API is up; nothing else is asked for that."""
-        return cast(types.Health, self.send(Call.get("/health")))
+        """Return whether the API is up. It asks nobody for that, and is asked once."""
+        return cast(types.Health, read(self.attempt(Call.get("/health"))))
 
     def ready(self) -> types.Ready:
-        """Return whether the parts answer that the API needs.
-
-        Raises:
-            ServerError: they do not.
-        """
-        return cast(types.Ready, read(self.attempt(Call.get("/ready"))))
+        """Return which parts answer that the API needs, and whether all do. It is asked once."""
+        answer = self.attempt(Call.get("/ready"))
+        return cast(types.Ready, read(answer, also=503))
 
     def send(self, call: Call) -> Any:
         """Make a call, again and again where that helps; return the value it answers."""
@@ -168,7 +175,7 @@ class OpsCoreClientSync:
                 timeout=httpx2.Timeout(self._timeout, read=self._timeout + call.waits),
             )
         except httpx2.RequestError as error:
-            raise trouble(error, self._root) from error
+            raise trouble(error, self._root, content or b"") from error
 
     def pages(self, where: str, **query: Any) -> Iterator[Any]:
         """Yield the items of a list, newest first; a page is fetched when it is needed."""
@@ -180,30 +187,28 @@ class OpsCoreClientSync:
             if cursor is None:
                 return
 
-    def stream(self, where: str, after: int) -> Iterator[Any]:
+    def stream(self, where: str, after: int) -> Generator[Any, None]:
         """Yield the events of a stream after a seq, until the API says that there are no more.
 
         A connection that breaks is made anew, with `Last-Event-ID`.
         """
-        patience, quiet = Patience(), 0
+        patience = Patience()
         while True:
-            quiet += 1
             try:
-                with closing(self._connection(where, after)) as events:
+                with closing(self._connection(where, after, patience)) as events:
+                    self._streams.add(events)
                     for event in events:
                         if event is None:
                             return
-                        after, quiet = event["seq"], 0
+                        after = event["seq"]
+                        patience.moved()
                         yield event
-                patience.reset()
-                pause = backoff(quiet) if quiet else 0
+                pause = patience.pause()
             except OpsCoreSDKError as error:
-                if quiet == 0:
-                    patience.reset()
                 pause = patience.pause(error)
             time.sleep(pause)
 
-    def _connection(self, where: str, after: int) -> Generator[Any, None]:
+    def _connection(self, where: str, after: int, patience: Patience) -> Generator[Any, None]:
         """Yield the events of one connection; None if it says that there will be no more."""
         headers = {"Accept": EVENT_STREAM, "Last-Event-ID": str(after)}
         timeout = httpx2.Timeout(self._timeout, read=SILENCE_SECONDS)
@@ -215,10 +220,11 @@ class OpsCoreClientSync:
                     return
                 if not answer.is_success:
                     answer.read()
-                    read(answer)
                 check_stream(answer)
+                patience.answered()
                 for line in answer.iter_lines():
-                    yield from parser.feed(line)
+                    if (text := parser.feed(line)) is not None:
+                        yield read_event(answer, text)
         except httpx2.RequestError as error:
             raise trouble(error, self._root) from error
 
@@ -278,28 +284,38 @@ class Run:
         return self
 
     def wait(self, timeout: float | None = None) -> Self:
-        """Wait until it is over; `timeout` in seconds, None for as long as it takes.
+        """Wait until it is over; `timeout` in seconds, 0 for a look, None for as long as it takes.
 
-        Outlives an API that is away for two minutes.
+        Outlives an API that is away for two minutes. One that does not answer may make it late, by
+        the client's own timeout at most.
 
         Raises:
             WaitTimeout: it goes on.
         """
         until, patience = inf if timeout is None else monotonic() + timeout, Patience()
         while not self.is_over:
-            left = until - monotonic()
-            if left <= 0:
+            left = max(0.0, until - monotonic())
+            pause = self._look(min(left, LONG_POLL_SECONDS), patience)
+            if left == 0 and not self.is_over:
                 raise WaitTimeout(f"Run {self.id} is {self.status} after {timeout:g} s.")
-            try:
-                self.data, pause = self._client.runs.watch(self.id, min(left, LONG_POLL_SECONDS))
-                patience.reset()
-            except OpsCoreSDKError as error:
-                pause = patience.pause(error)
-            time.sleep(max(0, min(pause, until - monotonic())))
+            time.sleep(max(0.0, min(pause, until - monotonic())))
         return self
 
-    def events(self, *, after: int = 0) -> Iterator[types.Event]:
-        """Yield what happened and happens in it, until it is over."""
+    def _look(self, seconds: float, patience: Patience) -> float:
+        """Wait so long for its end; return for how long to rest before the next look."""
+        began = monotonic()
+        try:
+            self.data, asked = self._client.runs.watch(self.id, seconds)
+        except OpsCoreSDKError as error:
+            return patience.pause(error)
+        if monotonic() - began >= seconds:
+            patience.moved()
+        else:  # it did not wait, and might not do so the next time
+            patience.answered()
+        return 0.0 if self.is_over else max(asked, patience.pause())
+
+    def events(self, *, after: int = 0) -> Generator[types.Event, None]:
+        """Yield what happened and happens in it, until it is over; `after` is a `seq`."""
         return self._client.runs.events(self.id, after=after)
 
     def tasks(self) -> Iterator[types.Task]:
@@ -308,25 +324,25 @@ class Run:
 
     def cancel(self) -> Self:
         """Cancel it: nothing of it starts any more."""
-        return self._is(self._client.runs.cancel(self.id))
+        return self._become(self._client.runs.cancel(self.id))
 
     def pause(self) -> Self:
         """Let what runs end, and start nothing new."""
-        return self._is(self._client.runs.pause(self.id))
+        return self._become(self._client.runs.pause(self.id))
 
     def resume(self) -> Self:
         """Let it go on."""
-        return self._is(self._client.runs.resume(self.id))
+        return self._become(self._client.runs.resume(self.id))
 
     def retry(self, parameters: Mapping[str, Mapping[str, Any]] | None = None) -> Self:
         """Have what failed tried again, with other `parameters` of tasks by id."""
-        return self._is(self._client.runs.retry(self.id, parameters))
+        return self._become(self._client.runs.retry(self.id, parameters))
 
     def rerun(self, *, idempotency_key: str | None = None) -> "Run":
         """Start another run of the same version with the same input."""
         return self._client.runs.rerun(self.id, idempotency_key=idempotency_key)
 
-    def _is(self, other: "Run") -> Self:
+    def _become(self, other: "Run") -> Self:
         self.data = other.data
         return self
 
@@ -360,6 +376,20 @@ class Task:
     @property
     def error(self) -> types.Fault | None:
         return self.data["error"]
+
+    @property
+    def is_over(self) -> bool:
+        return self.data["finishedAt"] is not None
+
+    def raise_for_status(self) -> Self:
+        """Return the task if it is not over or was completed.
+
+        Raises:
+            RunFailed
+        """
+        if self.status in ("failed", "cancelled"):
+            raise RunFailed(self.run_id, self.status, self.error)
+        return self
 
     def refresh(self) -> Self:
         """Read it again."""
@@ -443,8 +473,8 @@ class Runs(_Resource):
             input=input,
             labels=labels,
             priority=priority,
-            startAt=_moment(start_at),
-            deadlineAt=_moment(deadline_at),
+            startAt=moment(start_at),
+            deadlineAt=moment(deadline_at),
         )
         return self._run(Call.start(path("runs"), body, idempotency_key))
 
@@ -467,8 +497,8 @@ class Runs(_Resource):
             workflowId=workflow_id,
             status=status,
             label=[f"{name}:{value}" for name, value in (labels or {}).items()] or None,
-            createdAfter=_moment(created_after),
-            createdBefore=_moment(created_before),
+            createdAfter=moment(created_after),
+            createdBefore=moment(created_before),
         )
 
     def detail(self, run_id: str) -> types.RunDetail:
@@ -480,7 +510,7 @@ class Runs(_Resource):
 
         Also how long the API asks to rest before it is asked again. Asks once only.
         """
-        call = Call.get(path("runs", run_id), waitSeconds=round(seconds, 1))
+        call = Call.get(path("runs", run_id), waitSeconds=seconds)
         answer = self._client.attempt(replace(call, waits=seconds))
         return cast(types.RunDetail, read(answer)), read_retry_after(answer.headers) or 0.0
 
@@ -495,8 +525,11 @@ class Runs(_Resource):
         where = path("runs", run_id, "tasks")
         return self._client.pages(where, status=status, taskDefinitionId=task_definition_id)
 
-    def events(self, run_id: str, *, after: int = 0) -> Iterator[types.Event]:
-        """Yield what happened and happens in a run, until it is over; `after` is a `seq`."""
+    def events(self, run_id: str, *, after: int = 0) -> Generator[types.Event, None]:
+        """Yield what happened and happens in a run, until it is over; `after` is a `seq`.
+
+        Outlives an API that is away for two minutes, and goes on where it was.
+        """
         return self._client.stream(path("runs", run_id, "events"), after)
 
     def history(self, run_id: str, *, after: int = 0) -> Iterator[types.Event]:
@@ -510,8 +543,14 @@ class Runs(_Resource):
             after = page["nextAfter"]
 
     def cancel(self, run_id: str) -> Run:
-        """Cancel a run: nothing of it starts any more."""
-        return self._act(run_id, "cancel", repeatable=True)
+        """Cancel a run: nothing of it starts any more. One that is cancelled stays so."""
+        try:
+            return self._act(run_id, "cancel", repeatable=True)
+        except ConflictError:
+            run = self.get(run_id)
+            if run.status != "cancelled":
+                raise
+            return run
 
     def pause(self, run_id: str) -> Run:
         """Let what runs end, and start nothing new."""
@@ -665,7 +704,7 @@ class Agents(_Resource):
         self, agent_id: str, state: str, details: Any = None, timestamp: datetime | None = None
     ) -> types.Success:
         """Report an agent's state, as the agent itself would."""
-        body = given(state=state, details=details, timestamp=_moment(timestamp))
+        body = given(state=filled("state", state), details=details, timestamp=moment(timestamp))
         call = Call("POST", path("agent", agent_id, "state"), body)
         return cast(types.Success, self._client.send(call))
 
@@ -723,14 +762,3 @@ class Schedules(_Resource):
 
     def _changed(self, call: Call) -> types.ScheduleWithWarnings:
         return cast(types.ScheduleWithWarnings, self._client.send(call))
-
-
-def _moment(moment: datetime | None) -> str | None:
-    """Write a moment as the API reads it.
-
-    Raises:
-        ValueError: it carries no time zone.
-    """
-    if moment is not None and moment.tzinfo is None:
-        raise ValueError(f"{moment} carries no time zone: use datetime.now(UTC) or the like.")
-    return moment.isoformat() if moment else None
