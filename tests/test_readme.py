@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from stack import Servers, Stack, running_stack, wait_until
+from stack import API_KEY, Servers, Stack, running_stack, wait_until
+from test_web_process import serving
 
 from opscore import engine
 from opscore.config import Settings
@@ -84,18 +85,20 @@ def test_the_tours_run_as_they_are_written() -> None:
         assert line.startswith(start), second
 
 
-def python_of_the_readme() -> list[str]:
-    return re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+def python_with(word: str) -> str:
+    """Return the one program it shows that has this word."""
+    shown = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    (source,) = [source for source in shown if word in source]
+    return str(source)
 
 
 def test_the_remote_agent_it_shows_is_the_example() -> None:
     example = (ROOT / "examples/remote_agent.py").read_text()
-    (shown,) = [source for source in python_of_the_readme() if "AgentServer" in source]
-    assert example.endswith(f'"""\n\n{shown}')
+    assert example.endswith(f'"""\n\n{python_with("AgentServer")}')
 
 
 def test_the_agent_it_shows_runs_as_pasted() -> None:
-    source = python_of_the_readme()[0]
+    source = python_with("# my_agents.py")
     names: dict[str, object] = {}
     exec(source, names)
     from opscore import AgentBusy, Context
@@ -108,10 +111,13 @@ def test_the_agent_it_shows_runs_as_pasted() -> None:
         write({"topic": "queues", "quota": 0}, Context.for_testing())
 
 
-def test_the_workflows_it_shows_run_on_the_agents_it_shows(
-    servers: Servers, tmp_path: Path
+def test_the_workflows_and_the_client_it_shows_run_on_the_agents_it_shows(
+    servers: Servers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source = python_of_the_readme()[0]
+    client, source = python_with("OpsCoreClientSync"), python_with("# my_agents.py")
     first, second = re.findall(r"```yaml\n(.+?)```", README, re.DOTALL)
     (tmp_path / "my_agents.py").write_text(source)
     env = {"OPSCORE_AGENTS": "my_agents", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
@@ -128,6 +134,17 @@ def test_the_workflows_it_shows_run_on_the_agents_it_shows(
             decide(stack, run_id, approved)
             run = stack.finished(run_id)
             assert (run.status, run.output) == ("completed", output)
+        with serving(stack.environment, tmp_path / "web.log") as (_, port):
+            monkeypatch.setenv("OPSCORE_API_URL", f"http://127.0.0.1:{port}")
+            monkeypatch.setenv("OPSCORE_API_KEY", API_KEY)
+            capsys.readouterr()
+            exec(client, {})
+        said = capsys.readouterr().out.splitlines()
+        assert [said[0], *said[-2:]] == [
+            "run.queued None",
+            "run.completed None",
+            "{'text': 'All about 3 tickets'}",
+        ]
 
 
 def decide(stack: Stack, run_id: Any, approved: bool) -> None:
