@@ -73,13 +73,13 @@ def _draw(session: "Session", run: "Run") -> "Run":
     patience, children = Patience(), Children(session)
     with Live(console=output.console(), auto_refresh=False) as live:
         while True:
-            live.update(_tree(run.data, children), refresh=True)
-            if run.is_over:
-                return run
             try:
+                live.update(_tree(run.data, children), refresh=True)
+                if run.is_over:
+                    return run
                 time.sleep(LOOK_SECONDS)
                 run.refresh()
-                patience.reset()
+                patience.moved()
             except OpsCoreSDKError as error:
                 time.sleep(patience.pause(error))
 
