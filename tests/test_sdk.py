@@ -282,6 +282,11 @@ def a_schedule(client: Any, office: Office) -> str:
     return name
 
 
+def a_workflow(client: Any, office: Office) -> str:
+    name: str = client.workflows.create({**DEFINITION, "id": office.name()})["workflowId"]
+    return name
+
+
 def a_fired_schedule(client: Any, office: Office) -> str:
     name = a_schedule(client, office)
     client.schedules.trigger(name)
@@ -294,6 +299,12 @@ CALLS: dict[str, Callable[[Any, Office], Any]] = {
     "workflows.validate": lambda client, _: client.workflows.validate(DEFINITION),
     "workflows.list": lambda client, _: client.workflows.list(),
     "workflows.get": lambda client, _: client.workflows.get("report", 1),
+    "workflows.archive": lambda client, office: client.workflows.archive(
+        a_workflow(client, office)
+    ),
+    "workflows.restore": lambda client, office: client.workflows.restore(
+        a_workflow(client, office)
+    ),
     "workflows.versions": lambda client, _: client.workflows.versions("report"),
     "runs.submit": lambda client, _: client.runs.submit("report", JOB, labels={"team": "x"}),
     "runs.get": lambda client, office: client.runs.get(office.failed_run()),
@@ -302,12 +313,14 @@ CALLS: dict[str, Callable[[Any, Office], Any]] = {
     "runs.list": lambda client, _: client.runs.list(workflow_id="report"),
     "runs.tasks": lambda client, office: client.runs.tasks(office.failed_run()),
     "runs.events": lambda client, office: client.runs.events(office.failed_run()),
+    "runs.history": lambda client, office: client.runs.history(office.failed_run()),
     "runs.cancel": lambda client, _: client.runs.cancel(a_run(client)),
     "runs.pause": lambda client, _: client.runs.pause(a_run(client)),
     "runs.resume": lambda client, _: client.runs.resume(a_paused_run(client)),
     "runs.retry": lambda client, office: client.runs.retry(office.failed_run(), {"a": {"b": 1}}),
     "runs.rerun": lambda client, _: client.runs.rerun(a_run(client)),
     "tasks.submit": lambda client, _: client.tasks.submit(JOB, agent_capability="write"),
+    "tasks.list": lambda client, office: client.tasks.list(run_id=office.failed_run()),
     "tasks.get": lambda client, office: client.tasks.get(office.tried_task()),
     "tasks.attempt": lambda client, office: client.tasks.attempt(office.tried_task(), 1),
     "tasks.approve": lambda client, office: client.tasks.approve(office.asked_task(), "Good."),
@@ -348,9 +361,13 @@ CALLS: dict[str, Callable[[Any, Office], Any]] = {
     "schedules.firings": lambda client, office: client.schedules.firings(
         a_fired_schedule(client, office)
     ),
+    "schedules.events": lambda client, office: client.schedules.events(
+        a_fired_schedule(client, office)
+    ),
     "update_state": lambda client, _: client.update_state("abroad", "idle", {"queue": 0}),
     "get_state": lambda client, _: client.get_state("abroad"),
     "trigger_workflow": lambda client, _: client.trigger_workflow("writer", "report", JOB),
+    "status": lambda client, _: client.status(),
     "health": lambda client, _: client.health(),
     "ready": lambda client, _: client.ready(),
 }
