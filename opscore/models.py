@@ -634,6 +634,8 @@ class Schedule(Base):
     """What of its moments fires is decided up to here, and never again."""
     next_at: Mapped[datetime | None]
     """When the next moment is due, its jitter included; null: it is paused, or never again."""
+    rests_until: Mapped[datetime | None]
+    """After trouble nobody foresaw no beat looks at it before this."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
 

@@ -8,6 +8,7 @@ order.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from opscore.errors import (
 from opscore.expressions import FIRING_NAMES, ExpressionError, Template
 from opscore.json_values import Faults
 from opscore.models import Firing, Schedule, listed
-from opscore.recurrence import Recurrence, jitter, missed
+from opscore.recurrence import Due, Recurrence, jitter, missed
 from opscore.states import RUN_ENDED, FiringStatus, Overlap
 from opscore.workflows import find_workflow
 
@@ -41,13 +42,18 @@ log = logs.get(__name__)
 
 MOST_AT_ONCE = 10
 """Moments of one schedule that a tick fires; others have their turn, then the next goes on."""
+MOST_SECONDS = 0.5
+"""After this a tick begins nothing more: whoever changes one of its schedules waits for it, and
+streams give out no event that is newer than a transaction which still writes."""
 LONGEST_QUEUE = 100
 """Firings that wait for the run before them; one more is skipped."""
 KEPT_FIRINGS = 100
 """The newest of each schedule, however old: what a yearly one did is worth knowing."""
 CACHED_RECURRENCES = 1_024
 """That a process keeps, parsed."""
-RETRY_SECONDS = 10.0
+CACHED_INPUTS = 256
+"""So many, compiled. They may be large."""
+REST_SECONDS = 10.0
 """After trouble nobody foresaw, a schedule is left alone for so long."""
 UTC_ZONE = "UTC"
 _ANY_MOMENT = datetime(1970, 1, 1, tzinfo=UTC)
@@ -65,6 +71,7 @@ Told = Mapping[str, Any]
 class Fired:
     """What a tick decided: publish the plans, and settle the runs it cancelled."""
 
+    began: float = field(default_factory=time.monotonic)
     plans: list[Plan] = field(default_factory=list)
     cancelled: list[UUID] = field(default_factory=list)
     told: list[Told] = field(default_factory=list)
@@ -77,6 +84,10 @@ class Fired:
         self.cancelled += other.cancelled
         self.told += other.told
         self.has_more |= other.has_more
+
+    def is_late(self) -> bool:
+        """Tell whether the tick has lasted as long as it may."""
+        return time.monotonic() - self.began > MOST_SECONDS
 
 
 # --- Changing them ------------------------------------------------------------------------------
@@ -128,7 +139,7 @@ def change(tx: Tx, name: str, values: Mapping[str, Any], *, by: str | None = Non
     begins_anew = row["enabled"] and not before["enabled"]
     if begins_anew or any(row[key] != before[key] for key in _TIMES):
         row["decided_at"] = now
-    row |= {"next_at": _next_at(row, recurrence), "updated_at": now}
+    row |= {"next_at": _next_at(row, recurrence), "rests_until": None, "updated_at": now}
     tx.execute(update(Schedule).where(Schedule.name == name).values(**row))
     told = list(_changes(before, row, by))
     if before["overlap"] == Overlap.QUEUE != row["overlap"]:
@@ -282,36 +293,7 @@ def _delay(row: Mapping[str, Any]) -> timedelta:
     return jitter(row["name"], _ANY_MOMENT, row["jitter_seconds"])
 
 
-# --- Firing -------------------------------------------------------------------------------------
-
-_WAITING = Prepared(
-    f"""
-SELECT f.schedule FROM firings f JOIN schedules s ON s.name = f.schedule AND s.enabled
-WHERE f.status = 'waiting' AND NOT EXISTS (
-    SELECT FROM runs r WHERE r.schedule = f.schedule AND NOT r.status IN {listed(RUN_ENDED)})
-GROUP BY f.schedule ORDER BY random()  -- so that none stands in the way of others for ever
-LIMIT :limit
-"""
-)
-_OPEN_RUNS = Prepared(
-    f"""
-SELECT id FROM runs r WHERE r.schedule = :name AND NOT r.status IN {listed(RUN_ENDED)} ORDER BY id
-"""
-)
-_WRITE = Prepared(
-    """
-INSERT INTO firings (schedule, moment, status, by, error, run_id)
-VALUES (:schedule, :moment, :status, :by, :error, :run_id)
-ON CONFLICT DO NOTHING RETURNING 1
-""",
-    json_or_null=("error",),
-)
-_DECIDED = Prepared(
-    """
-UPDATE schedules SET decided_at = :decided_at, next_at = :next_at WHERE name = :name RETURNING 1
-"""
-)
-
+# --- Telling ------------------------------------------------------------------------------------
 
 _TELL = Prepared(
     """
@@ -338,6 +320,48 @@ def _tell(tx: Tx, events: Sequence[Told]) -> None:
         _TELL(tx, {"events": list(events)})
 
 
+# --- Firing -------------------------------------------------------------------------------------
+
+_WAITING = Prepared(
+    f"""
+WITH RECURSIVE waiting AS (  -- from schedule to schedule, however many firings of each wait
+    (SELECT schedule FROM firings WHERE status = 'waiting' ORDER BY schedule LIMIT 1)
+    UNION ALL
+    SELECT (SELECT f.schedule FROM firings f WHERE f.status = 'waiting' AND f.schedule > w.schedule
+            ORDER BY f.schedule LIMIT 1)
+    FROM waiting w WHERE w.schedule IS NOT NULL
+)
+SELECT w.schedule FROM waiting w
+WHERE EXISTS (
+    SELECT FROM schedules s WHERE s.name = w.schedule AND s.enabled
+      AND (s.rests_until < now()) IS NOT FALSE OFFSET 0)
+  AND NOT EXISTS (
+    SELECT FROM runs r WHERE r.schedule = w.schedule AND NOT r.status IN {listed(RUN_ENDED)}
+    OFFSET 0)
+ORDER BY random()  -- so that none stands in the way of others for ever
+LIMIT :limit
+"""
+)
+_OPEN_RUNS = Prepared(
+    f"""
+SELECT id FROM runs r WHERE r.schedule = :name AND NOT r.status IN {listed(RUN_ENDED)} ORDER BY id
+"""
+)
+_WRITE = Prepared(
+    """
+INSERT INTO firings (schedule, moment, status, by, error, run_id)
+VALUES (:schedule, :moment, :status, :by, :error, :run_id)
+ON CONFLICT DO NOTHING RETURNING 1
+""",
+    json_or_null=("error",),
+)
+_DECIDED = Prepared(
+    """
+UPDATE schedules SET decided_at = :decided_at, next_at = :next_at WHERE name = :name RETURNING 1
+"""
+)
+
+
 def tick(tx: Tx, limit: int) -> Fired:
     """Decide what fires of the schedules that are due, at most `limit` of them.
 
@@ -345,23 +369,22 @@ def tick(tx: Tx, limit: int) -> Fired:
     """
     fired = Fired()
     now = _now(tx)
-    is_due = Schedule.next_at <= now
-    due = _lock(tx, is_due, limit)
-    for row in due:
-        _apart(tx, row, fired, partial(_decide, now=now))
+    due = _lock(tx, Schedule.next_at <= now, limit)
+    _each(tx, due, fired, partial(_decide, now=now))
     names = _WAITING(tx, {"limit": limit}).scalars()
-    for row in _lock(tx, Schedule.name.in_(names), limit) if names else ():
-        _apart(tx, row, fired, _start_next)
+    if names:
+        _each(tx, _lock(tx, Schedule.name.in_(names), limit), fired, _start_next)
     _tell(tx, fired.told)
     fired.has_more |= len(due) == limit
     return fired
 
 
 def _lock(tx: Tx, condition: Any, limit: int) -> list[dict[str, Any]]:
-    """Lock schedules that are not paused, and that no other beat has locked."""
+    """Lock schedules that are not paused, do not rest, and that no other beat has locked."""
+    is_awake = (Schedule.rests_until >= func.now()).is_not(True)
     statement = (
         select(*Schedule.__table__.c)
-        .where(Schedule.enabled, condition)
+        .where(Schedule.enabled, condition, is_awake)
         .order_by(Schedule.next_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -369,20 +392,30 @@ def _lock(tx: Tx, condition: Any, limit: int) -> list[dict[str, Any]]:
     return [row._asdict() for row in tx.execute(statement)]
 
 
-def _apart(
-    tx: Tx, row: Mapping[str, Any], fired: Fired, decide: Callable[[Tx, Any, Fired], None]
-) -> None:
+Decide = Callable[[Tx, Mapping[str, Any], Fired], None]
+
+
+def _each(tx: Tx, rows: Sequence[Mapping[str, Any]], fired: Fired, decide: Decide) -> None:
+    """Decide about one schedule, then others until it is late: the rest is the next tick's."""
+    for number, row in enumerate(rows):
+        if number and fired.is_late():
+            fired.has_more = True
+            return
+        _apart(tx, row, fired, decide)
+
+
+def _apart(tx: Tx, row: Mapping[str, Any], fired: Fired, decide: Decide) -> None:
     """Decide about one schedule, so that trouble with it is nobody else's."""
-    own = Fired()
+    own = Fired(fired.began)
     try:
         with tx.begin_nested():
             decide(tx, row, own)
     except Exception:
         # Any: beat must outlive a single schedule's trouble. A lost connection ends the next line.
         log.exception("schedule.trouble", schedule=row["name"])
-        later = func.clock_timestamp() + timedelta(seconds=RETRY_SECONDS)
-        is_due = (Schedule.name == row["name"], Schedule.next_at <= func.clock_timestamp())
-        tx.execute(update(Schedule).where(*is_due).values(next_at=later))
+        later = func.clock_timestamp() + timedelta(seconds=REST_SECONDS)
+        this = Schedule.name == row["name"]
+        tx.execute(update(Schedule).where(this).values(rests_until=later))
     else:
         fired.add(own)
 
@@ -397,8 +430,11 @@ def _decide(tx: Tx, row: Mapping[str, Any], fired: Fired, now: datetime) -> None
     until = now - delay
     decided, window = row["decided_at"], row["catch_up_window_seconds"]
     due = missed(recurrence, decided, until, row["catch_up"], window, MOST_AT_ONCE)
-    for moment in due.moments:
+    for number, moment in enumerate(due.moments, 1):
         _fire(tx, row, moment, fired)
+        if fired.is_late() and number < len(due.moments):
+            due = Due(due.moments[:number], due.moments[number])
+            break
     if due.next_at is not None and due.next_at <= until:
         # There are more: whoever became due meanwhile is first.
         fired.has_more = True
@@ -521,9 +557,8 @@ def _submit(
     request_id: str | None = None,
 ) -> Plan:
     stored = find_workflow(tx, row["workflow_id"], row["version"])
-    template = Template.compile(row["input"], "/input", Faults(), FIRING_NAMES)
     submission = Submission(
-        input=template.render(_scope(row["name"], moment)),
+        input=_template(row).render(_scope(row["name"], moment)),
         agent_id=row["agent_id"],
         labels=row["labels"],
         priority=row["priority"],
@@ -532,6 +567,21 @@ def _submit(
         schedule=row["name"],
     )
     return engine.submit_run(tx, stored, submission, run_id)
+
+
+_compiled: dict[tuple[str, datetime], Template] = {}
+
+
+def _template(row: Mapping[str, Any]) -> Template:
+    """Return what a schedule says of its input: to compile a large one takes seconds."""
+    key = (row["name"], row["updated_at"])
+    template = _compiled.get(key)
+    if template is None:
+        template = Template.compile(row["input"], "/input", Faults(), FIRING_NAMES)
+        if len(_compiled) >= CACHED_INPUTS:
+            _compiled.clear()
+        _compiled[key] = template
+    return template
 
 
 def _scope(name: str, moment: datetime) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Schedules: each moment decided once, by whoever ticks."""
 
 import itertools
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from threading import Event
@@ -23,6 +24,8 @@ from opscore.errors import (
     ScheduleNotFound,
     WorkflowNotFound,
 )
+from opscore.expressions import FIRING_NAMES, Template
+from opscore.json_values import Faults
 from workers.keeper import LIMIT, TIDY_EVERY, Round
 
 MINUTE = 60.0
@@ -417,11 +420,101 @@ def test_trouble_with_one_schedule_is_nobody_elses(clock: Clock) -> None:
     for name in ("bad", "s"):
         clock.pass_by(61, name)
     assert len(clock.tick().plans) == 1
-    assert clock.firings("bad") == [] and clock.row("bad").next_at > datetime.now(UTC)
+    assert clock.firings("bad") == [] and clock.row("bad").rests_until > datetime.now(UTC)
     clock.execute("DROP TRIGGER refuse ON firings")
-    clock.execute("UPDATE schedules SET agent_id = NULL, priority = 1")
-    clock.pass_by(30, "bad")
+    statement = (
+        "UPDATE schedules SET agent_id = NULL, priority = 1, rests_until = rests_until - :age"
+    )
+    clock.execute(statement, age=timedelta(seconds=30))
     assert len(clock.tick().plans) == 1
+
+
+def test_a_firing_that_waits_and_is_in_trouble_is_left_alone_for_a_while(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock.create(every_seconds=MINUTE, overlap="queue")
+    clock.pass_by(190)
+    (plan,) = clock.tick().plans
+    clock.end(plan.run_id)
+    clock.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$"
+    )
+    clock.execute(
+        "CREATE TRIGGER refuse BEFORE INSERT ON runs FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+    capsys.readouterr()
+    for _ in range(3):
+        assert clock.tick().plans == []
+    assert capsys.readouterr().out.count("] schedule.trouble") == 1, "it was tried every time"
+    assert clock.statuses() == ["started", "waiting", "waiting"]
+    clock.execute("DROP TRIGGER refuse ON runs")
+    clock.execute("UPDATE schedules SET rests_until = now() WHERE name = 's'")
+    assert len(clock.tick().plans) == 1
+
+
+def test_a_change_ends_the_rest_after_trouble(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE)
+    clock.pass_by(61)
+    clock.execute("UPDATE schedules SET rests_until = now() + interval '1 hour'")
+    assert clock.tick().plans == []
+    clock.change(priority=2)
+    assert len(clock.tick().plans) == 1
+
+
+def test_a_tick_ends_soon_however_long_firings_take(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever changes one of its schedules waits for it, and so does whoever follows any run."""
+    for name in ("a", "b"):
+        clock.create(name, every_seconds=MINUTE)
+        clock.pass_by(10.5 * MINUTE, name)
+    monkeypatch.setattr(schedules, "MOST_SECONDS", 0.0)
+    fired = []
+    while not fired or fired[-1].has_more:
+        with clock.database.transaction() as tx:
+            fired.append(schedules.tick(tx, 50))
+    assert max(len(each.plans) for each in fired) == 1
+    for name in ("a", "b"):
+        moments = [firing.moment for firing in clock.firings(name)]
+        assert {b - a for a, b in itertools.pairwise(moments)} == {timedelta(seconds=MINUTE)}
+        assert len(moments) == 10 and clock.row(name).next_at > datetime.now(UTC)
+    names = [name for each in fired for name in each.told]
+    assert len({event["schedule"] for event in names[:4]}) == 2, "each has its turn"
+
+
+def test_what_an_input_says_is_read_once_for_many_firings(clock: Clock) -> None:
+    parts = {"a": ["${firing.at}"] * 5_000, "b": ["x"] * 50_000}
+    began = time.process_time()
+    Template.compile(parts, "", Faults(), FIRING_NAMES)
+    once = time.process_time() - began
+    clock.create(every_seconds=MINUTE, input=parts)
+    clock.pass_by(10.5 * MINUTE)
+    began = time.process_time()
+    assert len(clock.tick().plans) == 10
+    assert time.process_time() - began < 6 * once
+
+
+def test_what_waits_costs_a_tick_a_look_at_each_schedule(clock: Clock) -> None:
+    for number in range(20):
+        clock.create(f"s{number}", every_seconds=MINUTE, overlap="queue")
+        clock.pass_by(MINUTE + 1, f"s{number}")
+    clock.tick()
+    clock.execute(
+        "INSERT INTO firings (schedule, moment, status, by)"
+        " SELECT name, now() - n * interval '1 second', 'waiting', 'schedule'"
+        " FROM schedules, generate_series(1, 100) AS n"
+    )
+
+    def read() -> int:
+        query = "SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE relname = 'firings'"
+        return int(clock.execute(query)[0][0])
+
+    before = read()
+    with clock.database.transaction() as tx:
+        assert schedules.tick(tx, 50).plans == []
+        tx.execute(text("SELECT pg_stat_force_next_flush()"))
+    wait_until(read, says=lambda now: now > before)
+    assert read() - before < 3 * 20
 
 
 # --- Changes ------------------------------------------------------------------------------------

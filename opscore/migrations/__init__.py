@@ -15,7 +15,7 @@ from opscore.errors import ConfigurationError
 if TYPE_CHECKING:
     from alembic.config import Config
 
-NEWEST = "0010"
+NEWEST = "0011"
 """The revision this code knows; said here so that a start need not load Alembic to find it."""
 
 
