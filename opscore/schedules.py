@@ -136,9 +136,12 @@ def change(tx: Tx, name: str, values: Mapping[str, Any], *, by: str | None = Non
         recurrence = _check(tx, row, row["created_at"])
     elif row["enabled"]:
         recurrence = recurrence_of(row)
-    begins_anew = row["enabled"] and not before["enabled"]
-    if begins_anew or any(row[key] != before[key] for key in _TIMES):
+    if any(row[key] != before[key] for key in _TIMES):
         row["decided_at"] = now
+    elif row["enabled"] and not before["enabled"]:
+        # What is missed is missed; what is yet to come by its jitter is not. A moment above `now`
+        # was decided by a clock that was wrong.
+        row["decided_at"] = max(now - _delay(row), min(row["decided_at"], now))
     row |= {"next_at": _next_at(row, recurrence), "rests_until": None, "updated_at": now}
     tx.execute(update(Schedule).where(Schedule.name == name).values(**row))
     told = list(_changes(before, row, by))
@@ -198,11 +201,13 @@ def trigger(tx: Tx, name: str, *, by: str, request_id: str | None = None) -> Pla
 def preview(tx: Tx, name: str, count: int) -> list[datetime]:
     """Return the next moments at which a schedule fires, or would if it were not paused.
 
+    They are without jitter: one that is over is among them as long as it is yet to fire by it.
+
     Raises:
         ScheduleNotFound
     """
     row = _read(tx, name, is_locked=False)
-    return recurrence_of(row).preview(max(_now(tx), row["decided_at"]), count)
+    return recurrence_of(row).preview(max(_now(tx) - _delay(row), row["decided_at"]), count)
 
 
 def recurrence_of(row: Mapping[str, Any]) -> Recurrence:
@@ -244,7 +249,7 @@ def _leave_queue(tx: Tx, name: str, by: str | None) -> list[Told]:
     statement = (
         update(Firing)
         .where(*waiting)
-        .values(status=FiringStatus.SKIPPED, error=error)
+        .values(status=FiringStatus.SKIPPED, error=error, decided_at=func.now())
         .returning(Firing.moment)
     )
     skipped = sorted(tx.execute(statement).scalars())
@@ -503,7 +508,7 @@ def _start_next(tx: Tx, row: Mapping[str, Any], fired: Fired) -> None:
     statement = (
         update(Firing)
         .where(*waits, Firing.moment == first)
-        .values(status=FiringStatus.STARTED, run_id=run_id)
+        .values(status=FiringStatus.STARTED, run_id=run_id, decided_at=func.now())
         .returning(Firing.moment)
     )
     moment = tx.execute(statement).scalar()

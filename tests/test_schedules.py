@@ -244,6 +244,48 @@ def test_nothing_fires_before_it_starts_and_after_it_ends(clock: Clock) -> None:
     assert clock.row().next_at is None and clock.row().enabled
 
 
+def test_what_is_yet_to_come_by_its_jitter_is_not_lost_by_a_pause(clock: Clock) -> None:
+    clock.create(every_seconds=600.0, jitter_seconds=3000.0)
+    row = clock.row()
+    delay = (row.next_at - row.created_at).total_seconds() - 600
+    assert delay > 30
+    clock.pass_by(600 + delay / 2)  # its moment has come, its time has not
+    due = clock.row().next_at
+    clock.change(enabled=False)
+    with clock.database.transaction() as tx:
+        first, *_ = schedules.preview(tx, "s", 3)
+    clock.change(enabled=True)
+    assert clock.row().next_at == due == first + timedelta(seconds=delay)
+    with clock.database.transaction() as tx:
+        assert schedules.preview(tx, "s", 1) == [first]
+    clock.pass_by(delay / 2 + 1)
+    assert len(clock.tick().plans) == 1
+    clock.change(enabled=False)
+    clock.pass_by(600)
+    clock.change(enabled=True)
+    assert clock.tick().plans == [], "what is missed while it is paused stays missed"
+
+
+def test_after_a_wrong_clock_a_pause_has_a_schedule_go_on_and_fire_nothing_twice(
+    clock: Clock,
+) -> None:
+    clock.create(every_seconds=600.0)
+    clock.pass_by(1205)
+    assert len(clock.tick().plans) == 2
+    clock.set_clock(-1200)  # `created_at` and the moments stay where they are in time
+    clock.execute("UPDATE firings SET moment = moment + interval '1200 seconds'")
+    assert clock.row().next_at > datetime.now(UTC) + timedelta(seconds=1200)
+    assert clock.tick().plans == []
+    for enabled in (False, True):
+        clock.change(enabled=enabled)
+    assert clock.row().next_at < datetime.now(UTC) + timedelta(seconds=600)
+    for fires in (0, 0, 1):
+        clock.pass_by(600)
+        assert len(clock.tick().plans) == fires
+    runs = [firing.run_id for firing in clock.firings()]
+    assert len(runs) == len(set(runs)) == 3
+
+
 # --- Overlap ------------------------------------------------------------------------------------
 
 
@@ -281,8 +323,11 @@ def test_firings_wait_for_the_run_before(clock: Clock) -> None:
     assert clock.statuses() == ["started", "waiting", "waiting"]
     assert clock.tick().plans == []
     clock.end(plan.run_id)
+    clock.execute("UPDATE firings SET decided_at = decided_at - interval '1 hour'")
     assert len(clock.tick().plans) == 1
     assert clock.statuses() == ["started", "started", "waiting"]
+    first, second, _ = clock.firings()
+    assert second.decided_at - first.decided_at > timedelta(minutes=59)
 
 
 def test_one_of_eight_who_tick_starts_the_firing_that_waits(clock: Clock) -> None:

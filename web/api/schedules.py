@@ -120,7 +120,10 @@ def trigger(key: str | None, name: str) -> Any:
 
 @blueprint.operation("GET", "/<name>/preview", Answers(schema=Preview), query=PreviewArguments)
 def preview(wanted: dict[str, Any], name: str) -> Any:
-    """List the next moments at which a schedule fires, its jitter not counted."""
+    """List the next moments at which a schedule fires, its jitter not counted.
+
+    One that is over stands there as long as it is yet to fire by its jitter.
+    """
     with database().transaction() as tx:
         return {"items": schedules.preview(tx, name, wanted["count"])}
 
