@@ -1,8 +1,12 @@
 """Schedules: each moment decided once, by whoever ticks."""
 
 import itertools
+import random
 import time
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from threading import Event
 from typing import Any
@@ -20,12 +24,15 @@ from opscore.errors import (
     AgentNotFound,
     InvalidInput,
     InvalidRequest,
+    RunFinished,
     ScheduleExists,
     ScheduleNotFound,
+    WorkflowArchived,
     WorkflowNotFound,
 )
 from opscore.expressions import FIRING_NAMES, Template
 from opscore.json_values import Faults
+from opscore.states import CatchUp, Overlap
 from workers.keeper import LIMIT, TIDY_EVERY, Round
 
 MINUTE = 60.0
@@ -286,6 +293,54 @@ def test_after_a_wrong_clock_a_pause_has_a_schedule_go_on_and_fire_nothing_twice
     assert len(runs) == len(set(runs)) == 3
 
 
+def test_every_second_and_up_to_a_day_later_it_fires_every_second(clock: Clock) -> None:
+    clock.create(every_seconds=1.0, jitter_seconds=86_400.0, catch_up="none")
+    row = clock.row()
+    delay = (row.next_at - row.created_at).total_seconds() - 1
+    assert 60 < delay < 86_400
+    clock.pass_by(delay)
+    assert clock.tick().plans == []
+    for _ in range(3):
+        clock.pass_by(1)
+        assert len(clock.tick().plans) == 1
+    first = clock.firings()[0].moment
+    assert first == clock.row().created_at + timedelta(seconds=1)
+    assert clock.row().next_at - clock.firings()[-1].moment == timedelta(seconds=delay + 1)
+
+
+@pytest.mark.parametrize(("catch_up", "fired"), [("none", 0), ("last", 1), ("all", 3)])
+@pytest.mark.parametrize("missed", [0.0, -0.001])
+def test_an_end_that_is_a_moment_fires_and_none_after_it(
+    clock: Clock, catch_up: str, fired: int, missed: float
+) -> None:
+    clock.create(every_seconds=MINUTE, catch_up=catch_up)
+    row = clock.row()
+    end = row.created_at + timedelta(seconds=3 * MINUTE + missed)
+    clock.execute("UPDATE schedules SET end_at = :end", end=end)
+    clock.set_clock(DAYS_3)
+    statement = "UPDATE schedules SET end_at = end_at - :age, catch_up_window_seconds = 400000"
+    clock.execute(statement, age=timedelta(seconds=DAYS_3))
+    count = min(fired, 3 if missed == 0 else 2)
+    assert len(clock.tick().plans) == count
+    end = clock.row().end_at
+    assert clock.row().next_at is None and all(firing.moment <= end for firing in clock.firings())
+    assert clock.tick().plans == []
+
+
+def test_a_schedule_of_a_version_fires_whatever_the_newest_wants(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE, version=1)
+    clock.define(inputSchema={"required": ["ticket"]})
+    clock.pass_by(61)
+    (plan,) = clock.tick().plans
+    (run,) = clock.execute("SELECT version FROM runs WHERE id = :id", id=plan.run_id)
+    assert run.version == 1
+    clock.change(priority=2)
+    with pytest.raises(InvalidInput):
+        clock.change(version=None)
+    with pytest.raises(InvalidInput):
+        clock.change(version=2)
+
+
 # --- Overlap ------------------------------------------------------------------------------------
 
 
@@ -367,6 +422,29 @@ def test_what_waits_while_a_schedule_is_paused_goes_on_waiting(clock: Clock) -> 
     assert clock.tick().plans == []
     clock.change(enabled=True)
     assert len(clock.tick().plans) == 1
+
+
+def test_a_full_queue_outlives_a_pause_and_goes_on_in_order(clock: Clock) -> None:
+    clock.create(every_seconds=MINUTE, overlap="queue")
+    clock.pass_by(130.5 * MINUTE)
+    (plan,) = clock.tick().plans
+    expected = ["started"] + ["waiting"] * 100 + ["skipped"] * 29
+    assert clock.statuses() == expected
+    clock.change(enabled=False)
+    clock.end(plan.run_id)
+    clock.pass_by(10 * MINUTE)
+    assert clock.tick().plans == [] and clock.statuses() == expected
+    clock.change(enabled=True)
+    for number in range(1, 4):
+        (plan,) = clock.tick().plans
+        assert clock.firings()[number].run_id == plan.run_id
+        assert clock.tick().plans == []
+        clock.end(plan.run_id)
+    clock.change(enabled=False)
+    clock.change(overlap="skip")
+    assert clock.statuses() == ["started"] * 4 + ["skipped"] * 126
+    told = [data["reason"] for type, data in clock.events() if type == "skipped"]
+    assert told == ["queue_full"] * 29 + ["overlap"] * 97
 
 
 def test_paused_schedules_stand_in_nobodys_way(clock: Clock) -> None:
@@ -978,3 +1056,143 @@ def test_who_forgets_firings_disturbs_neither_beats_nor_who_deletes_the_schedule
     for name in names:
         assert len(clock.firings(name)) == (0 if name in names[:6] else 100)
     assert len(plans) == len({plan.run_id for plan in plans}) >= 6 * 30
+
+
+# --- All at once --------------------------------------------------------------------------------
+
+
+class Crowd:
+    """Beats, people and workers, each at some schedules at random, all at the same time."""
+
+    NAMES = tuple(f"s{number}" for number in range(6))
+
+    def __init__(self, clock: Clock, seed: int) -> None:
+        self.clock = clock
+        self.chance = random.Random(seed)
+        self.ends_at = time.monotonic() + 5
+        self.wakes = Event()
+
+    def play(self) -> None:
+        for name in self.NAMES:
+            self.create(name)
+        often = {self.tick: 3, self.change: 1, self.end_runs: 1, self.let_time_pass: 1}
+        seldom = {self.trigger: 0.05, self.forget: 0.05, self.archive: 0.2, self.replace: 0.4}
+        acts = [(act, 0.0) for act, number in often.items() for _ in range(number)]
+        acts += seldom.items()
+        with ThreadPoolExecutor(len(acts)) as threads:
+            for future in [threads.submit(self._again, *act) for act in acts]:
+                future.result()
+        self.clock.tick()
+
+    def _again(self, act: Callable[[], Any], pause: float) -> None:
+        while time.monotonic() < self.ends_at:
+            with suppress(ScheduleNotFound, ScheduleExists, WorkflowArchived):
+                act()
+            self.wakes.wait(pause)
+
+    def one(self) -> str:
+        return self.chance.choice(self.NAMES)
+
+    def create(self, name: str) -> None:
+        overlap = self.chance.choice(list(Overlap))
+        self.clock.create(name, every_seconds=1.0, overlap=str(overlap))
+
+    def tick(self) -> None:
+        with self.clock.database.transaction() as tx:
+            schedules.tick(tx, 3)
+
+    def change(self) -> None:
+        values: list[dict[str, Any]] = [
+            *([{"enabled": True}] * 3 + [{"enabled": False}]),
+            *([{"overlap": str(overlap)} for overlap in Overlap] * 2),
+            *({"catch_up": str(catch_up)} for catch_up in CatchUp),
+            *({"every_seconds": float(seconds)} for seconds in (1, 2)),
+        ]
+        self.clock.change(self.one(), **self.chance.choice(values))
+
+    def trigger(self) -> None:
+        with self.clock.database.transaction() as tx:
+            schedules.trigger(tx, self.one(), by="key:test")
+
+    def replace(self) -> None:
+        name = self.one()
+        with self.clock.database.transaction() as tx:
+            schedules.remove(tx, name)
+        self.create(name)
+
+    def end_runs(self) -> None:
+        for row in self.clock.execute("SELECT id FROM runs WHERE finished_at IS NULL LIMIT 5"):
+            with suppress(RunFinished):
+                self.clock.end(row.id)
+
+    def let_time_pass(self) -> None:
+        self.clock.set_clock(self.chance.choice([5.0, 20.0, -1.0]), self.one())
+
+    def forget(self) -> None:
+        with self.clock.database.autocommit() as tx:
+            schedules.forget_firings(tx, 1, 100)
+
+    def archive(self) -> None:
+        with self.clock.database.transaction() as tx:
+            workflows.archive_workflow(tx, "w", "key:test")
+        self.wakes.wait(0.05)
+        with self.clock.database.transaction() as tx:
+            workflows.restore_workflow(tx, "w")
+
+
+BOUNDS = ("created", "deleted")
+DECIDED = ("fired", "skipped", "queued", "not_fired")
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_whatever_comes_together_every_moment_is_decided_once_and_told(
+    clock: Clock, seed: int
+) -> None:
+    Crowd(clock, seed).play()
+    kinds = Counter[str]()
+    for name in Crowd.NAMES:
+        events = [("created", {}), *clock.events(name)]
+        kinds.update(type for type, _ in events)
+        started = [data["runId"] for type, data in events if type in ("fired", "triggered")]
+        runs = clock.execute("SELECT id FROM runs WHERE schedule = :n", n=name)
+        assert len(started) == len(set(started)) and set(started) == {str(row.id) for row in runs}
+        there = {moment_of(firing): firing for firing in clock.firings(name)}
+        assert there.keys() == judge(events)
+        for moment, status in statuses_told(events).items():
+            assert there[moment].status == status
+    assert all(kinds[kind] for kind in ("skipped", "queued", "triggered", "paused", "deleted"))
+    assert kinds["fired"] > 10
+
+
+def judge(events: list[tuple[str, dict[str, Any]]]) -> set[str]:
+    """Hold a schedule's events against each other; return the moments of its present life."""
+    lives: list[set[str]] = []
+    is_paused = False
+    waiting: set[str] = set()
+    for type, data in events:
+        moment = data.get("moment", "")
+        if type in BOUNDS:
+            lives.append(set())
+            is_paused, waiting = False, set()
+        elif type in ("paused", "resumed"):
+            assert is_paused is (type == "resumed")
+            is_paused = type == "paused"
+        elif type in DECIDED and moment in waiting:
+            assert type in ("fired", "skipped", "not_fired")
+            assert not is_paused or type == "skipped"  # as nothing of it waits any more
+            waiting.remove(moment)
+        elif type in (*DECIDED, "triggered"):
+            assert not is_paused or type == "triggered"
+            assert moment not in lives[-1]
+            lives[-1].add(moment)
+            waiting |= {moment} if type == "queued" else set()
+    return lives[-1]
+
+
+def statuses_told(events: list[tuple[str, dict[str, Any]]]) -> dict[str, str]:
+    """Return what the newest event says of each moment of the schedule's present life."""
+    said = {"fired": "started", "triggered": "started", "skipped": "skipped", "queued": "waiting"}
+    last = max(number for number, (type, _) in enumerate(events) if type in BOUNDS)
+    return {
+        data["moment"]: said.get(type, "failed") for type, data in events[last:] if "moment" in data
+    }
