@@ -75,7 +75,7 @@ def test_the_tours_run_as_they_are_written() -> None:
         *("completed {", "run.completed", "release version 1"),
         *("because:  start_at", " is cancelled.", " is paused.", "\nRun "),
         *("Approved; run ", "Looks good.", "Rejected; see run ", "Not today."),
-        *("error:\n  list: ", "(gave_up)", "\nRun ", "Approved; run ", "All is well."),
+        *("error:\n  Task list: ", "(gave_up)", "\nRun ", "Approved; run ", "All is well."),
         *("name:     nightly", "IN\n", "output:\n  {", "started", "completed", "every 15 min"),
         *("next:     paused", "look is archived.", "look is not archived.", "Deleted nightly."),
         *("schedule.deleted", "schedule.paused", "schedule.changed", "schedule.triggered"),

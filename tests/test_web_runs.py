@@ -356,6 +356,14 @@ def test_a_fault_has_every_member_also_where_nothing_is_known_of_it(client: Clie
     assert attempt["error"] == {**FAULT, "traceback": None}
 
 
+def test_a_run_that_failed_says_with_which_task(client: Client) -> None:
+    known = {"taskId": str(uuid4()), "taskDefinitionId": "fetch"}
+    with client.database.transaction() as tx:
+        run_id = add_run(tx, "failed", error={**FAULT, **known})
+    assert client.get(f"/runs/{run_id}").json["error"] == {**FAULT, "taskId": known["taskId"]}
+    assert client.get("/runs").json["items"][0]["error"]["taskId"] == known["taskId"]
+
+
 def test_events_are_followed_from_where_one_was(client: Client) -> None:
     run_id, task_id = busy_run(client)
     page = client.get(f"/runs/{run_id}/events?limit=1").json

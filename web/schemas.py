@@ -291,7 +291,9 @@ class RunFault(Fault):
     """Why a run failed."""
 
     task_id = fields.Raw(
-        allow_none=True, metadata=_about("The task that failed, if one did.", type="string")
+        attribute="taskId",
+        allow_none=True,
+        metadata=_about("The task that failed, if one did.", type="string"),
     )
 
 

@@ -243,8 +243,7 @@ def _show(run: Mapping[str, Any]) -> None:
 
 def _end(run: Mapping[str, Any]) -> None:
     if run["error"]:
-        where = f"{run['error']['taskId']}: " if run["error"]["taskId"] else ""
-        output.block("error", f"{where}{run['error']['message']} ({run['error']['code']})")
+        output.block("error", f"{run['error']['message']} ({run['error']['code']})")
     elif run["status"] == "completed":
         output.block("output", run["output"])
     elif run["status"] == "cancelled":
