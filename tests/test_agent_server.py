@@ -30,8 +30,9 @@ from test_fleet import KEY, LONG, SECRET, Desk, signed
 from werkzeug.serving import make_server
 
 from opscore import AgentBusy, Context, GiveUp, RetryLater, agents, engine
-from opscore.agentkit import Completed
+from opscore.agentkit import Completed, Registry
 from opscore.errors import ConfigurationError
+from opscore.remote import Accepted
 from opscore.sdk import agent_jobs, agent_orders
 from opscore.sdk.agent_server import AgentServer
 from web.app import create_app
@@ -418,7 +419,8 @@ def test_beyond_its_capacity_it_is_busy_and_says_when_there_is_room(desk: Desk, 
         assert len(work.calls) == 2
         before = len(desk.states("a"))
         work.gate.set()
-        wait_until(lambda: desk.states("a")[before:], says=lambda new: new[-1:] == ["idle"])
+        wait_until(lambda: desk.states("a")[before:], seconds=5)  # long before it is due
+        assert desk.states("a")[-1] == "idle"
         assert Order(desk, "t3", attempt=2).to(url).status == 200
 
 
@@ -487,6 +489,39 @@ def test_a_newer_attempt_is_answered_with_what_an_older_one_began(desk: Desk, wo
         second = in_background(lambda: Order(desk, attempt=2).to(url))
         work.gate.set()
         assert [answer().body["result"]["call"] for answer in (first, second)] == [1, 1]
+
+
+@pytest.mark.parametrize("is_first_accepted", [True, False])
+def test_what_is_answered_to_the_newer_attempt_is_not_reported_as_well(
+    desk: Desk, work: Work, caplog: pytest.LogCaptureFixture, is_first_accepted: bool
+) -> None:
+    caplog.set_level(logging.INFO, "opscore.sdk")
+    first, second = Order(desk, seconds=5), Order(desk, attempt=2)
+    with serving(desk, work, answer_seconds=LONG) as url:
+        older = in_background(lambda: first.to(url))  # waits for half of its time
+        wait_until(lambda: work.calls)
+        if is_first_accepted:
+            assert older().status == 202
+        newer = in_background(lambda: second.to(url))
+        wait_until(lambda: [text for text in caplog.messages if "takes over" in text])
+        assert older().status == 202
+        work.gate.set()
+        assert newer().body["result"]["call"] == 1
+    assert results(desk) == []
+
+
+def test_what_is_over_for_an_older_attempt_goes_on_for_the_newer(work: Work) -> None:
+    jobs = some_jobs(work)
+    first, second = an_order("t", 1), an_order("t", 2)
+    assert jobs.ask(first, 0) == Accepted()
+    ((job, order),) = jobs.accepted()
+    assert jobs.ask(second, 0) == Accepted()
+    jobs.settle(job, order)
+    wait_until(lambda: work.contexts)
+    assert not work.contexts[0].cancelled
+    work.gate.set()
+    given = wait_until(jobs.next_report)
+    assert given is not None and given[1] is second
 
 
 def test_an_older_attempt_that_comes_late_changes_nothing(desk: Desk, work: Work) -> None:
@@ -568,6 +603,23 @@ def test_what_was_told_to_stop_is_not_taken_over(desk: Desk) -> None:
     assert results(desk) == []
 
 
+def test_what_ran_out_of_time_is_not_taken_over(desk: Desk) -> None:
+    gate = threading.Event()
+    contexts: list[Context] = []
+
+    def stubborn(parameters: Parameters, context: Context) -> Any:
+        contexts.append(context)
+        if context.attempt == 1:
+            gate.wait(LONG)
+        return context.attempt
+
+    with serving(desk, stubborn, capacity=2, answer_seconds=0.5) as url:
+        assert Order(desk, seconds=0.4).to(url).status == 202
+        wait_until(lambda: contexts[0].cancelled)
+        assert Order(desk, attempt=2).to(url).body["result"] == 2
+        gate.set()
+
+
 def test_what_ends_late_does_not_replace_what_a_newer_attempt_came_to(desk: Desk) -> None:
     gate, ended = threading.Event(), threading.Event()
 
@@ -589,23 +641,35 @@ def test_what_ends_late_does_not_replace_what_a_newer_attempt_came_to(desk: Desk
     assert results(desk) == []
 
 
-def test_so_many_results_are_kept(desk: Desk) -> None:
-    calls: list[str] = []
-    server = server_for(desk.url)
+def some_jobs(function: Function, **options: Any) -> agent_jobs.Jobs:
+    registry = Registry()
+    registry.agent("a")(function)
+    return agent_jobs.Jobs(registry["a"], 1, **options)
 
-    @server.agent
+
+def an_order(task: str, attempt: int, **parameters: Any) -> agent_orders.Order:
+    return agent_orders.Order(
+        task_id=task,
+        run_id="r",
+        token=str(uuid4()),
+        attempt=attempt,
+        parameters=parameters,
+        deadline=datetime.now(UTC) + timedelta(seconds=LONG),
+        seconds=LONG,
+    )
+
+
+def test_so_many_results_are_kept() -> None:
+    calls: list[str] = []
+
     def sized(parameters: Parameters, context: Context) -> Any:
         calls.append(context.task_id)
         return "x" * parameters["size"]
 
-    jobs = agent_jobs.Jobs(server._registry["a"], 1, most_kept=3, most_kept_bytes=1000)
+    jobs = some_jobs(sized, most_kept=3, most_kept_bytes=1000)
 
     def ask(task: str, attempt: int, size: int = 0) -> None:
-        more = {"deadline": datetime.now(UTC), "seconds": LONG, "parameters": {"size": size}}
-        order = agent_orders.Order(
-            task_id=task, run_id="r", token=str(uuid4()), attempt=attempt, **more
-        )
-        assert isinstance(jobs.ask(order, LONG), Completed)
+        assert isinstance(jobs.ask(an_order(task, attempt, size=size), LONG), Completed)
 
     for task in ("a", "b", "c", "d"):
         ask(task, 1)
@@ -834,6 +898,11 @@ def test_bodies_that_are_too_large_are_refused_unread(desk: Desk) -> None:
         assert "2,000" in answer.body["detail"]
 
 
+def test_who_sends_too_much_hears_so(desk: Desk) -> None:
+    with serving(desk, echo, max_body_bytes=8 * 2**20) as url:
+        assert Order(desk, payload={"text": "x" * 24 * 2**20}).to(url).status == 413
+
+
 def test_what_a_task_may_be_given_is_taken(desk: Desk) -> None:
     with serving(desk, lambda parameters, _: len(parameters["text"])) as url:
         answer = Order(desk, payload={"text": "x" * 17 * 2**20}).to(url)
@@ -918,6 +987,24 @@ def test_what_outlasts_the_grace_is_handed_back(desk: Desk) -> None:
         assert contexts[0].cancelled
         gate.set()
     assert notices(desk) == ["REGISTER", "DEREGISTER"], "by which opscore takes it back"
+
+
+def test_it_stops_when_it_has_answered(desk: Desk) -> None:
+    answering = threading.Event()
+
+    class Slow(AgentServer):
+        def __call__(self, *request: Any) -> Any:
+            answering.set()
+            threading.Event().wait(0.3)
+            return super().__call__(*request)
+
+    server = Slow("a", api_url=desk.url, api_key=KEY, webhook_secret=SECRET)
+    server.agent(echo)
+    with server.serving() as url:
+        answer = in_background(lambda: send(f"{url}/health", "GET"))
+        answering.wait(LONG)
+    assert not [one for one in threading.enumerate() if "process_request" in one.name]
+    assert answer().status == 200
 
 
 # --- Its settings ---------------------------------------------------------------------------------
@@ -1263,7 +1350,7 @@ server = AgentServer(
     os.environ["AGENT"],
     url=f"http://127.0.0.1:{os.environ['PORT']}",
     answer_seconds=0.1,
-    heartbeat_seconds=1,
+    heartbeat_seconds=2,
     grace_seconds=0.3,
 )
 

@@ -22,7 +22,7 @@ from opscore.sdk.agent_orders import Order
 
 CALL_SECONDS = 10.0
 """For the API to take or give the next bytes of a call."""
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 15.0
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 5.0
 """Before what was not answered is sent again: twice as long each time, with jitter."""
 BEATS = 3
 """In the time after which opscore takes a silent agent for dead."""
