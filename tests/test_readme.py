@@ -101,7 +101,7 @@ def test_the_remote_agent_it_shows_is_the_example() -> None:
 
 def test_the_agent_it_shows_runs_as_pasted() -> None:
     source = python_with("# my_agents.py")
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"__name__": "my_agents"}
     exec(source, names)
     from opscore import AgentBusy, Context
 
