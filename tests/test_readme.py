@@ -113,6 +113,22 @@ def test_the_agent_it_shows_runs_as_pasted() -> None:
         write({"topic": "queues", "quota": 0}, Context.for_testing())
 
 
+def test_the_unit_test_it_shows_passes_as_pasted(tmp_path: Path) -> None:
+    agents, test = python_with("# my_agents.py"), python_with("opscore.testing")
+    digest, _ = re.findall(r"```yaml\n(.+?)```", README, re.DOTALL)
+    for name, source in [("my_agents.py", agents), ("support-digest.yaml", digest)]:
+        (tmp_path / name).write_text(source)
+    (tmp_path / "test_digest.py").write_text(test)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_digest.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
 def test_the_workflows_and_the_client_it_shows_run_on_the_agents_it_shows(
     servers: Servers,
     tmp_path: Path,

@@ -5,9 +5,9 @@ outcome. Nothing in here knows of a database, a broker or a run's fate: what an 
 engine's.
 """
 
-from opscore.agentkit.calling import Busy, Completed, Failed, Outcome, call
+from opscore.agentkit.calling import Busy, Completed, Failed, Outcome, call, timed_out
 from opscore.agentkit.context import Context, LogEntry, Progress
-from opscore.agentkit.function import FunctionAgent, Registry, agent, load_agents
+from opscore.agentkit.function import FunctionAgent, Registry, agent, declared, load_agents
 
 __all__ = [
     "Busy",
@@ -21,5 +21,7 @@ __all__ = [
     "Registry",
     "agent",
     "call",
+    "declared",
     "load_agents",
+    "timed_out",
 ]

@@ -207,6 +207,11 @@ def _let_worker_end(error: BaseException) -> None:
 
 def _timed_out(seconds: float, context: Context) -> Failed:
     context.cancel()  # for what the agent may have left running in threads of its own
+    return timed_out(seconds)
+
+
+def timed_out(seconds: float) -> Failed:
+    """Return what came of an agent that was not done within its limit."""
     return Failed("timeout", f"The agent did not finish within {seconds:g} s.")
 
 

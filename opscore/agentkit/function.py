@@ -104,6 +104,10 @@ class Registry(Mapping[str, FunctionAgent]):
             )
         self._agents[agent.agent_id] = agent
 
+    def declared(self, function: object) -> FunctionAgent | None:
+        """Return what `@agent` above this very function says; None if there is none."""
+        return next((a for a in self._agents.values() if a.function is function), None)
+
     def load(self, modules: Sequence[str]) -> Self:
         """Import `modules` from the Python path or the current folder; return all agents declared.
 
@@ -141,6 +145,7 @@ class Registry(Mapping[str, FunctionAgent]):
 
 _REGISTRY = Registry()
 agent = _REGISTRY.agent
+declared = _REGISTRY.declared
 load_agents = _REGISTRY.load
 
 
