@@ -22,12 +22,11 @@ from uuid import UUID
 
 from opscore import work
 from opscore.agentkit import Busy, Completed, Context, Failed, Outcome, timed_out
-from opscore.config import MAX_GATHERED_BYTES
 from opscore.definition import Busy as BusyWait
 from opscore.definition import Child, Definition, Find, ForEach, Retry, TaskSpec
 from opscore.errors import Invalid
 from opscore.expressions import ExpressionError
-from opscore.json_values import fresh
+from opscore.json_values import MAX_GATHERED_BYTES, fresh
 from opscore.states import RUN_ENDED, TASK_ENDED, Reason
 from opscore.work import Claimed, Failure, Wait
 

@@ -1,4 +1,4 @@
-"""What `pip install opscore` brings, without any extra, is enough for clients and agents."""
+"""What `pip install opscore` brings is enough for clients and agents, as the README says."""
 
 import subprocess
 import sys
@@ -38,21 +38,25 @@ def required(name: str | None, extra: str = "") -> set[str]:
         settings = ConfigParser()
         settings.read(ROOT / "setup.cfg")
         wanted = settings["options"]["install_requires"].splitlines()
+        if extra:
+            wanted += settings["options.extras_require"][extra].splitlines()
     else:
         wanted = requires(name) or []
     found = set()
     for line in filter(None, wanted):
         requirement = Requirement(line)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+        if name is None or (
+            requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+        ):
             found.add(distribution(requirement.name).metadata["Name"].lower())
             for below in requirement.extras or {""}:
                 found |= required(requirement.name, below)
     return found
 
 
-def run(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def run(program: str, *arguments: str, extra: str = "") -> "subprocess.CompletedProcess[str]":
     """Run a program where only what is required can be imported."""
-    brought = required(None)
+    brought = required(None, extra)
     others = [
         module
         for module, owners in packages_distributions().items()
@@ -81,3 +85,9 @@ def test_the_command_line_works_and_says_what_servers_need() -> None:
         said = run(COMMAND, *command)
         assert (said.returncode, said.stdout) == (1, ""), said.stderr
         assert "pip install 'opscore[server]'" in said.stderr and "Traceback" not in said.stderr
+
+
+def test_playing_workflows_needs_what_its_extra_brings() -> None:
+    assert run("import opscore.testing").returncode == 1
+    done = run("import opscore.testing", extra="testing")
+    assert done.returncode == 0, done.stderr
