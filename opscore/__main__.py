@@ -6,6 +6,7 @@ Each command imports what it needs when it is called, so that `opscore --help` i
 import os
 import sys
 import warnings
+from errno import EPIPE
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -36,6 +37,11 @@ class _Main(Group):
             if error.code == "stopped":
                 sys.exit(INTERRUPTED)
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno in (None, EPIPE):  # who reads has left: click knows
+                raise
+            what = error.filename or "output"
+            raise click.ClickException(f"{error.strerror}: {what}.") from error
         except ModuleNotFoundError as error:
             if (error.name or "opscore").partition(".")[0] in ("opscore", "web", "workers"):
                 raise

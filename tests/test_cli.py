@@ -10,9 +10,12 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from stack import API_KEY, ROOT, Servers, running_stack, wait_until
 from test_web_process import free_port, serving
 
 from opscore.__main__ import main
+from opscore.cli.session import read_stack
 
 REPORT = {
     "id": "report",
@@ -263,6 +267,112 @@ def test_faults_of_a_definition_are_shown_all_with_their_places(desk: Desk) -> N
         said = desk.run("workflow", verb, "-", input=json.dumps(document))
         assert said.code == 1 and said.err.count("\n  /tasks/") >= 2
     assert desk.run("workflow", "show", "w").code == 1
+
+
+EVIL = "\x1b[2J\x1b]0;mine\x07\x9b31m"
+
+
+@contextmanager
+def answering(status: int, kind: str, body: str) -> Iterator[str]:
+    """Serve the same answer to everything; give the URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body.encode())))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "body", ["{}", '{"items": [1], "nextCursor": null}', "[1]", f"<html>{EVIL}</html>"]
+)
+def test_what_answers_nonsense_is_told_in_a_sentence(desk: Desk, body: str) -> None:
+    with answering(200, "application/json", body) as url:
+        said = desk.run("run", "list", "--api-url", url)
+        assert said.code == 1 and f"{url}" in said.err and "not opscore" in said.err
+        said = desk.run("doctor", "--json", "--api-url", url)
+        assert said.code == 1 and "not opscore" in f"{said.out}{said.err}"
+
+
+def test_no_error_of_the_api_moves_the_cursor(desk: Desk) -> None:
+    problem = {
+        "detail": f"There is no {EVIL}.",
+        "code": "internal_error",
+        "errors": {f"/{EVIL}": [EVIL, "second"]},
+        "requestId": EVIL,
+    }
+    for body in (json.dumps(problem), f"<p>{EVIL}</p>"):
+        with answering(500, "application/problem+json", body) as url:
+            for words in (["run", "list"], ["doctor"]):
+                code, drawn = on_terminal(desk, *words, "--api-url", url, NO_COLOR="1")
+                assert code == 1 and not set(drawn) & {"\x1b", "\x07", "\x9b"}, drawn
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("workflow push folder", "folder cannot be read: Is a directory"),
+        ("workflow push latin.yaml", "latin.yaml cannot be read: 'utf-8'"),
+        ("workflow push empty.yaml", "empty.yaml is empty"),
+        ("workflow push - - < one.yaml", "can be read once"),
+        ("workflow push - <&-", "cannot be read: it is closed"),
+        ("run submit report - <&-", "cannot be read: it is closed"),
+        ("run submit report @deep.json", "this is no JSON"),
+        ("run list > /dev/full", "No space left on device"),
+        ("run list -l a=$(head -c 70000 /dev/zero | tr '\\0' x)", "no URL can be made"),
+        ("run show $(head -c 70000 /dev/zero | tr '\\0' x)", "too long for an id"),
+    ],
+)
+def test_what_cannot_be_read_or_written_is_told_in_a_sentence(
+    desk: Desk, script: str, said: str
+) -> None:
+    folder = desk.folder / "odd"
+    (folder / "folder").mkdir(parents=True, exist_ok=True)
+    (folder / "latin.yaml").write_bytes(b"id: w\xff")
+    (folder / "empty.yaml").write_text("\n")
+    (folder / "one.yaml").write_text("id: w\ntasks: [{taskId: a, agentId: echo}]\n")
+    (folder / "deep.json").write_text("[" * 100_000)
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m opscore {script}"],
+        cwd=folder,
+        env=desk.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == (1 if "full" in script else 2)
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("text", ["OPSCORE_API_URL='http", "\ud8ff", "FOO=1", None])
+def test_a_foreign_file_of_a_stack_is_named(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "opscore.env"
+    if text is None:
+        file.mkdir()
+    else:
+        file.write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(click.UsageError, match=str(file)):
+        read_stack(tmp_path)
+
+
+def test_of_several_files_it_tells_which_was_refused(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("id: one\ntasks: [{taskId: a, agentId: echo}]\n")
+    (tmp_path / "two.yaml").write_text("id: two\ntasks: []\n")
+    files = [str(tmp_path / name) for name in ("one.yaml", "two.yaml")]
+    said = desk.run("workflow", "push", *files)
+    assert said.code == 1 and said.err.startswith(f"{files[1]}: not created; before it: one vers")
+    assert json.loads(desk.run("workflow", "push", *files, "--json").err)["error"]["status"] == 422
 
 
 # --- Workflows and runs -------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def get_state(session: Session, agent_id: str) -> None:
 def update_state(session: Session, agent_id: str, state: str, details: Any) -> None:
     """Report an agent's state, as the agent itself would."""
     answer = session.client.update_state(agent_id, state, details)
-    session.show(answer, lambda: click.echo(answer["message"]))
+    session.show(answer, lambda: output.say(answer["message"]))
 
 
 @agent.command(examples=("opscore agent history summarizer -n 5",))
@@ -135,7 +135,7 @@ def set_capacity(session: Session, agent_id: str, capacity: int) -> None:
 
 def _changed(session: Session, found: Mapping[str, Any]) -> None:
     said = f"{found['agentId']}: takes work: {_takes_work(found)}; running {_running(found)}."
-    session.show(found, lambda: click.echo(output.plain(said)))
+    session.show(found, lambda: output.say(said))
 
 
 def _takes_work(agent: Mapping[str, Any]) -> str:

@@ -4,7 +4,9 @@ What agents and users wrote is printed without control characters: nobody's outp
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -39,6 +41,7 @@ LONGEST_VALUE = 60
 """Characters of a value in a table."""
 
 _BLANKS = dict.fromkeys("\t\r\n", " ")
+_NOT_ASCII = re.compile("[^\n -~]")
 
 Column = tuple[str, Callable[[Any], Any]]
 """A heading, and what stands below it of a row."""
@@ -57,10 +60,29 @@ def plain(value: Any) -> str:
     """Return a value as text that a terminal cannot take for orders."""
     if value is None:
         return NOTHING
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else as_json(value)
     return "".join(
         c if c.isprintable() else _BLANKS.get(c, "\N{REPLACEMENT CHARACTER}") for c in text
     )
+
+
+def lines(text: str) -> str:
+    """Return text of several lines as `plain` has each of them."""
+    return "\n".join(map(plain, text.splitlines()))
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print text that holds what others wrote."""
+    click.echo(lines(text), err=err)
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON; what is no visible character, and may be an order, is escaped."""
+    return _NOT_ASCII.sub(_escaped, json.dumps(value, indent=indent, ensure_ascii=False))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1]
 
 
 def cell(value: Any) -> "Text":
@@ -113,7 +135,7 @@ def details(members: Mapping[str, Any]) -> None:
 def block(head: str, value: Any) -> None:
     """Print a value that may be large, as indented JSON below a heading."""
     click.echo(f"{head}:")
-    text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
+    text = value if isinstance(value, str) else as_json(value, indent=2)
     for line in text.splitlines():
         click.echo(f"  {plain(line)}")
 
@@ -126,7 +148,12 @@ def short(value: Any) -> str:
 
 def moment(text: str | None) -> str | None:
     """Return a moment of the API in this machine's time, to the second."""
-    return None if text is None else f"{_read(text).astimezone():%Y-%m-%d %H:%M:%S}"
+    if text is None:
+        return None
+    at = _read(text)
+    with suppress(OverflowError):  # so late that there is none here
+        at = at.astimezone()
+    return f"{at:%Y-%m-%d %H:%M:%S}"
 
 
 def age(text: str | None) -> str | None:

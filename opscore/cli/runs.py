@@ -198,7 +198,7 @@ def follow(session: Session, run_id: str) -> NoReturn:
 
 
 def started(run_id: str) -> None:
-    click.echo(f"Run {run_id}; `opscore run watch {run_id}` follows it.")
+    output.say(f"Run {run_id}; `opscore run watch {run_id}` follows it.")
 
 
 def _begun(session: Session, found: "Run", watch: bool) -> None:
@@ -209,7 +209,7 @@ def _begun(session: Session, found: "Run", watch: bool) -> None:
 
 def _steered(session: Session, found: "Run") -> None:
     reason = f" ({found.reason})" if found.reason else ""
-    session.show(found.data, lambda: click.echo(f"Run {found.id} is {found.status}{reason}."))
+    session.show(found.data, lambda: output.say(f"Run {found.id} is {found.status}{reason}."))
 
 
 def _because(run: Mapping[str, Any]) -> str | None:

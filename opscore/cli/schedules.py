@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from opscore.cli import output
+from opscore.cli.runs import started
 from opscore.cli.session import (
     PRIORITIES,
     Group,
@@ -166,7 +167,7 @@ def show(session: Session, name: str) -> None:
 def delete(session: Session, name: str) -> None:
     """Delete a schedule with its history; its runs stay."""
     session.client.schedules.delete(name)
-    session.show({"name": name}, lambda: click.echo(f"Deleted {name}."))
+    session.show({"name": name}, lambda: output.say(f"Deleted {name}."))
 
 
 @schedule.command(examples=("opscore schedule pause nightly",))
@@ -192,9 +193,7 @@ def resume(session: Session, name: str) -> None:
 def trigger(session: Session, name: str) -> None:
     """Have a schedule fire now, whatever its times and its overlap say."""
     run = session.client.schedules.trigger(name)
-    session.show(
-        run.data, lambda: click.echo(f"Run {run.id}; `opscore run watch {run.id}` follows it.")
-    )
+    session.show(run.data, lambda: started(run.id))
 
 
 @schedule.command(examples=("opscore schedule preview nightly -n 3",))
@@ -293,4 +292,4 @@ def _details(schedule: Mapping[str, Any]) -> None:
         }
     )
     for warning in schedule.get("warnings", ()):
-        click.echo(f"Warning: {warning}", err=True)
+        output.say(f"Warning: {warning}", err=True)

@@ -4,18 +4,20 @@ The API is the one that options name, else the environment, else the stack that 
 folder with `opscore up`. A key is never sent to another API than the one it was found with.
 """
 
+import errno
 import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property, update_wrapper
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import click
+
+from opscore.cli import output
 
 if TYPE_CHECKING:
     from opscore.sdk import OpsCoreClientSync, OpsCoreSDKError
@@ -27,6 +29,8 @@ RETRIES = 2
 """People look on; a program's client has more patience."""
 QUIET = "opscore.quiet"
 """Where a command's context has the one member that is printed of what the API said."""
+MOST = 1_000_000
+"""Of a list, unless it is asked for whole."""
 PRIORITIES = ("low", "normal", "high")
 NO_API = (
     "No API to ask: give --api-url and --api-key, set OPSCORE_API_URL and OPSCORE_API_KEY, or start"
@@ -108,9 +112,9 @@ class Session:
         """Print what the API said: for programs as it is, for people as `people` prints it."""
         if member := self._ctx.meta.get(QUIET):
             for item in value if isinstance(value, list) else [value]:
-                click.echo(item[member])
+                click.echo(output.plain(item[member]))
         elif self.as_json:
-            click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+            click.echo(output.as_json(value, indent=2))
         else:
             people()
 
@@ -140,11 +144,22 @@ class Session:
 
 
 def read_stack(data: Path) -> Mapping[str, str]:
-    """Return what `opscore up` wrote of its stack; nothing if there is none."""
-    with suppress(OSError, ValueError):
-        words = shlex.split((data / "opscore.env").read_text(), comments=True)
-        return dict(word.split("=", 1) for word in words if "=" in word)
-    return {}
+    """Return what `opscore up` wrote of its stack; nothing if there is none.
+
+    Raises:
+        click.UsageError: it cannot be read, or says something else.
+    """
+    file = data / "opscore.env"
+    try:
+        words = shlex.split(file.read_text(encoding="utf-8"), comments=True)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"{file} cannot be read: {error}.") from error
+    found = dict(word.split("=", 1) for word in words if "=" in word)
+    if not found.get("OPSCORE_API_URL"):
+        raise click.UsageError(f"{file} is not what `opscore up` writes: it has no address.")
+    return found
 
 
 _URL = click.option("--api-url", metavar="URL", help="The API; OPSCORE_API_URL.")
@@ -178,6 +193,8 @@ def asks(command: Callable[..., None]) -> Callable[..., None]:
             fail(error, session.as_json)
         except ValueError as error:  # what cannot be sent
             raise click.UsageError(str(error)) from error
+        except (LookupError, TypeError, AttributeError) as error:
+            fail(_unread(session.url, error), session.as_json)
 
     return names_api(_DATA(_JSON(update_wrapper(ask, command))))
 
@@ -200,8 +217,9 @@ def limited(command: F) -> F:
         if every:
             ctx.params["limit"] = None
 
+    number = click.IntRange(1, MOST)
     most = click.option(
-        "-n", "--limit", type=click.IntRange(1), default=50, show_default=True, help="At most."
+        "-n", "--limit", type=number, default=50, show_default=True, help="At most."
     )
     every = click.option("--all", is_flag=True, expose_value=False, callback=read, help="All.")
     return every(most(command))
@@ -216,24 +234,37 @@ def fail(error: "OpsCoreSDKError", as_json: bool) -> NoReturn:
 
     status = {AuthenticationError: AUTHENTICATION, ConnectionError: CONNECTION}
     if as_json:
-        click.echo(json.dumps(_as_json(error), ensure_ascii=False), err=True)
+        click.echo(output.as_json(_as_json(error)), err=True)
     else:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(output.lines(f"Error: {error}"), err=True)
         if hint := hint_about(error):
-            click.echo(f"Hint: {hint}", err=True)
+            click.echo(f"Hint: {output.plain(hint)}", err=True)
     sys.exit(status.get(type(error), FAILED))
 
 
+def _unread(url: str, error: Exception) -> "OpsCoreSDKError":
+    """Return what it means that an answer has not the members it must have."""
+    from opscore.sdk import OpsCoreSDKError
+
+    return OpsCoreSDKError(
+        f"What {url} answers cannot be read ({type(error).__name__}: {error}):"
+        " it is not opscore, or of another version."
+    )
+
+
 def _as_json(error: "OpsCoreSDKError") -> dict[str, Any]:
+    from opscore.sdk import ConnectionError
+
     said = {"status_code": "status", "code": "code", "errors": "errors", "request_id": "requestId"}
     found = {name: getattr(error, attribute, None) for attribute, name in said.items()}
     detail = getattr(error, "detail", str(error))
-    return {"error": {**found, "code": found["code"] or "connection", "detail": detail}}
+    code = "connection" if isinstance(error, ConnectionError) else "unexpected_answer"
+    return {"error": {**found, "code": found["code"] or code, "detail": detail}}
 
 
 def hint_about(error: "OpsCoreSDKError") -> str | None:
     """Return what may help, if anything is known to."""
-    from opscore.sdk import AuthenticationError, ConnectionError, ServerError
+    from opscore.sdk import AuthenticationError, ConnectionError, OpsCoreApiError, ServerError
 
     if isinstance(error, ConnectionError):
         return "Is it up? `opscore up` starts one here; --api-url names another."
@@ -241,8 +272,10 @@ def hint_about(error: "OpsCoreSDKError") -> str | None:
         return "--api-key or OPSCORE_API_KEY must be the key the API was started with."
     if isinstance(error, ServerError):
         known = f", and its log has more under request id {error.request_id}"
-        return f"`opscore doctor` says what is the matter{known if error.request_id else '.'}"
-    return HINTS.get(getattr(error, "code", None) or "")
+        return f"`opscore doctor` says what is the matter{known if error.request_id else ''}."
+    if not isinstance(error, OpsCoreApiError):
+        return "--api-url, OPSCORE_API_URL or the stack in this folder named that address."
+    return HINTS.get(error.code or "")
 
 
 # --- What is given as text ----------------------------------------------------------------------
@@ -259,16 +292,28 @@ class Json(click.ParamType[Any]):
         try:
             return json.loads(self._text(value))
         except OSError as error:
-            self.fail(f"{value[1:]} cannot be read: {error.strerror}.", param, ctx)
-        except ValueError as error:
+            self.fail(f"{value[1:] or value} cannot be read: {error.strerror}.", param, ctx)
+        except (ValueError, RecursionError) as error:
             self.fail(
                 f"this is no JSON ({error}); @FILE reads a file, - standard input.", param, ctx
             )
 
     def _text(self, value: str) -> str:
         if value == "-":
-            return sys.stdin.read()
-        return Path(value[1:]).read_text() if value.startswith("@") else value
+            return standard_input()
+        return Path(value[1:]).read_text(encoding="utf-8") if value.startswith("@") else value
+
+
+def standard_input() -> str:
+    """Return what it says.
+
+    Raises:
+        OSError: it is closed.
+        ValueError: it is no text.
+    """
+    if sys.stdin is None:
+        raise OSError(errno.EBADF, "it is closed")
+    return sys.stdin.read()
 
 
 class Pair(click.ParamType[Any]):

@@ -49,7 +49,7 @@ def submit(
     submitted = session.client.tasks.submit(input, labels=dict(label) or None, **given)
     if not wait:
         said = f"Task {submitted.id} of run {submitted.run_id}."
-        return session.show(submitted.data, lambda: click.echo(said))
+        return session.show(submitted.data, lambda: output.say(said))
     submitted.wait()
     session.show(submitted.data, lambda: _outcome(submitted.data))
     if submitted.status != "completed":
@@ -117,7 +117,7 @@ def logs(session: Session, task_id: str, attempt: int | None) -> None:
 def approve(session: Session, task_id: str, comment: str | None) -> None:
     """Let a run go on behind an approval."""
     found = session.client.tasks.approve(task_id, comment)
-    session.show(found, lambda: click.echo(f"Approved; run {found['runId']} goes on."))
+    session.show(found, lambda: output.say(f"Approved; run {found['runId']} goes on."))
 
 
 @task.command(examples=("opscore task reject 0192d3a0-… --comment 'Not like this.'",))
@@ -127,7 +127,7 @@ def approve(session: Session, task_id: str, comment: str | None) -> None:
 def reject(session: Session, task_id: str, comment: str | None) -> None:
     """Fail an approval."""
     found = session.client.tasks.reject(task_id, comment)
-    session.show(found, lambda: click.echo(f"Rejected; see run {found['runId']}."))
+    session.show(found, lambda: output.say(f"Rejected; see run {found['runId']}."))
 
 
 def _show(task: Mapping[str, Any]) -> None:
@@ -173,7 +173,7 @@ _ATTEMPTS: Sequence[output.Column] = (
 def _log(attempt: Mapping[str, Any]) -> None:
     for line in attempt["logs"]:
         fields = "".join(f" {name}={output.plain(v)}" for name, v in line["fields"].items())
-        click.echo(f"{output.moment(line['at'])}  {output.plain(line['message'])}{fields}")
+        output.say(output.plain(f"{output.moment(line['at'])}  {line['message']}{fields}"))
     error = attempt["error"]
     if error:
         output.block("error", error["traceback"] or f"{error['message']} ({error['code']})")

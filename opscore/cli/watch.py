@@ -1,6 +1,5 @@
 """Following a run: a tree of its tasks that lives on a terminal, a line an event elsewhere."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -49,7 +48,7 @@ def watch_run(session: "Session", run_id: str) -> "Run":
 def print_event(event: Mapping[str, Any], as_json: bool = False) -> None:
     """Print an event in a line."""
     if as_json:
-        click.echo(json.dumps(event, ensure_ascii=False))
+        click.echo(output.as_json(event))
         return
     what = output.task_name(event) if event["taskId"] else ""
     because = f"  {event['reason']}" if event["reason"] else ""

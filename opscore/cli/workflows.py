@@ -1,6 +1,5 @@
 """`opscore workflow`: definitions."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,15 @@ import click
 
 from opscore.cli import output
 from opscore.cli.runs import follow, started
-from opscore.cli.session import Group, Json, Session, asks, limited, quiet
+from opscore.cli.session import (
+    Group,
+    Json,
+    Session,
+    asks,
+    limited,
+    quiet,
+    standard_input,
+)
 
 
 @click.group(cls=Group)
@@ -28,9 +35,25 @@ _file = click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
 @asks
 def push(session: Session, files: Sequence[Path]) -> None:
     """Create workflows, or their next versions, from YAML or JSON; - reads standard input."""
-    made = [session.client.workflows.create(_definition(file)) for file in files]
-    said = "\n".join(f"{w['workflowId']} version {w['version']}" for w in made)
-    session.show(made, lambda: click.echo(said))
+    from opscore.sdk import OpsCoreSDKError
+
+    if sum(str(file) == "-" for file in files) > 1:
+        raise click.UsageError("Standard input (-) can be read once.")
+    definitions = {file: _definition(file) for file in files}
+    made: list[Any] = []
+    try:
+        for definition in definitions.values():
+            made.append(session.client.workflows.create(definition))
+    except OpsCoreSDKError:
+        if len(files) > 1 and not session.as_json:
+            said = ", ".join(map(_created, made)) or "nothing"
+            output.say(f"{list(definitions)[len(made)]}: not created; before it: {said}.", err=True)
+        raise
+    session.show(made, lambda: output.say("\n".join(map(_created, made))))
+
+
+def _created(made: Mapping[str, Any]) -> str:
+    return f"{made['workflowId']} version {made['version']}"
 
 
 @workflow.command(examples=("opscore workflow validate report.yaml",))
@@ -41,7 +64,7 @@ def validate(session: Session, file: Path) -> None:
     verdict = session.client.workflows.validate(_definition(file))
     new = "would be" if verdict["isNew"] else "is already"
     said = f"Valid: it {new} version {verdict['version']} of {verdict['workflowId']}."
-    session.show(verdict, lambda: click.echo(said))
+    session.show(verdict, lambda: output.say(said))
 
 
 @workflow.command(
@@ -102,7 +125,7 @@ def explain(session: Session, workflow: str, version: int | None) -> None:
 def archive(session: Session, workflow_id: str) -> None:
     """Let a workflow get no new runs and versions; what there is of it goes on."""
     found = session.client.workflows.archive(workflow_id)
-    session.show(found, lambda: click.echo(f"{workflow_id} is archived."))
+    session.show(found, lambda: output.say(f"{workflow_id} is archived."))
 
 
 @workflow.command(examples=("opscore workflow restore report",))
@@ -111,7 +134,7 @@ def archive(session: Session, workflow_id: str) -> None:
 def restore(session: Session, workflow_id: str) -> None:
     """Let an archived workflow get runs and versions again."""
     found = session.client.workflows.restore(workflow_id)
-    session.show(found, lambda: click.echo(f"{workflow_id} is not archived."))
+    session.show(found, lambda: output.say(f"{workflow_id} is not archived."))
 
 
 @workflow.command(
@@ -136,11 +159,15 @@ def trigger(session: Session, agent_id: str, workflow_id: str, payload: Any, wat
 
 def _definition(file: Path) -> Path | str:
     """Return what to send of a file: itself, or what standard input says."""
-    if str(file) == "-":
-        return sys.stdin.read()
-    if not file.is_file():
-        raise click.BadParameter(f"There is no file {file}.", param_hint="FILE")
-    return file
+    is_piped = str(file) == "-"
+    try:
+        text = standard_input() if is_piped else file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise click.BadParameter(f"{file} cannot be read: {why}.", param_hint="FILE") from error
+    if not text.strip():
+        raise click.BadParameter(f"{file} is empty.", param_hint="FILE")
+    return text if is_piped else file
 
 
 def _show(found: Mapping[str, Any]) -> None:
@@ -165,18 +192,18 @@ def _explain(verdict: Mapping[str, Any]) -> None:
     if canvas["joins"]:
         click.echo("\nThese wait in the database for what no message says:")
         for join in canvas["joins"]:
-            click.echo(f"  {join['taskId']} for {', '.join(join['after'])}")
+            output.say(f"  {join['taskId']} for {', '.join(join['after'])}")
     if canvas["later"]:
-        click.echo(f"\nDrawn later, when it is their turn: {', '.join(canvas['later'])}")
+        output.say(f"\nDrawn later, when it is their turn: {', '.join(canvas['later'])}")
 
 
 def _print_step(step: Any, depth: int = 1) -> None:
     """Print a part of a canvas, what is in it indented."""
     if isinstance(step, str):
-        click.echo(f"{'  ' * depth}{step}")
+        output.say(f"{'  ' * depth}{step}")
         return
     for word, inside in step.items():
-        click.echo(f"{'  ' * depth}{word}")
+        output.say(f"{'  ' * depth}{word}")
         for below in inside if isinstance(inside, list) else _parts(inside):
             _print_step(below, depth + 1)
 

@@ -166,6 +166,7 @@ class OpsCoreClientAsync:
 
         Raises:
             ConnectionError: there is no answer.
+            ValueError: what it asks for is longer than a URL may be.
         """
         content, headers = call.content()
         try:
@@ -177,6 +178,8 @@ class OpsCoreClientAsync:
                 headers=headers,
                 timeout=httpx2.Timeout(self._timeout, read=self._timeout + call.waits),
             )
+        except httpx2.InvalidURL as error:
+            raise ValueError(f"With this no URL can be made: {error}.") from error
         except httpx2.RequestError as error:
             raise trouble(error, self._root, content or b"") from error
 

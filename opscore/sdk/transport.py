@@ -46,6 +46,9 @@ LARGE_BYTES = 4 * 2**20
 SILENCE_SECONDS = 45.0
 """A stream that says nothing for so long is dead: the API says that it lives every 15 s."""
 
+LONGEST_PART = 1024
+"""Characters of a segment of a path; the API's ids and names are shorter."""
+
 Definition = Mapping[str, Any] | str | Path
 """A workflow: its document, the text of one in YAML or JSON, or the file that holds it."""
 
@@ -116,11 +119,13 @@ def path(*parts: str) -> str:
     """Return a path below the prefix; each part is one segment of it.
 
     Raises:
-        ValueError: a part is empty, or would lead elsewhere.
+        ValueError: a part is empty, too long, or would lead elsewhere.
     """
     for part in parts:
         if not isinstance(part, str) or part in ("", ".", "..") or "/" in part:
             raise ValueError(f"{part!r} is no id and no name of anything.")
+        if len(part) > LONGEST_PART:
+            raise ValueError(f"What begins with {part[:64]!r} is too long for an id or a name.")
     return "/".join([PREFIX, *(quote(part, safe="") for part in parts)])
 
 
