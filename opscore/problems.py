@@ -142,16 +142,17 @@ _WHY: Mapping[str, str] = {
     "none_available": "no agent with the capability {capability} is available",
     "none_ready": "no agent with the capability {capability} says that it is free",
 }
+_IDLE = "it gets work once it reports idle (`opscore agent update-state {agent} idle`)."
 _WAYS_OUT: Mapping[str, str] = {
     "unknown": "Register it, or cancel the runs that ask for it.",
-    "paused": 'Let it go on: PATCH /v1/opscore/agents/{agent} with {{"paused": false}}.',
-    "draining": 'Let it go on: PATCH /v1/opscore/agents/{agent} with {{"draining": false}}.',
+    "paused": "Let it go on: `opscore agent resume {agent}`.",
+    "draining": "Let it go on: `opscore agent resume {agent}`.",
     "silent": "Start it, or have it report its state in time.",
-    "error": "Mend it; it gets work once it reports idle.",
-    "not_ready": "It gets work once it reports idle: POST /v1/opscore/agent/{agent}/state.",
+    "error": f"Mend it; {_IDLE}",
+    "not_ready": f"Wait, or, if it is free: {_IDLE}",
     "nobody": "Start an agent that has it, or cancel the runs that ask for it.",
-    "none_ready": "One must report idle: GET /v1/opscore/agents?capability={capability}.",
-    "none_available": "GET /v1/opscore/agents?capability={capability} says why each is not.",
+    "none_ready": "`opscore agent list --capability {capability}` shows those that must report idle.",
+    "none_available": "`opscore agent list --capability {capability}` says why each is not.",
 }
 
 

@@ -160,9 +160,10 @@ _WAKE_WORDS: Mapping[str, str] = {
 }
 _NO_MOMENT = "It waits ({what}), and there is no moment at which anybody looks at it again"
 _PUBLISH_AGAIN = (
-    "POST /v1/opscore/runs/{run_id}/pause, then /resume: that publishes again what is left of it."
+    "`opscore run pause {run_id}`, then `opscore run resume {run_id}`: that publishes again what is"
+    " left of it."
 )
-_BEGIN_ANEW = "POST /v1/opscore/runs/{run_id}/cancel, then /rerun: it cannot go on."
+_BEGIN_ANEW = "`opscore run cancel {run_id}`, then `opscore run rerun {run_id}`: it cannot go on."
 
 
 def find(tx: Tx, lines: Iterable[Row], emptied: Collection[str]) -> list[dict[str, Any]]:
@@ -227,7 +228,7 @@ def _visit_lost(row: Row) -> dict[str, Any]:
 def _turn_blocked(row: Row) -> dict[str, Any]:
     if row["paused"]:
         sentence = f"It waits for its turn, and {row['paused']} before it are paused"
-        hint = "Resume or cancel them: GET /v1/opscore/runs?workflowId={what}&status=paused."
+        hint = "Resume or cancel them: `opscore run list --workflow {what} --status paused`."
         return _told("turn_blocked", row, sentence, hint)
     sentence = "It waits for its turn, and no run of {what} is under way"
     return _told("turn_blocked", row, sentence, _ASK_KEEPER)

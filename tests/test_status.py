@@ -245,9 +245,19 @@ def test_the_longest_lines_are_told_with_their_oldest(worked: Database) -> None:
 @pytest.mark.parametrize(
     ("agent", "code", "because", "way"),
     [
-        ({"paused": True}, "agent_paused", "agent far is paused", '{"paused": false}'),
-        ({"draining": True}, "line_unserved", "agent far is draining", '{"draining": false}'),
-        ({"state": "error"}, "line_unserved", "agent far reported error", "reports idle"),
+        ({"paused": True}, "agent_paused", "agent far is paused", "`opscore agent resume far`"),
+        (
+            {"draining": True},
+            "line_unserved",
+            "agent far is draining",
+            "`opscore agent resume far`",
+        ),
+        (
+            {"state": "error"},
+            "line_unserved",
+            "agent far reported error",
+            "update-state far idle`)",
+        ),
         (
             {"heartbeat_seconds": 5, "seen_at": NOW},
             "line_unserved",
@@ -429,7 +439,7 @@ def test_a_task_that_nobody_wakes_is_stuck_unless_its_run_is_paused(
     (stuck,) = read(worked)["stuck"]
     assert (stuck["code"], stuck["run_id"], stuck["task_id"]) == ("nobody_wakes", run_id, task)
     assert stuck["sentence"].startswith(sentence)
-    assert stuck["hint"].startswith(f"POST /v1/opscore/runs/{run_id}/pause")
+    assert stuck["hint"].startswith(f"`opscore run pause {run_id}`")
     with worked.transaction() as tx:
         tx.execute(update(Run).where(Run.id == run_id).values(status="paused"))
     assert read(worked)["stuck"] == []
@@ -482,7 +492,7 @@ def test_a_run_whose_turn_does_not_come_is_stuck(worked: Database) -> None:
     (stuck,) = read(worked)["stuck"]
     assert (stuck["code"], stuck["run_id"], stuck["task_id"]) == ("turn_blocked", waits, None)
     assert stuck["sentence"] == "It waits for its turn, and 1 before it are paused."
-    assert "workflowId=w&status=paused" in stuck["hint"]
+    assert "`opscore run list --workflow w --status paused`" in stuck["hint"]
     with worked.transaction() as tx:
         over = {"status": "completed", "finished_at": moment(tx, 2)}
         tx.execute(update(Run).where(Run.id == before).values(over))
