@@ -151,7 +151,7 @@ _WAYS_OUT: Mapping[str, str] = {
     "error": f"Mend it; {_IDLE}",
     "not_ready": f"Wait, or, if it is free: {_IDLE}",
     "nobody": "Start an agent that has it, or cancel the runs that ask for it.",
-    "none_ready": "`opscore agent list --capability {capability}` shows those that must report idle.",
+    "none_ready": "`opscore agent list --capability {capability}` shows who must report idle.",
     "none_available": "`opscore agent list --capability {capability}` says why each is not.",
 }
 

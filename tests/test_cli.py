@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -579,9 +580,10 @@ def test_a_schedule_that_cannot_be_is_refused_with_the_place(
 
 
 def on_terminal(desk: Desk, *words: str, **environment: str) -> tuple[int, str]:
-    """Run a command on a terminal of 100 columns; return its status and what it drew."""
+    """Run a command on a terminal of 80 columns; return its status and what it drew."""
     master, slave = pty.openpty()
-    env = {**desk.environment, "TERM": "xterm-256color", "COLUMNS": "100", **environment}
+    termios.tcsetwinsize(slave, (24, 80))
+    env = {**desk.environment, "TERM": "xterm-256color", **environment}
     process = desk.start(*words, env=env, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
     drawn = b""
@@ -605,6 +607,21 @@ def test_a_watch_draws_a_tree_on_a_terminal(desk: Desk) -> None:
     assert "\x1b[32m" in drawn
     code, drawn = on_terminal(desk, "run", "watch", run_id, NO_COLOR="1")
     assert code == 0 and "├──" in drawn and not re.search(r"\x1b\[3\dm", drawn)
+
+
+def test_no_id_is_broken_on_a_narrow_terminal(desk: Desk) -> None:
+    run_id = desk.submit("asking", {})
+    task = desk.asked(run_id)
+    for words, wanted in (
+        (["run", "list"], f"{run_id}  asking"),
+        (["run", "show", run_id], f"{task}  ok "),
+        (["task", "list", "--run", run_id], f"{task}  ok "),
+        (["status"], f"{task}  ok "),
+    ):
+        drawn = re.sub(r"\x1b\[\d*m", "", on_terminal(desk, *words)[1])
+        assert wanted in drawn and max(map(len, drawn.splitlines())) <= 80, drawn
+    assert run_id in desk.run("task", "list", "--run", run_id).is_fine(), "elsewhere there is room"
+    desk.run("run", "cancel", run_id).is_fine()
 
 
 def test_no_agent_and_no_user_moves_the_cursor(desk: Desk) -> None:

@@ -160,7 +160,7 @@ def _show(agent: Mapping[str, Any]) -> None:
             "waiting": agent["waiting"],
             "endpoint": agent["contactEndpoint"],
             "heartbeat": f"{agent['heartbeatSeconds']:g} s" if agent["heartbeatSeconds"] else None,
-            "seen": f"{output.age(agent['seenAt'])} ago",
+            "seen": output.ago(agent["seenAt"]),
             "registered": output.moment(agent["registeredAt"]),
             "metadata": agent["metadata"],
         }
@@ -174,16 +174,16 @@ def _show(agent: Mapping[str, Any]) -> None:
 
 
 _HOLDERS: Sequence[output.Column] = (
+    ("TASK ID", lambda h: h["taskId"]),
     ("TASK", lambda h: h["taskDefinitionId"]),
     ("ATTEMPT", lambda h: h["attempt"]),
     ("RUN", lambda h: h["runId"]),
-    ("TASK ID", lambda h: h["taskId"]),
 )
 _LINE: Sequence[output.Column] = (
     ("#", lambda w: w["position"]),
+    ("TASK ID", lambda w: w["taskId"]),
     ("TASK", lambda w: w["taskDefinitionId"]),
     ("WAITS", lambda w: output.age(w["waitingSince"])),
     ("STARTS ABOUT", lambda w: output.age(w["estimatedStartAt"])),
     ("RUN", lambda w: w["runId"]),
-    ("TASK ID", lambda w: w["taskId"]),
 )

@@ -37,10 +37,15 @@ STYLES: Mapping[str, str] = {
 }
 """By status."""
 NOTHING = "-"
+GAP = 2
+"""Blanks between columns."""
+NARROWEST = 12
+"""Characters a column of text is left."""
 LONGEST_VALUE = 60
 """Characters of a value in a table."""
 
 _BLANKS = dict.fromkeys("\t\r\n", " ")
+_WHOLE = re.compile(r"-|[0-9a-f-]{36}|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 _NOT_ASCII = re.compile("[^\n -~]")
 
 Column = tuple[str, Callable[[Any], Any]]
@@ -95,19 +100,42 @@ def cell(value: Any) -> "Text":
 
 
 def table(rows: Iterable[Any], columns: Sequence[Column], empty: str) -> None:
-    """Print rows; `empty` says what to print if there are none."""
+    """Print rows; `empty` says what to print if there are none.
+
+    Where a terminal is too narrow, the last columns are left out: ids are never broken.
+    """
     from rich.table import Table
 
     found = list(rows)
     if not found:
         click.echo(empty)
         return
-    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for head, _ in columns:
-        grid.add_column(head, no_wrap=not console().is_terminal, overflow="fold")
-    for row in found:
-        grid.add_row(*(cell(read(row)) for _, read in columns))
+    cells = [[cell(read(row)) for row in found] for _, read in columns]
+    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP, 0, 0))
+    shown = _fitting([head for head, _ in columns], cells)
+    for (head, _), column in list(zip(columns, cells, strict=True))[:shown]:
+        whole = not console().is_terminal or _is_whole(column)
+        grid.add_column(head, no_wrap=whole, overflow="fold")
+    for row in zip(*cells[:shown], strict=True):
+        grid.add_row(*row)
     _print(grid)
+
+
+def _fitting(heads: Sequence[str], columns: Sequence[Sequence["Text"]]) -> int:
+    """Return how many columns have room beside each other, from the first on."""
+    left = console().width
+    for number, (head, column) in enumerate(zip(heads, columns, strict=True)):
+        widest = max(len(head), *(text.cell_len for text in column))
+        left -= widest if _is_whole(column) else max(len(head), min(widest, NARROWEST))
+        if left < 0:
+            return max(number, 1)
+        left -= GAP
+    return len(heads)
+
+
+def _is_whole(column: Sequence["Text"]) -> bool:
+    """Tell whether a column has what people copy, or read at a glance: ids and moments."""
+    return all(_WHOLE.fullmatch(text.plain) for text in column)
 
 
 def _print(thing: Any) -> None:
@@ -162,6 +190,11 @@ def age(text: str | None) -> str | None:
         return None
     seconds = (datetime.now(UTC) - _read(text)).total_seconds()
     return span(seconds) if seconds >= 0 else f"in {span(-seconds)}"
+
+
+def ago(text: str | None) -> str | None:
+    """Return how long ago a moment of the API was, in words."""
+    return None if text is None else f"{age(text)} ago"
 
 
 def span(seconds: float) -> str:

@@ -147,7 +147,7 @@ def _show(found: Mapping[str, Any]) -> None:
     )
     _section("Longest lines", found["fleet"]["lines"], _LINES, None)
     _section("Waiting", found["waiting"], _WAITING, None)
-    _section("Approvals", found["approvals"], _APPROVALS, None)
+    _section("To `opscore task approve`, or `reject`", found["approvals"], _APPROVALS, None)
     _section("Runs that are not over", found["runs"], _RUNS, "No run is open.")
     _section("Stuck", found["stuck"], _STUCK, None)
     for problem in found["problems"]:
@@ -185,7 +185,7 @@ _WORKERS: Sequence[output.Column] = (
     ("QUEUES", lambda w: ", ".join(w["queues"])),
     ("PID", lambda w: w["pid"]),
     ("VERSION", lambda w: w["version"]),
-    ("SEEN", lambda w: f"{output.age(w['seenAt'])} ago"),
+    ("SEEN", lambda w: output.ago(w["seenAt"])),
 )
 _QUEUES: Sequence[output.Column] = (
     ("QUEUE", lambda q: q["name"]),
@@ -206,10 +206,10 @@ _WAITING: Sequence[output.Column] = (
     ("NEXT LOOK", lambda w: output.age(w["nextWakeAt"])),
 )
 _APPROVALS: Sequence[output.Column] = (
+    ("TASK ID", lambda a: a["taskId"]),
     ("TASK", output.task_name),
     ("WORKFLOW", lambda a: a["workflowId"]),
-    ("SINCE", lambda a: output.moment(a["since"])),
-    ("APPROVE WITH", lambda a: f"opscore task approve {a['taskId']}"),
+    ("SINCE", lambda a: output.ago(a["since"])),
 )
 _RUNS: Sequence[output.Column] = (
     ("STATUS", lambda r: r["status"]),

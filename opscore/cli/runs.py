@@ -213,7 +213,13 @@ def _steered(session: Session, found: "Run") -> None:
 
 
 def _because(run: Mapping[str, Any]) -> str | None:
-    return output.short(run["error"]["message"]) if run["error"] else run["reason"]
+    if run["error"]:
+        return output.short(run["error"]["message"])
+    return f"start_at {output.moment(run['startAt'])}" if _is_early(run) else run["reason"]
+
+
+def _is_early(run: Mapping[str, Any]) -> bool:
+    return run["reason"] == "start_at" and run["startAt"] is not None
 
 
 def _show(run: Mapping[str, Any]) -> None:
@@ -258,10 +264,10 @@ def _why(task: Mapping[str, Any]) -> str | None:
 
 
 _TASKS: Sequence[output.Column] = (
+    ("TASK ID", lambda t: t["taskId"]),
     ("TASK", output.task_name),
     ("STATUS", lambda t: t["status"]),
     ("BECAUSE", _why),
     ("TRIES", lambda t: len(t["attempts"]) or None),
     ("TOOK", lambda t: output.between(t["startedAt"], t["finishedAt"])),
-    ("TASK ID", lambda t: t["taskId"]),
 )

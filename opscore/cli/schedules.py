@@ -224,8 +224,8 @@ def history(session: Session, name: str, limit: int | None) -> None:
         ("FIRING", lambda f: f["status"]),
         ("RUN", lambda f: f["runId"]),
         ("RUN IS", lambda f: f["runStatus"]),
-        ("BY", lambda f: f["by"]),
         ("WHY", lambda f: f["error"] and f["error"]["message"]),
+        ("BY", lambda f: f["by"]),
     )
     session.show_list(
         session.client.schedules.firings(name),
