@@ -23,6 +23,10 @@ LATE_SECONDS = 60
 """The keeper looks every second, and is replaced in five."""
 CANDIDATES = 500
 """Tasks or runs that are looked at one by one: those that wait longest."""
+OF_EACH = 100
+"""Tasks of one run that are looked at for a lost visit; and runs that are ending."""
+OF_ALL = 10 * CANDIDATES
+"""So for all runs."""
 
 _LATE = f"now() - make_interval(secs => {LATE_SECONDS})"
 _LONG_AGO = f"now() - make_interval(secs => {LONG_SECONDS})"
@@ -59,11 +63,14 @@ UNION ALL
  WHERE r.deadline_at < {_LATE} AND {_OPEN} AND {RUN_ALIVE}
  ORDER BY r.deadline_at LIMIT {SHOWN})
 UNION ALL
-(SELECT 'end', {_RUN}, last.at FROM runs r CROSS JOIN LATERAL (
+(SELECT 'end', {_RUN}, last.at
+ FROM (SELECT * FROM runs r
+       WHERE {_OPEN} AND (r.error IS NOT NULL OR r.cancel_requested_at IS NOT NULL)
+       LIMIT {OF_EACH}) AS r
+ CROSS JOIN LATERAL (
     SELECT max(t.finished_at) AS at, bool_and(t.status IN {ENDED}) AS is_over
     FROM tasks t WHERE t.run_id = r.id OFFSET 0) AS last
- WHERE {_OPEN} AND (r.error IS NOT NULL OR r.cancel_requested_at IS NOT NULL)
-   AND last.is_over AND last.at < {_LATE}
+ WHERE last.is_over AND last.at < {_LATE}
  LIMIT {SHOWN})
 """
 )
@@ -100,15 +107,25 @@ WITH published AS MATERIALIZED (
     SELECT r.id, r.generation_at FROM runs r
     WHERE {_OPEN} AND r.generation_at < {_LONG_AGO} AND {RUN_OPEN}
     ORDER BY r.generation_at LIMIT {CANDIDATES}
+), pending AS MATERIALIZED (
+    SELECT r.generation_at, t.* FROM published r CROSS JOIN LATERAL (
+        SELECT t.id, t.run_id, t.definition_id, t.index, t.queue, t.created_at, t.woken_at,
+               t.depends_on
+        FROM tasks t WHERE t.run_id = r.id AND t.status = 'pending' LIMIT {OF_EACH}) AS t
+    LIMIT {OF_ALL}
+), ready AS MATERIALIZED (
+    -- Most stand behind another of them, as `engine.unvisited_runs` has it.
+    SELECT * FROM pending t
+    WHERE t.queue = ANY (:queues)
+      AND NOT EXISTS (SELECT FROM unnest(t.depends_on) AS d (id)
+                      WHERE (d.id IN (SELECT id FROM pending)) IS NOT FALSE)
+      AND {dependencies_over(one_by_one=True)}
 )
-(SELECT t.queue AS what, {_TASK}, sent.at AS since FROM published r
- CROSS JOIN LATERAL (
-    SELECT * FROM tasks t
-    WHERE t.run_id = r.id AND t.status = 'pending' AND t.queue = ANY (:queues)
-      AND {dependencies_over(one_by_one=True)} LIMIT 1) AS t
+(SELECT t.queue AS what, {_TASK}, sent.at AS since FROM ready t
+ CROSS JOIN LATERAL (SELECT t.generation_at) AS r
  CROSS JOIN LATERAL (SELECT {SENT_AT} AS at OFFSET 0) AS sent
  WHERE sent.at < {_LONG_AGO}
- LIMIT {SHOWN})
+ ORDER BY sent.at LIMIT {SHOWN})
 UNION ALL
 (SELECT t.queue, {_TASK}, t.woken_at FROM tasks t {_OF_TASK}
  WHERE t.status = 'waiting' AND t.woken_at IS NOT NULL AND t.woken_at < {_LONG_AGO}
