@@ -10,8 +10,9 @@ run, such as pausing it, is not played.
 
 import inspect
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -22,7 +23,7 @@ from opscore import agentkit
 from opscore.agentkit import Context, FunctionAgent, Outcome
 from opscore.agentkit.function import AgentFunction
 from opscore.definition import Approval, Definition, check_children, id_of, parse, read_document
-from opscore.errors import InvalidDefinition
+from opscore.errors import Invalid, InvalidDefinition
 from opscore.simulation import Agent, Decision, NotFaked, Run, Simulation, Task
 
 __all__ = ["NotFaked", "Run", "Task", "after", "approve", "fake", "reject", "simulate"]
@@ -87,6 +88,19 @@ def reject(comment: str | None = None, *, by: str = "key:test") -> Decision:
     return Decision(False, comment, by)
 
 
+@contextmanager
+def _showing_faults(where: str = "") -> Iterator[None]:
+    """Have a traceback show every fault of what is refused."""
+    try:
+        yield
+    except Invalid as error:
+        if not hasattr(error, "__notes__"):
+            for pointer, sentences in error.errors.items():
+                error.add_note(f"{where}{pointer}: {' '.join(sentences)}")
+        raise
+
+
+@_showing_faults()
 def simulate(
     workflow: Document,
     *,
@@ -118,7 +132,8 @@ def simulate(
         if isinstance(one, Fake) and stands.setdefault(id, one) is not one:
             raise ValueError(f"agents and workflows both have {id!r}: give it a document.")
         task = {"taskId": id, "agentId": id, "parameters": "${input}"}
-        documents[id] = _read({"id": id, "tasks": [task]} if isinstance(one, Fake) else one)
+        with _showing_faults(f"workflows[{id!r}] "):
+            documents[id] = _read({"id": id, "tasks": [task]} if isinstance(one, Fake) else one)
     definition = _read(workflow)
     documents[workflow_id := id_of(definition)] = definition
 

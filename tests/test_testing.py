@@ -82,6 +82,17 @@ def test_a_definition_is_refused_with_all_of_its_faults() -> None:
     assert {"/tasks/0/dependsOn/0", "/tasks/1/when"} <= set(refused.value.errors)
 
 
+def test_what_is_refused_shows_its_faults_and_where_they_are() -> None:
+    faulty = {"id": "below", "tasks": [task("b", nope=1)]}
+    with pytest.raises(InvalidDefinition) as refused:
+        simulate(flow(task("a")), workflows={"below": faulty})
+    (shown,) = refused.value.__notes__
+    assert shown.startswith("workflows['below'] /tasks/0/nope: There is no key 'nope'")
+    with pytest.raises(InvalidInput) as wrong:
+        simulate(flow(task("a"), inputSchema={"required": ["n"]}), agents={"echo": echo})
+    assert wrong.value.__notes__[0].startswith("/input: ")
+
+
 def test_an_input_that_breaks_its_schema_is_refused() -> None:
     schema = {"type": "object", "required": ["n"]}
     with pytest.raises(InvalidInput) as refused:

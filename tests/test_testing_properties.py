@@ -6,7 +6,7 @@ PostgreSQL. Only its clock is ours: in this database `now()` is a row, and `rand
 a day is over at once and every backoff is known. A worker is a thread that stops while its agent
 is at work, until that clock has come so far; and nobody reads messages: what could move is visited.
 
-`make test` plays the same few hundred workflows every time. For more, with another seed:
+`make test` plays the same hundred and twenty workflows every time. For more, with another seed:
 
     OPSCORE_PROPERTY_EXAMPLES=5000 OPSCORE_PROPERTY_SEED=7 \\
         .venv/bin/python -m pytest -s tests/test_testing_properties.py
@@ -494,29 +494,37 @@ def each(chance: Chance) -> dict[str, Any]:
     return {"forEach": made}
 
 
-def for_agent(chance: Chance, id: str, before: list[str], below: Any) -> dict[str, Any]:
-    is_each = chance.is_so(0.3)
-    made = {
-        "parameters": parameters(chance, id, before, is_each),
-        "retry": {"maxAttempts": chance.randint(1, 3), "backoffSeconds": chance.seconds(20)},
-        "busy": {"backoffSeconds": chance.seconds(20), "maxWaitSeconds": 20 + chance.seconds(300)},
-        "timeoutSeconds": 30 + chance.seconds(30),
-        # The claim of a forEach takes a slot of a fallback's, and keeps it.
-        **chance.choice(WHO[:-3] if is_each else WHO),
-    }
-    if made.get("agentId") == "gone":
-        # Who waits for an agent that is away is looked at after his backoff, then every 30 s.
-        made["busy"]["maxWaitSeconds"] = made["busy"]["backoffSeconds"] + 30 * chance.randint(1, 5)
-    return made | (each(chance) if is_each else {})
-
-
-WHO: list[dict[str, Any]] = [
-    *[{"agentId": "free"}, {"agentId": "single"}, {"agentId": "pair"}] * 3,
-    *[{"agentCapability": "cooking"}, {"agentCapability": "cleaning"}] * 2,
-    {"agentId": "gone"},
+UNLIMITED = [{"agentId": "free"}, {"agentCapability": "cleaning"}]
+LIMITED = [{"agentId": "single"}, {"agentId": "pair"}, {"agentCapability": "cooking"}]
+AWAY = [{"agentId": "gone"}]
+FALLEN_BACK = [
     {"agentId": "gone", "fallback": ["single", "free"]},
     {"agentId": "gone", "fallback": ["gone-too", "pair"]},
 ]
+
+
+def for_agent(chance: Chance, id: str, before: list[str], below: Any) -> dict[str, Any]:
+    is_each = chance.is_so(0.3)
+    known = [UNLIMITED, LIMITED] * 4
+    if not is_each:  # the claim of a forEach takes a slot of a fallback, and keeps it
+        known.append(FALLEN_BACK)
+        known += [AWAY] if id.startswith("top") else []  # of several, any is overdue first
+    who = chance.choice(known)
+    busy = {"backoffSeconds": chance.seconds(20), "maxWaitSeconds": 20 + chance.seconds(300)}
+    if who is AWAY:
+        # Who waits for an agent that is away is looked at after his backoff, then every 30 s.
+        busy["maxWaitSeconds"] = busy["backoffSeconds"] + 30 * chance.randint(1, 5)
+    elif who is not UNLIMITED:
+        # Nor does anybody see before that backoff is over that he is overdue in a line.
+        busy |= {"backoffSeconds": 0.0001, "maxBackoffSeconds": 0.0001}
+    made = {
+        "parameters": parameters(chance, id, before, is_each),
+        "retry": {"maxAttempts": chance.randint(1, 3), "backoffSeconds": chance.seconds(20)},
+        "busy": busy,
+        "timeoutSeconds": 30 + chance.seconds(30),
+        **chance.choice(who),
+    }
+    return made | (each(chance) if is_each else {})
 
 
 def approval(chance: Chance, id: str, *_: Any) -> dict[str, Any]:
