@@ -28,8 +28,8 @@ up: .venv/.run ## Start the stack and leave it running (ARGS="--agents my_agents
 down: .venv/.run ## Stop the stack
 	@.venv/bin/opscore down $(ARGS)
 
-test: .venv/.dev ## Run the tests (ARGS="-k name")
-	@.venv/bin/python -m pytest $(ARGS)
+test: .venv/.dev ## Run the tests, in two processes (ARGS="-k name")
+	@.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 fuzz: .venv/.dev ## Send the API what nobody thought of, for longer (ARGS="--examples 50 --seed 7")
 	@.venv/bin/python -m pytest tests/test_fuzz.py --capture=no --timeout=0 --examples=500 --seed=$$(date +%s) $(ARGS)
