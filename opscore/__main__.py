@@ -142,6 +142,7 @@ def _show_processes(session: Session) -> bool:
     said = f"{found.phase}{f' (pid {found.pid})' if found.pid else ''}"
     if not found.processes:
         click.echo(said, err=session.as_json)
+        click.echo("Hint: `opscore up` starts one here; --api-url names another API.", err=True)
         sys.exit(1)
     if not session.as_json:
         click.echo(said)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from test_web_process import free_port, serving
 
 from opscore.__main__ import main
 from opscore.cli.session import read_stack
+from opscore.sdk import OpsCoreClientSync
 
 REPORT = {
     "id": "report",
@@ -73,6 +75,7 @@ class Desk:
 
     def __init__(self, url: str, folder: Path) -> None:
         self.url, self.folder = url, folder
+        self.client = OpsCoreClientSync(url, API_KEY)
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "NO_COLOR"},
             "PYTHONPATH": str(ROOT),
@@ -103,17 +106,15 @@ class Desk:
         return Said(process.returncode, out, err)
 
     def submit(self, workflow: str, input: Any, *words: str) -> str:
+        if not words:  # quicker, where it is not what is tested
+            return self.client.runs.submit(workflow, input).id
         run_id = self.run("run", "submit", workflow, json.dumps(input), "--json", *words).json()
         return str(run_id["runId"])
 
     def asked(self, run_id: str) -> str:
         """Return the task of a run that waits for an approval, once it does."""
-
-        def waiting() -> list[str]:
-            tasks = self.run("run", "show", run_id, "--json").json()["tasks"]
-            return [task["taskId"] for task in tasks if task["reason"] == "approval"]
-
-        return wait_until(waiting)[0]
+        waiting = partial(self.client.tasks.list, reason="approval", run_id=run_id)
+        return str(wait_until(lambda: [task["taskId"] for task in waiting()])[-1])
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,7 @@ def desk(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             for document in (REPORT, ASKING):
                 here.run("workflow", "push", "-", input=json.dumps(document)).is_fine()
             yield here
+            here.client.close()
 
 
 def leaves(command: click.Command, *names: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -391,6 +393,31 @@ def test_a_workflow_is_pushed_from_a_file_and_shown(desk: Desk) -> None:
     assert '"taskId": "only"' in desk.run("workflow", "show", "small").is_fine()
 
 
+def test_a_workflow_is_explained_archived_and_restored(desk: Desk) -> None:
+    file = desk.folder / "graph.json"
+    tasks = [
+        {"taskId": "first", "agentCapability": "echo", "dependsOn": []},
+        {"taskId": "left", "agentId": "echo", "dependsOn": ["first"]},
+        {"taskId": "right", "type": "approval", "dependsOn": ["first"], "when": "true"},
+        {"taskId": "last", "agentId": "echo", "dependsOn": ["left", "right"]},
+    ]
+    file.write_text(json.dumps({"id": "graph", "tasks": tasks}))
+    of_file = desk.run("workflow", "explain", str(file)).is_fine()
+    assert re.search(r"^first +agent +any that can echo +- +-$", of_file, re.MULTILINE)
+    assert re.search(r"^last +agent +echo +left, right +-$", of_file, re.MULTILINE)
+    assert "  chain\n    first\n    chord\n" in of_file
+    assert desk.run("workflow", "push", str(file), "-q").is_fine() == "graph\n"
+    assert desk.run("workflow", "explain", "graph").is_fine() == of_file
+    assert desk.run("workflow", "archive", "graph").is_fine() == "graph is archived.\n"
+    assert "graph" not in desk.run("workflow", "list", "-q").is_fine().split()
+    assert desk.run("workflow", "list", "--archived", "-q").is_fine() == "graph\n"
+    said = desk.run("run", "submit", "graph")
+    assert said.code == 1 and "archived" in said.err
+    assert desk.run("workflow", "restore", "graph").is_fine() == "graph is not archived.\n"
+    assert desk.run("workflow", "list", "--archived").is_fine().startswith("No workflows")
+    desk.run("run", "cancel", desk.submit("graph", {})).is_fine()
+
+
 def test_a_run_is_watched_to_its_end_and_its_output_shown(desk: Desk) -> None:
     given = json.dumps({"topics": ["a", "b"], "mood": "good"})
     said = desk.run("run", "submit", "report", given, "--label", "team=a", "--watch").is_fine()
@@ -522,6 +549,71 @@ def test_agents_are_listed_shown_and_steered(desk: Desk) -> None:
     assert triggered.is_fine().endswith("well, then\n")
 
 
+def test_what_waits_is_listed_by_what_it_waits_for(desk: Desk) -> None:
+    run_id = desk.run("run", "submit", "asking", "-q").is_fine().strip()
+    task = desk.asked(run_id)
+    assert task in desk.run("task", "list", "--reason", "approval", "-q").is_fine().split()
+    of_run = desk.run("task", "list", "--run", run_id).is_fine()
+    assert re.search(rf"^{task} +ok +waiting +waiting for somebody", of_run, re.MULTILINE)
+    assert re.search(r"^\S+ +after +pending", of_run, re.MULTILINE)
+    assert desk.run("task", "list", "--run", run_id, "--status", "failed").out == "No such tasks.\n"
+    assert task in desk.run("status").out and run_id in desk.run("run", "list", "-q").out.split()
+    desk.run("task", "approve", task).is_fine()
+    again = desk.run("run", "rerun", run_id, "-q").is_fine().strip()
+    assert again != run_id
+    desk.run("run", "cancel", again).is_fine()
+
+
+# --- How everything is --------------------------------------------------------------------------
+
+
+def test_a_paused_agent_that_is_waited_for_is_the_matter(desk: Desk) -> None:
+    said = desk.run("doctor")
+    assert said.code == 0 and said.out.endswith("All is well.\n"), said
+    assert desk.run("status").is_fine().endswith("All is well.\n")
+    desk.run("agent", "pause", "grumpy").is_fine()
+    task = desk.run("task", "submit", '{"mood": "good"}', "--agent", "grumpy", "-q").is_fine()
+    wait_until(lambda: list(desk.client.tasks.list(status=["waiting"], agent_id="grumpy")))
+    said = desk.run("doctor")
+    assert said.code == 1 and "✘ agent_paused: 1 task waits" in said.out
+    assert "    → Let it go on: `opscore agent resume grumpy`.\n1 thing is the matter." in said.out
+    checks = desk.run("doctor", "--json")
+    assert [c["name"] for c in json.loads(checks.out) if not c["is_ok"]] == ["agent_paused"]
+    said = desk.run("status")
+    assert said.code == 1 and "Problem: 1 task waits" in said.out
+    assert "grumpy  1 " in said.out and desk.run("status", "--json").code == 1
+    desk.run("agent", "resume", "grumpy").is_fine()
+    wait_until(lambda: desk.client.tasks.get(task.strip())["status"] == "completed")
+
+
+def test_an_api_that_is_away_is_the_matter(desk: Desk) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    said = desk.run("doctor", "--api-url", url)
+    assert (
+        said.code == 1
+        and f"✘ api: {url} cannot be reached" in said.out
+        and "opscore up" in said.out
+    )
+    assert desk.run("status", "--api-url", url).code == 3
+    here = ["--data", str(desk.folder / "empty")]
+    said = desk.run("status", *here, OPSCORE_API_URL=None)
+    assert said.code == 1 and "opscore up" in said.err
+    assert desk.run("doctor", *here, OPSCORE_API_URL=None).code == 2
+
+
+def test_without_a_worker_it_says_to_start_one(servers: Servers, tmp_path: Path) -> None:
+    with (
+        running_stack(servers, tmp_path / "worker.log") as stack,
+        serving(stack.environment, tmp_path / "web.log") as (_, port),
+    ):
+        bare = Desk(f"http://127.0.0.1:{port}", tmp_path)
+        for words in ("doctor", "status"):
+            said = bare.run(words)
+            assert (
+                said.code == 1 and "No worker lives" in said.out and "`opscore worker`" in said.out
+            )
+
+
 # --- Schedules ----------------------------------------------------------------------------------
 
 
@@ -550,6 +642,13 @@ def test_a_schedule_is_created_changed_triggered_and_deleted(desk: Desk) -> None
     assert desk.run("run", "watch", run["runId"]).code == 0
     told = desk.run("schedule", "history", "nightly").is_fine()
     assert re.search(rf"started +{run['runId']} +completed", told)
+    assert "nightly" in desk.run("schedule", "list", "-q").is_fine().split()
+    told = desk.run("schedule", "events", "nightly").is_fine()
+    assert [line.split()[2] for line in told.splitlines()[1:3]] == [
+        "schedule.triggered",
+        "schedule.paused",
+    ]
+    assert len(desk.run("schedule", "events", "nightly", "--all", "--json").json()) == 7
     assert desk.run("schedule", "delete", "nightly").is_fine() == "Deleted nightly.\n"
     assert desk.run("schedule", "show", "nightly").code == 1
 
@@ -579,8 +678,13 @@ def test_a_schedule_that_cannot_be_is_refused_with_the_place(
 # --- Terminals ----------------------------------------------------------------------------------
 
 
-def on_terminal(desk: Desk, *words: str, **environment: str) -> tuple[int, str]:
-    """Run a command on a terminal of 80 columns; return its status and what it drew."""
+def on_terminal(
+    desk: Desk, *words: str, until: str | None = None, **environment: str
+) -> tuple[int, str]:
+    """Run a command on a terminal of 24 lines of 80 columns; return its status and what it drew.
+
+    Once it has drawn `until`, it is asked to end.
+    """
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 80))
     env = {**desk.environment, "TERM": "xterm-256color", **environment}
@@ -593,6 +697,9 @@ def on_terminal(desk: Desk, *words: str, **environment: str) -> tuple[int, str]:
             drawn += os.read(master, 65536)
         except OSError:  # the other end is closed
             break
+        if until and until in drawn.decode(errors="replace"):
+            process.terminate()
+            until = None
     os.close(master)
     return process.wait(10), drawn.decode()
 
@@ -607,6 +714,30 @@ def test_a_watch_draws_a_tree_on_a_terminal(desk: Desk) -> None:
     assert "\x1b[32m" in drawn
     code, drawn = on_terminal(desk, "run", "watch", run_id, NO_COLOR="1")
     assert code == 0 and "├──" in drawn and not re.search(r"\x1b\[3\dm", drawn)
+
+
+def test_a_watch_has_room_on_any_terminal_and_leaves_the_cursor_as_it_was(desk: Desk) -> None:
+    tasks = [{"taskId": f"t{n}", "type": "approval", "dependsOn": []} for n in range(10)]
+    tasks += [{"taskId": f"last{n}", "agentId": "echo", "dependsOn": ["t0"]} for n in range(30)]
+    document = json.dumps({"id": "tall", "tasks": tasks})
+    desk.run("workflow", "push", "-", input=document).is_fine()
+    run_id = desk.run("run", "submit", "tall", "-q").is_fine().strip()
+    desk.asked(run_id)
+    desk.run("run", "pause", run_id).is_fine()
+    way = f"opscore run resume {run_id}"
+    code, drawn = on_terminal(desk, "run", "watch", run_id, until=" more: ")
+    assert code == 128 + signal.SIGTERM and "\x1b[?25h" in drawn
+    assert f"opscore task approve {desk.asked(run_id)}" in drawn
+    assert way in drawn and "and 31 more: " in drawn and "last0" not in drawn
+    desk.run("run", "cancel", run_id).is_fine()
+
+
+def test_a_run_that_begins_later_says_when(desk: Desk) -> None:
+    run_id = desk.submit("asking", {}, "--start-at", "2099-01-01T00:00")
+    assert "start_at 2099-01-01 00:00:00" in desk.run("run", "list", "-n", "1").out
+    _, drawn = on_terminal(desk, "run", "watch", run_id, until="start_at 2099-01-01 00:00:00")
+    assert "start_at 2099-01-01 00:00:00" in drawn
+    desk.run("run", "cancel", run_id).is_fine()
 
 
 def test_no_id_is_broken_on_a_narrow_terminal(desk: Desk) -> None:
@@ -639,6 +770,7 @@ def test_ctrl_c_ends_the_watch_and_not_the_run(desk: Desk) -> None:
     assert watch.stdout is not None
     while "task.waiting" not in watch.stdout.readline():
         assert watch.poll() is None
+    assert re.fullmatch(r"opscore task approve [0-9a-f-]{36}\n", watch.stdout.readline())
     watch.send_signal(signal.SIGINT)
     _, err = watch.communicate(timeout=20)
     assert watch.returncode == 130 and "The run goes on" in err and "Traceback" not in err

@@ -217,6 +217,14 @@ def _read(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
+def reason(run: Mapping[str, Any]) -> str | None:
+    """Return why a run is not under way; from when on it is, if that is known."""
+    if run["reason"] == "start_at" and run["startAt"]:
+        return f"start_at {moment(run['startAt'])}"
+    found: str | None = run["reason"]
+    return found
+
+
 def task_name(task: Mapping[str, Any]) -> str:
     """Return how a task of a run, or an item of its `forEach`, is called."""
     index = "" if task["index"] is None else f"[{task['index']}]"

@@ -213,13 +213,7 @@ def _steered(session: Session, found: "Run") -> None:
 
 
 def _because(run: Mapping[str, Any]) -> str | None:
-    if run["error"]:
-        return output.short(run["error"]["message"])
-    return f"start_at {output.moment(run['startAt'])}" if _is_early(run) else run["reason"]
-
-
-def _is_early(run: Mapping[str, Any]) -> bool:
-    return run["reason"] == "start_at" and run["startAt"] is not None
+    return output.short(run["error"]["message"]) if run["error"] else output.reason(run)
 
 
 def _show(run: Mapping[str, Any]) -> None:

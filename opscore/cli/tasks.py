@@ -50,7 +50,11 @@ def submit(
     if not wait:
         said = f"Task {submitted.id} of run {submitted.run_id}."
         return session.show(submitted.data, lambda: output.say(said))
-    submitted.wait()
+    try:
+        submitted.wait()
+    except KeyboardInterrupt:
+        output.say(f"It goes on; `opscore task show {submitted.id}` tells how.", err=True)
+        raise
     session.show(submitted.data, lambda: _outcome(submitted.data))
     if submitted.status != "completed":
         sys.exit(FAILED)

@@ -1,7 +1,14 @@
-"""Following a run: a tree of its tasks that lives on a terminal, a line an event elsewhere."""
+"""Following a run: a tree of its tasks that lives on a terminal, a line an event elsewhere.
 
+The tree has a line a task, and no more of them than the terminal has room for.
+"""
+
+import signal
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +29,10 @@ MOST_CHILDREN = 10
 """Sub-workflows whose tasks are looked up."""
 BAR = 20
 """Characters of a bar."""
+ROOM_ABOVE = 6
+"""Lines of a terminal that are kept free of tasks."""
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status, as a shell has it."""
 MARKS: Mapping[str, str] = {
     "completed": "✔",
     "failed": "✘",
@@ -35,11 +46,12 @@ MARKS: Mapping[str, str] = {
 
 def watch_run(session: "Session", run_id: str) -> "Run":
     """Show what goes on in a run until it is over; return it."""
-    run = session.client.runs.get(run_id)
+    run, screen = session.client.runs.get(run_id), output.console()
     try:
         if session.as_json:
             return run.wait()
-        return _draw(session, run) if output.console().is_terminal else _print(run)
+        is_alive = screen.is_terminal and not screen.is_dumb_terminal
+        return _draw(session, run) if is_alive else _print(run)
     except KeyboardInterrupt:
         click.echo(f"The run goes on; `opscore run cancel {run_id}` cancels it.", err=True)
         raise
@@ -58,29 +70,43 @@ def print_event(event: Mapping[str, Any], as_json: bool = False) -> None:
 
 
 def _print(run: "Run") -> "Run":
+    was_over = run.is_over
     for event in run.events():
         print_event(event)
+        if event["type"] == "task.waiting" and event["reason"] == "approval" and not was_over:
+            output.say(_way_to_approve(event))
     return run.wait()
 
 
+def _way_to_approve(task: Mapping[str, Any]) -> str:
+    return f"opscore task approve {task['taskId']}"
+
+
 def _draw(session: "Session", run: "Run") -> "Run":
+    from rich.console import Group
     from rich.live import Live
+    from rich.text import Text
 
     from opscore.sdk import OpsCoreSDKError
     from opscore.sdk.transport import Patience
 
-    patience, children = Patience(), Children(session)
-    with Live(console=output.console(), auto_refresh=False) as live:
+    patience, children, screen = Patience(), Children(session), output.console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # shows the cursor again
+    with Live(console=screen, auto_refresh=False) as live:
         while True:
             try:
-                live.update(_tree(run.data, children), refresh=True)
+                live.update(_tree(run.data, children, screen.height - ROOM_ABOVE), refresh=True)
                 if run.is_over:
                     return run
                 time.sleep(LOOK_SECONDS)
                 run.refresh()
                 patience.moved()
             except OpsCoreSDKError as error:
-                time.sleep(patience.pause(error))
+                pause = patience.pause(error)
+                said = Text(output.plain(f"{error} It is asked again."), style="red")
+                live.update(Group(_tree(run.data, None, screen.height - ROOM_ABOVE), said))
+                live.refresh()
+                time.sleep(pause)
 
 
 class Children:
@@ -99,34 +125,67 @@ class Children:
         return found
 
 
-def _tree(run: Mapping[str, Any], children: Children) -> "Tree":
+def _tree(run: Mapping[str, Any], children: Children | None, room: int) -> "Tree":
+    """Return what a run is drawn as; without what is below it if nobody can be asked."""
     from rich.text import Text
     from rich.tree import Tree
 
-    took = output.between(run["startedAt"], run["finishedAt"])
+    took, why = output.between(run["startedAt"], run["finishedAt"]), output.reason(run)
     head = Text.assemble(
         (output.plain(run["workflowId"]), "bold"),
         f" v{run['version']}  ",
         output.cell(run["status"]),
-        f"  {run['reason'] or ''}  " if run["reason"] else "  ",
-        (took or "", "dim"),
+        f"  {output.plain(why)}" if why else "",
+        (f"  {took}" if took else "", "dim"),
+        no_wrap=True,
     )
     tree = Tree(head, guide_style="dim")
-    _grow(tree, run["tasks"], children)
+    if run["status"] == "paused":
+        tree.add(Text(f"opscore run resume {output.plain(run['runId'])}", "magenta"))
+    _grow(tree, run["tasks"], children, room)
     return tree
 
 
-def _grow(tree: "Tree", tasks: Sequence[Mapping[str, Any]], children: Children) -> None:
-    left = MOST_CHILDREN
-    for task in tasks:
-        if task["index"] is not None:
-            continue
+def _grow(
+    tree: "Tree", found: Sequence[Mapping[str, Any]], children: Children | None, room: int
+) -> None:
+    left, tasks = MOST_CHILDREN, [task for task in found if task["index"] is None]
+    shown = _worth(tasks, found, room)
+    for task in shown:
         branch = tree.add(_line(task))
-        for item in _items(task, tasks):
+        for item in _items(task, found):
             branch.add(_line(item))
-        if task["childRunId"] and task["status"] != "completed" and left:
+        if _is_asking(task):
+            branch.add(_way_to_approve(task))
+        if children and task["childRunId"] and task["status"] != "completed" and left:
             left -= 1
-            _grow(branch, children.get(task["childRunId"])["tasks"], children)
+            below = children.get(task["childRunId"])["tasks"]
+            _grow(branch, below, children, max(MOST_ITEMS, room - len(shown)))
+    if len(shown) < len(tasks):
+        rest = Counter(task["status"] for task in tasks) - Counter(task["status"] for task in shown)
+        told = ", ".join(f"{number} {status}" for status, number in rest.items())
+        tree.add(f"and {rest.total()} more: {output.plain(told)}")
+
+
+def _worth(
+    tasks: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]], room: int
+) -> Sequence[Mapping[str, Any]]:
+    """Return the tasks there is room for, in their order.
+
+    First come those that ask somebody, run or failed, then those that wait.
+    """
+    ranks = {"running": 1, "failed": 1, "waiting": 2}
+    ranked = sorted(
+        range(len(tasks)),
+        key=lambda at: 0 if _is_asking(tasks[at]) else ranks.get(tasks[at]["status"], 3),
+    )
+    rows = (1 + len(list(_items(tasks[at], found))) + _is_asking(tasks[at]) for at in ranked)
+    fitting = sum(used <= room for used in accumulate(rows))
+    return [tasks[at] for at in sorted(ranked[: max(fitting, 1)])]
+
+
+def _is_asking(task: Mapping[str, Any]) -> bool:
+    return (task["status"], task["reason"]) == ("waiting", "approval")
 
 
 def _items(
@@ -151,12 +210,12 @@ def _line(task: Mapping[str, Any]) -> "Text":
         output.cell(status),
     ]
     parts += [f"  {bar}" for bar in _bars(task)]
+    took = output.between(task["startedAt"], task["finishedAt"])
+    parts.append((f"  {took}" if took else "", "dim"))
     why = task["error"]["message"] if task["error"] else task["waitingFor"]
     if why:
         parts.append((f"  {output.short(why)}", "red" if task["error"] else "yellow"))
-    took = output.between(task["startedAt"], task["finishedAt"])
-    parts.append((f"  {took}" if took else "", "dim"))
-    return Text.assemble(*parts)
+    return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
 
 
 def _bars(task: Mapping[str, Any]) -> Iterator[str]:
