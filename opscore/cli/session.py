@@ -49,7 +49,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 
-class Command(click.Command):
+class _Told(click.Command):
+    """A command that a list of commands describes by a whole sentence, not by half of one."""
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        return (self.help or "").strip().partition("\n")[0]
+
+
+class Command(_Told):
     """A command whose help ends with examples."""
 
     def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
@@ -62,7 +69,7 @@ class Command(click.Command):
                 formatter.write(f"{'':{formatter.current_indent}}{example}\n")
 
 
-class Group(click.Group):
+class Group(_Told, click.Group):
     """A group whose commands have examples."""
 
     command_class = Command
