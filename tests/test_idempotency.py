@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from http_client import Client, open_client, problem
@@ -199,7 +198,9 @@ def test_a_key_that_is_none_is_422_and_names_the_header(
     assert count(client, "runs") == count(client, "idempotency_keys") == 0
 
 
-@pytest.mark.parametrize("key", ["x", "x" * 255, str(uuid4()), "!~", '"' + "x" * 255 + '"'])
+@pytest.mark.parametrize(
+    "key", ["x", "x" * 255, "01890a5d-ac96-774b-bcce-b302099a8057", "!~", '"' + "x" * 255 + '"']
+)
 def test_a_key_may_be_of_all_visible_characters(client: Client, key: str) -> None:
     for _ in range(2):
         assert post(client, key=key).status_code == 202
