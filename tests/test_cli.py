@@ -76,6 +76,7 @@ class Desk:
     def __init__(self, url: str, folder: Path) -> None:
         self.url, self.folder = url, folder
         self.client = OpsCoreClientSync(url, API_KEY)
+        self.started: list[subprocess.Popen[str]] = []
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "NO_COLOR"},
             "PYTHONPATH": str(ROOT),
@@ -84,7 +85,7 @@ class Desk:
         }
 
     def start(self, *words: str, **more: Any) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "opscore", *words],
             cwd=self.folder,
             text=True,
@@ -96,6 +97,16 @@ class Desk:
                 **more,
             },
         )
+        self.started.append(process)
+        return process
+
+    def leave(self) -> None:
+        """End what a test that failed has left."""
+        self.client.close()
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
 
     def run(self, *words: str, input: str | None = None, **environment: str | None) -> Said:
         changed = {**self.environment, **environment}
@@ -128,7 +139,7 @@ def desk(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             for document in (REPORT, ASKING):
                 here.run("workflow", "push", "-", input=json.dumps(document)).is_fine()
             yield here
-            here.client.close()
+            here.leave()
 
 
 def leaves(command: click.Command, *names: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:

@@ -66,8 +66,8 @@ def fill(client: Client) -> dict[str, list[Any]]:
     runs, tasks = _rows(client)
     for state in ("error", "active", "idle"):
         client.post("/agent/abroad/state", {"state": state, "details": {"queue": 1}})
-    asked = []
-    for task_id, run_id in itertools.chain(fail_runs(client), open_attempts(client)):
+    asked, failed = [], list(fail_runs(client))
+    for task_id, run_id in itertools.chain(failed, open_attempts(client)):
         tasks.append(task_id)
         runs.append(run_id)
     for task_id, _ in ask_for_approvals(client):
@@ -78,6 +78,7 @@ def fill(client: Client) -> dict[str, list[Any]]:
         runs.append(client.post("/runs", {"workflowId": "report"}).json["runId"])
     return {
         "runId": runs[::-1],
+        "runs_retry runId": [run_id for _, run_id in failed],
         "taskId": tasks[::-1],
         "tasks_approve taskId": asked,
         "tasks_reject taskId": asked[::-1],

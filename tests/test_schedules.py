@@ -568,7 +568,9 @@ def test_a_firing_that_waits_and_is_in_trouble_is_left_alone_for_a_while(
     capsys.readouterr()
     for _ in range(3):
         assert clock.tick().plans == []
-    assert capsys.readouterr().out.count("] schedule.trouble") == 1, "it was tried every time"
+    told = "".join(capsys.readouterr())  # where, and in which form, is up to who set up logs before
+    in_trouble = [line for line in told.splitlines() if "schedule.trouble" in line]
+    assert len(in_trouble) == 1, "it was tried every time"
     assert clock.statuses() == ["started", "waiting", "waiting"]
     clock.execute("DROP TRIGGER refuse ON runs")
     clock.execute("UPDATE schedules SET rests_until = now() WHERE name = 's'")

@@ -230,3 +230,19 @@ def start_failing(environment: dict[str, str]) -> str:
     )
     assert done.returncode != 0
     return done.stdout + done.stderr
+
+
+def test_a_server_that_is_killed_leaves_no_process_behind_though_somebody_follows_a_run(
+    environment: dict[str, str], database: Database, tmp_path: Path
+) -> None:
+    with database.transaction() as tx:
+        run_id = add_run(tx, "running")
+    with serving(environment, tmp_path / "log") as (process, port):
+        children = psutil.Process(process.pid).children()
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            path = f"/v1/opscore/runs/{run_id}/events"
+            client.sendall(raw("GET", path, "Accept: text/event-stream\r\n"))
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+            process.kill()
+            process.wait()
+            wait_until(lambda: not any(child.is_running() for child in children), seconds=30)

@@ -26,7 +26,16 @@ REFUSALS = {
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """Answers with a problem (see `web.errors`) also where no view can."""
+    """Answers with a problem (see `web.errors`) also where no view can.
+
+    Ends with its parent, also if that was killed while clients wait.
+    """
+
+    def is_parent_alive(self) -> bool:
+        is_alive = bool(super().is_parent_alive())
+        if not is_alive:
+            self.wsgi.extensions["opscore"].stop_waiting()
+        return is_alive
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         refusal = REFUSALS.get(type(exc))
