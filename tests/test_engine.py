@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
@@ -821,7 +822,39 @@ def test_waiting_too_long_for_an_agent_fails_the_task(desk: Desk) -> None:
     assert gone is not None and desk.task("b").error["code"] == "agent_busy_timeout"
 
 
+def test_whoever_waits_for_an_agent_is_looked_at_when_he_has_waited_as_long_as_he_may(
+    desk: Desk,
+) -> None:
+    busy = {"backoffSeconds": 600, "maxBackoffSeconds": 600, "maxWaitSeconds": 5}
+    desk.submit(task("a", "single", dependsOn=[]), task("b", "single", dependsOn=[], busy=busy))
+    desk.claim("a")
+    desk.park("b", desk.claim("b"))
+    row = desk.task("b")
+    assert row.wake_at - row.waiting_since <= timedelta(seconds=5)
+
+
+def test_whoever_waits_for_an_agent_that_is_away_is_looked_at_when_his_time_is_up(
+    desk: Desk,
+) -> None:
+    desk.submit(task("a", "single", busy={"maxWaitSeconds": 5}))
+    desk.alter("UPDATE agents SET paused = true WHERE agent_id = 'single'")
+    desk.park("a", desk.claim("a"))
+    desk.alter("UPDATE tasks SET wake_at = now()")
+    with desk.database.autocommit() as tx:
+        assert engine.wake_due(tx, 10).overdue == []
+    row = desk.task("a")
+    assert (row.status, row.reason) == ("waiting", "agent_unavailable")
+    assert row.wake_at - row.waiting_since <= timedelta(seconds=6)
+
+
 # --- forEach
+
+
+def test_a_for_each_holds_no_slot_of_a_fallback(desk: Desk) -> None:
+    desk.submit(task("a", "echo", fallback=["single"], forEach={"items": [1]}))
+    desk.claim("a")
+    (slot,) = desk.rows("SELECT holder FROM slots WHERE pool = 'single'")
+    assert slot.holder is None
 
 
 def test_items_become_tasks_and_their_outputs_come_back_in_item_order(desk: Desk) -> None:

@@ -247,7 +247,7 @@ WITH t AS MATERIALIZED (
     UNION ALL
     SELECT a.agent_id, a.capacity, a.capabilities, f.place, false, {is_open()}, {is_ready()}, false
     FROM ready, unnest(ready.fallback) WITH ORDINALITY AS f (id, place), agents a
-    WHERE a.agent_id = f.id
+    WHERE ready.kind = 'agent' AND a.agent_id = f.id
 ), candidate AS (
     -- Fallbacks are asked while none that is wanted is available, or was not there just now.
     SELECT * FROM wanted

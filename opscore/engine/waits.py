@@ -82,8 +82,10 @@ WITH before AS (
         waiting_since = CASE WHEN :busy THEN coalesce(t.waiting_since, now()) END,
         line_agent_id = CASE WHEN t.wanted_agent_id IS NOT NULL OR :agent_id = ANY (t.fallback)
                              THEN coalesce(:agent_id, t.wanted_agent_id) END,
-        wake_at = CASE WHEN :busy THEN now() + make_interval(secs =>
-            {backoff("t.busy_backoff", "t.busy_max_backoff", "t.waits")}) END,
+        wake_at = CASE WHEN :busy THEN least(
+            now() + make_interval(secs =>
+                {backoff("t.busy_backoff", "t.busy_max_backoff", "t.waits")}),
+            coalesce(t.waiting_since, now()) + make_interval(secs => t.max_wait_seconds)) END,
         woken_at = NULL, kept_until = NULL, not_before = NULL
     WHERE t.id = :task_id AND {WAITS} AND t.reason IS DISTINCT FROM 'paused'
       AND t.visit_generation <= :generation
@@ -286,8 +288,10 @@ WITH due AS MATERIALIZED (
     UPDATE tasks t
     SET woken_at = CASE WHEN due.ready THEN now() END,
         wake_at = CASE WHEN due.ready THEN NULL
-            WHEN t.reason = 'agent_busy' AND NOT {_IS_WITH_FALLBACK} THEN least(
-                now() + make_interval(secs => {BUSY_LOOK_AGAIN_SECONDS}),
+            WHEN t.reason IN {models.IN_LINE} THEN least(
+                now() + make_interval(secs => CASE
+                    WHEN t.reason = 'agent_busy' AND NOT {_IS_WITH_FALLBACK}
+                    THEN {BUSY_LOOK_AGAIN_SECONDS} ELSE {LOOK_AGAIN_SECONDS} END),
                 greatest(t.waiting_since + make_interval(secs => t.max_wait_seconds),
                          now() + make_interval(secs => 1)))
             ELSE now() + make_interval(secs => {LOOK_AGAIN_SECONDS}) END
