@@ -505,17 +505,16 @@ FALLEN_BACK = [
 
 def for_agent(chance: Chance, id: str, before: list[str], below: Any) -> dict[str, Any]:
     is_each = chance.is_so(0.3)
-    known = [UNLIMITED, LIMITED] * 4
-    if not is_each:  # the claim of a forEach takes a slot of a fallback, and keeps it
-        known.append(FALLEN_BACK)
-        known += [AWAY] if id.startswith("top") else []  # of several, any is overdue first
+    known = [*[UNLIMITED, LIMITED] * 4, FALLEN_BACK]
+    if not is_each and id.startswith("top"):  # of several, any is overdue first
+        known.append(AWAY)
     who = chance.choice(known)
     busy = {"backoffSeconds": chance.seconds(20), "maxWaitSeconds": 20 + chance.seconds(300)}
     if who is AWAY:
-        # Who waits for an agent that is away is looked at after his backoff, then every 30 s.
+        # Whole looks of the keeper: at other moments the two have not been compared.
         busy["maxWaitSeconds"] = busy["backoffSeconds"] + 30 * chance.randint(1, 5)
     elif who is not UNLIMITED:
-        # Nor does anybody see before that backoff is over that he is overdue in a line.
+        # Else who is looked at first depends on backoffs, which the two have not been compared on.
         busy |= {"backoffSeconds": 0.0001, "maxBackoffSeconds": 0.0001}
     made = {
         "parameters": parameters(chance, id, before, is_each),
