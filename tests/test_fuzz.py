@@ -239,6 +239,7 @@ def configuration(
 ) -> Config:
     """Return what schemathesis is told, in the words of its own file."""
     known = {name: {"dictionary": name, "probability": KNOWN} for name in ids}
+    judged = {"positive_data_acceptance": {"expected-statuses": JUDGED}}
     return Config.from_dict(
         {
             "seed": seed,
@@ -266,8 +267,14 @@ def configuration(
             "analysis": {"constants": {"enabled": False}},
             "operations": [
                 {
-                    "include-operation-id": judging(document),
-                    "checks": {"positive_data_acceptance": {"expected-statuses": JUDGED}},
+                    # Of all runs few have failed, and each of those is tried again once.
+                    "include-operation-id": ["runs_retry"],
+                    "checks": judged,
+                    "parameters": {"path.runId": known["runs_retry runId"]},
+                },
+                {
+                    "include-operation-id": sorted({*judging(document)} - {"runs_retry"}),
+                    "checks": judged,
                 },
                 {
                     "include-operation-id": ["workflows_archive"],
