@@ -122,7 +122,7 @@ class KeyReused(Conflict):
 
 
 class WorkflowArchived(Conflict):
-    """Workflow {workflow_id!r} is archived; POST /workflows/{workflow_id}/restore undoes that."""
+    """Workflow {workflow_id!r} is archived; POST .../workflows/{workflow_id}/restore undoes it."""
 
     code = "workflow_archived"
 
