@@ -75,7 +75,7 @@ clean: ## Remove .venv and caches
 	@$(PIP) --no-deps --editable .
 	@touch $@
 
-.venv/.dev: .venv/.run requirements/dev.txt
+.venv/.dev: .venv/.run requirements/dev.txt requirements/otel.txt requirements/agents.txt
 	@echo "Installing what tests and checks need ..."
 	@$(PIP) -r requirements/dev.txt
 	@touch $@
