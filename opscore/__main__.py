@@ -49,6 +49,7 @@ class _Main(Group):
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="opscore", message="%(package)s %(version)s")
 @names_api
 def main(**_: Any) -> None:
     """Run workflows of agent tasks.
@@ -248,7 +249,11 @@ def _tell_when_ready() -> None:
 @main.command(examples=("opscore beat",))
 def beat() -> None:
     """Fire schedules (Celery beat); any number of beats may run."""
-    _use_celery(_settings())
+    settings = _settings()
+    from opscore import migrations
+
+    migrations.check(settings.database_url)  # Celery would tell it with a stack trace
+    _use_celery(settings)
     _celery("beat", "--pidfile=", "--schedule=")
 
 
@@ -295,11 +300,36 @@ def db() -> None:
 
 @db.command(examples=("DATABASE_URL=postgresql://localhost/opscore opscore db upgrade",))
 def upgrade() -> None:
-    """Bring the tables of DATABASE_URL up to date."""
+    """Bring the tables of DATABASE_URL up to date.
+
+    All of it or nothing: it ends in a sentence if a table is in use for too long.
+    """
     settings = _settings()
     from opscore import migrations
 
     migrations.upgrade(settings.database_url)
+
+
+@db.command(examples=("opscore db current",))
+def current() -> None:
+    """Show the revision of DATABASE_URL, and the newest this version knows."""
+    settings = _settings()
+    from opscore import migrations
+
+    revision = migrations.current(settings.database_url)
+    click.echo(f"{revision or 'none'} (this version knows up to {migrations.NEWEST})")
+
+
+@db.command(examples=("opscore db check && opscore web",))
+def check() -> None:
+    """Tell whether DATABASE_URL is at the revision this version needs.
+
+    The exit status is 0 if it is, else 1, with a sentence that says what to do.
+    """
+    settings = _settings()
+    from opscore import migrations
+
+    migrations.check(settings.database_url)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ mapping.
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -285,3 +286,11 @@ def _pool_faults(pool: int, threads: int) -> list[str]:
 
 def _is_required(declared: Any) -> bool:
     return declared.default is MISSING
+
+
+def installed_version() -> str | None:
+    """Return the version of opscore; None of a source tree that is not installed."""
+    try:
+        return version("opscore")
+    except PackageNotFoundError:
+        return None

@@ -2,6 +2,8 @@
 
     OpsCoreError
     ├── ConfigurationError      a process refuses to start
+    │   └── WrongRevision       the database is that of another version
+    ├── UpgradeFailed           the tables are as they were
     ├── Invalid                 a document or value cannot be accepted; says where and why
     │   ├── InvalidDefinition
     │   ├── InvalidInput
@@ -43,6 +45,22 @@ class ConfigurationError(OpsCoreError):
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(faults)
         super().__init__("The settings cannot be used:\n" + "\n".join(f"  - {f}" for f in faults))
+
+
+class WrongRevision(ConfigurationError):
+    """The database is that of another version of opscore."""
+
+    code = "wrong_revision"
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__([sentence])
+        self.args = (sentence,)
+
+
+class UpgradeFailed(OpsCoreError):
+    """The tables cannot be upgraded, and are as they were: {why}."""
+
+    code = "upgrade_failed"
 
 
 class Invalid(OpsCoreError):

@@ -34,7 +34,7 @@ from urllib.parse import urlsplit
 import redis
 
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE, Settings
-from opscore.errors import ConfigurationError, OpsCoreError, WorkflowArchived
+from opscore.errors import ConfigurationError, OpsCoreError, WorkflowArchived, WrongRevision
 from opscore.processes import Child, Program, State, Supervisor, wait_until
 from opscore.servers import (
     LOOPBACK,
@@ -465,15 +465,12 @@ def _port(values: Mapping[str, str], name: str) -> int | None:
 
 
 def _migrate(url: str) -> None:
-    from sqlalchemy.exc import SQLAlchemyError  # not above: only `up` needs it, and it is slow
-
-    from opscore import migrations
+    from opscore import migrations  # not above: only `up` needs it, and it is slow
 
     try:
         migrations.upgrade(url)
-    except SQLAlchemyError as error:
-        reason = str(error).split("\n", 1)[0]
-        raise StackError(f"DATABASE_URL: the tables cannot be upgraded: {reason}") from error
+    except WrongRevision:
+        raise
     except ConfigurationError as error:
         hint = "It is set in your environment: unset it to have a server started."
         raise StackError(f"{error.faults[0].rstrip('.')}. {hint}") from error

@@ -6,7 +6,6 @@ tells that. Nothing else goes by these rows: who may do what is decided by lease
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from uuid import UUID
 
@@ -58,14 +57,6 @@ class Presence:
     queues: Sequence[str]
     version: str | None
     """Of opscore, if known."""
-
-
-def installed_version() -> str | None:
-    """Return the version of opscore; None of a source tree that is not installed."""
-    try:
-        return version("opscore")
-    except PackageNotFoundError:
-        return None
 
 
 def say(tx: Tx, worker: Presence) -> None:

@@ -200,8 +200,7 @@ def _database(tx: Tx) -> Row:
     return {
         "revision": revision,
         "newest_revision": newest,
-        # Revisions are numbers of one length.
-        "is_behind": revision is None or revision < newest,
+        "is_behind": migrations.is_behind(revision),
         "clock_skew_seconds": round(theirs - ours, 3),
     }
 

@@ -444,7 +444,7 @@ def test_unready_without_a_worker(client: Client) -> None:
 
 def test_unready_on_an_older_schema(fresh: Client) -> None:
     with fresh.database.transaction() as tx:
-        tx.execute(text("UPDATE alembic_version SET version_num = 'older'"))
+        tx.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     answer = fresh.get("/ready")
     assert (answer.status_code, answer.json["database"]) == (503, "behind")
 

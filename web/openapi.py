@@ -20,7 +20,7 @@ from flask_smorest.spec.plugins import FlaskPlugin  # type: ignore[import-untype
 from marshmallow import Schema
 from werkzeug import Response
 
-from opscore.presence import installed_version
+from opscore.config import installed_version
 from opscore.remote import AGENT_PREFIX
 from web.bodies import JSON, YAML, Parser, read_definition
 from web.errors import PROBLEM

@@ -18,7 +18,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from opscore import engine, idempotency, logs, presence, schedules
-from opscore.config import Settings
+from opscore.config import Settings, installed_version
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
 from opscore.presence import KEEPER_LEASE_SECONDS, Presence
@@ -201,7 +201,7 @@ def introduce(worker: Any) -> Presence:
         pool="threads" if pool == "thread" else pool,
         concurrency=worker.concurrency,
         queues=sorted(worker.app.amqp.queues.consume_from),
-        version=presence.installed_version(),
+        version=installed_version(),
     )
 
 
