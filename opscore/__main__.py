@@ -265,7 +265,53 @@ def flower() -> None:
         raise click.ClickException("FLOWER_BASIC_AUTH is not set: name:password of who may look.")
     _use_celery(settings)
     os.environ.setdefault("FLOWER_ADDRESS", "127.0.0.1")
+    _hide_flower_metrics()
     _celery("flower")
+
+
+def _hide_flower_metrics() -> None:
+    """Take Flower's /metrics away: it would answer everybody, with no credentials.
+
+    Raises: ClickException if it is not where it was.
+    """
+    from flower.urls import handlers
+
+    shown = [h for h in handlers if not (isinstance(h, tuple) and h[0] == "/metrics")]
+    if len(shown) != len(handlers) - 1:
+        raise click.ClickException("This Flower keeps its /metrics elsewhere: take another one.")
+    handlers[:] = shown
+
+
+@main.command(
+    examples=(
+        "opscore alive --url http://127.0.0.1:8000/health",
+        "OPSCORE_ALIVE_FILE=/tmp/opscore.alive opscore alive",
+    )
+)
+@click.option("--url", help="Of a server on this machine, which must answer 200.")
+@click.option(
+    "--file",
+    envvar="OPSCORE_ALIVE_FILE",
+    help="What a worker or beat touches; OPSCORE_ALIVE_FILE by default.",
+)
+def alive(url: str | None, file: str | None) -> None:
+    """Tell whether a process on this machine lives, for what watches over it.
+
+    The exit status is 0 if it does, else 1. It asks neither PostgreSQL nor Redis: a process is not
+    dead because one of them is away.
+    """
+    from opscore.alive import DEAD_SECONDS, age_of_sign, answers
+
+    if url:
+        if not answers(url):
+            raise click.ClickException(f"{url} does not answer 200.")
+        return
+    if not file:
+        raise click.UsageError("Give --url or --file, or set OPSCORE_ALIVE_FILE.")
+    age = age_of_sign(file)
+    if age is None or age > DEAD_SECONDS:
+        since = "there never was one" if age is None else f"the last is {age:.0f} s old"
+        raise click.ClickException(f"No sign of life in {file}: {since}.")
 
 
 def _use_celery(settings: "Settings") -> None:

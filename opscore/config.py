@@ -182,6 +182,12 @@ class Settings:
         "Seconds a task may lie ready without a visit before its run may be published again.",
         10.0,
     )
+    alive_file: str | None = _setting(
+        "OPSCORE_ALIVE_FILE",
+        ma.String(),
+        "File that a worker or a beat touches as long as it lives; `opscore alive` looks at it.",
+        None,
+    )
     firing_days: int = _setting(
         "OPSCORE_FIRING_DAYS",
         _count(1, 36_500),

@@ -285,7 +285,27 @@ def test_flower_shows_workers_queues_and_a_failure_in_red(site: Site) -> None:
         lambda: site.in_flower(failed),
         says=lambda info: info.get("state") == "FAILURE",
     )
-    assert httpx2.get(f"{site.environment['FLOWER_URL']}/api/workers").status_code == 401
+    told = site.in_flower(failed)
+    assert failed in told["args"] and told["uuid"] == failed and told["name"] == "opscore.run_task"
+
+
+def test_flower_shows_nothing_to_who_has_no_password_and_its_metrics_to_nobody(site: Site) -> None:
+    base = site.environment["FLOWER_URL"]
+    pages = ["/", "/workers", "/tasks", "/broker", f"/worker/w@{base}", "/task/x"]
+    calls = [
+        "/api/workers",
+        "/api/tasks",
+        "/api/task/types",
+        "/api/queues/length",
+        "/api/task/info/x",
+    ]
+    for path in pages + calls:
+        assert httpx2.get(base + path).status_code == 401, path
+        assert httpx2.get(base + path, auth=("opscore", "wrong")).status_code == 401, path
+    assert httpx2.post(f"{base}/api/worker/shutdown/w").status_code == 401
+    for answer in (httpx2.get(f"{base}/metrics"), site.flower.get("/metrics")):
+        assert answer.status_code == 404 and "flower_" not in answer.text
+    assert httpx2.get(f"{base}/healthcheck").text == "OK"
 
 
 def test_runs_are_listed_filtered_and_paged_newest_first(site: Site) -> None:

@@ -14,7 +14,7 @@ from celery import signals
 from celery.beat import Scheduler
 from sqlalchemy.exc import SQLAlchemyError
 
-from opscore import logs, migrations, schedules
+from opscore import alive, logs, migrations, schedules
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
@@ -34,11 +34,13 @@ class Beat(Scheduler):
         """Connect, and make sure that the rows are there."""
         settings = Settings.from_env(os.environ)
         migrations.check(settings.database_url)
+        self.alive_file = settings.alive_file
         self.database = Database(settings.database_url, pool_size=2, application="beat")
         self.dispatcher = Dispatcher(self.app, self.database, settings)
 
     def tick(self, *_: Any, **__: Any) -> float:
         """Fire what is due, and return in how many seconds to look again."""
+        alive.give_sign(self.alive_file)
         try:
             return 0 if self.fire() else PAUSE_SECONDS
         except SQLAlchemyError as error:

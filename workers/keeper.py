@@ -17,7 +17,7 @@ from celery import bootsteps
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from opscore import engine, idempotency, logs, presence, schedules
+from opscore import alive, engine, idempotency, logs, presence, schedules
 from opscore.config import Settings, installed_version
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
@@ -231,8 +231,10 @@ class Keeper(bootsteps.StartStopStep):
         rounds = Round(database, Dispatcher(app, database, settings), settings)
         sign = Sign(database, worker)
         while not self.ended.is_set():
-            self._try(rounds.run)
-            self._try(sign.give)
+            for act in (rounds.run, sign.give):
+                # Before each: a server that is frozen holds both up.
+                alive.give_sign(settings.alive_file)
+                self._try(act)
             self.ended.wait(0 if rounds.has_more else settings.keeper_seconds)
         self._end(rounds, sign)
 
