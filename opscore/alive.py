@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 DEAD_SECONDS = 120.0
-"""Whoever gave no sign for so long is taken for dead: a frozen PostgreSQL holds a loop up for less."""
+"""Whoever gave no sign for so long is dead: a frozen PostgreSQL holds a loop up for less."""
 ANSWER_SECONDS = 5.0
 """An answer that takes longer is none."""
 
