@@ -1,5 +1,5 @@
-"""What operators are given to start opscore with: every command, port, variable and path it names is
-there, and the services of docker-compose.yml run as they are written, but for the containers.
+"""What operators are given to start opscore with: every command, port, variable and path that it
+names is there, and the services of docker-compose.yml run as written, but for the containers.
 
 There need be no Docker: their commands run as plain processes, in the environment they name, on
 servers of this machine, until their health checks pass.
@@ -476,10 +476,8 @@ def same(name: str, command: Command) -> None:
     names, options = command
     expected = parse(command_of(name))
     assert names == expected[0]
-    own = ("host", "port")
-    assert [(k, v) for k, v in options.items() if k not in own] == [
-        (k, v) for k, v in expected[1].items() if k not in own
-    ], name
+    own = dict.fromkeys(("host", "port"))
+    assert options | own == expected[1] | own, name
 
 
 def test_the_procfile_has_the_same_processes() -> None:
@@ -666,3 +664,36 @@ def test_workers_are_scaled_by_our_own_queue_metric() -> None:
     rules = of_kind("ConfigMap")["opscore-prometheus-adapter"]["data"]["config.yaml"]
     (rule,) = yaml.safe_load(rules)["externalRules"]
     assert rule["seriesQuery"] == rule["name"]["as"] == metric["external"]["metric"]["name"]
+
+
+# --- docs/deploy.md -----------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs/deploy.md").read_text()
+
+
+def test_the_page_shows_commands_and_settings_that_exist() -> None:
+    table = PAGE[PAGE.index("| Process |") : PAGE.index("`DATABASE_URL` and")]
+    shown = dict(re.findall(r"^\| ([a-z-]+) \| `opscore ([^`]+)`", table, re.MULTILINE))
+    assert set(shown) == set(OURS)
+    for name, line in shown.items():
+        names, options = parse(shlex.split(line))
+        named = {"name": name} if "queues" in options else {}  # left out there
+        same(name, (names, options | named))
+    for words in re.findall(r"^    opscore ([a-z ]+?) +#", PAGE, re.MULTILINE):
+        parse(words.split())
+    for name in re.findall(r"OPSCORE_[A-Z_]+", PAGE):
+        assert name in DECLARED, name
+    for name in re.findall(r"`([A-Z_]{4,})(?:=[^`]*)?`", PAGE):
+        known = {*DECLARED, *SHOWN, "FLOWER_ADDRESS", "FLUSHALL", "UPDATE", "CONTRACTS", "LICENSE"}
+        assert name in known, name
+
+
+def test_the_page_explains_every_folder_in_about_ten_lines() -> None:
+    for title, folder in (
+        ("Procfile", "deploy/Procfile"),
+        ("systemd", "deploy/systemd"),
+        ("Kubernetes", "deploy/kubernetes"),
+    ):
+        section = re.split(r"^## ", PAGE.split(f"\n## {title}\n")[1], flags=re.MULTILINE)[0]
+        assert f"`{folder}`" in section and (ROOT / folder).exists()
+        assert 6 <= len(re.findall(r"^\d+\. ", section, re.MULTILINE)) <= 10

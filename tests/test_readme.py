@@ -35,6 +35,7 @@ def test_the_code_map_names_every_module_and_no_other() -> None:
         "web",
         "examples",
         "tests",
+        "deploy",
     ):
         assert table.count(f"`{folder}/`") == 1 and (ROOT / folder).is_dir()
 
