@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from configparser import ConfigParser
 from contextlib import contextmanager
-from importlib.metadata import distribution, packages_distributions, requires
+from importlib.metadata import distribution, packages_distributions, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,7 @@ def test_agents_the_sdk_and_the_command_line_need_nothing_else() -> None:
 
 def test_the_command_line_works_and_says_what_servers_need() -> None:
     assert run(COMMAND, "--help").returncode == 0
+    assert run(COMMAND, "--version").stdout == f"opscore {version('opscore')}\n"
     said = run(COMMAND, "run", "list", "--api-url", "http://127.0.0.1:1", "--api-key", "k")
     assert said.returncode == 3, said.stderr
     for command in (["up"], ["web"], ["worker"], ["beat"], ["db", "upgrade"]):

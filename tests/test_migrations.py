@@ -200,6 +200,20 @@ def test_an_upgrade_that_would_make_everybody_wait_changes_nothing_and_says_so(
         migrations.upgrade(url)
 
 
+def test_an_upgrade_that_postgresql_refuses_says_why_in_a_sentence(
+    servers: Servers, released: dict[str, str]
+) -> None:
+    with database(servers, released["0009"]) as url:
+        with migrations.connect(url) as connection, connection.begin():
+            connection.exec_driver_sql("CREATE TABLE workers ()")
+        said = opscore(url, "db", "upgrade")
+        assert (said.returncode, said.stderr) == (
+            1,
+            "Error: The tables cannot be upgraded, and are as they were: PostgreSQL refused it:"
+            ' relation "workers" already exists.\n',
+        )
+
+
 def test_two_upgrades_at_once_take_turns(servers: Servers, released: dict[str, str]) -> None:
     with database(servers, released["0001"]) as url:
         programs = [
@@ -291,6 +305,25 @@ def test_every_command_refuses_a_newer_database_in_one_sentence(database_url: st
         assert "run opscore 7.8.9 or newer." in sentences[0]
         assert "Traceback" not in said.stderr, said.stderr
     assert opscore(database_url, "db", "current").stdout.startswith("9999 ")
+
+
+def test_the_stack_refuses_a_newer_database_in_the_same_sentence(
+    database_url: str, tmp_path: Path
+) -> None:
+    make_newer(database_url)
+    given = {
+        name: value for name, value in environment(database_url).items() if name != "REDIS_URL"
+    }
+    said = subprocess.run(
+        [sys.executable, "-m", "opscore", "up", "--data", str(tmp_path / "data"), "--detach"],
+        env=given,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert said.returncode == 1
+    assert "run opscore 7.8.9 or newer." in said.stderr and "unset it" not in said.stderr
 
 
 def test_check_and_current_tell_where_a_database_is(

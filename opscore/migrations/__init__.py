@@ -88,8 +88,8 @@ def _told() -> Iterator[None]:
     except DBAPIError as error:
         in_use = isinstance(error.orig, LockNotAvailable | DeadlockDetected)
         why = (
-            f"a table was in use for more than {LOCK_TIMEOUT_SECONDS} s, so that nobody had to"
-            " wait for longer: try again"
+            f"a table is in use, and everybody else would wait behind the upgrade, which waits"
+            f" {LOCK_TIMEOUT_SECONDS} s at most: try again"
             if in_use
             else f"PostgreSQL refused it: {_sentence(error)}"
         )
