@@ -12,7 +12,7 @@ from sqlalchemy import text
 from stack import Servers, Stack, running_stack, wait_until
 
 from opscore import presence
-from opscore.config import QUEUES
+from opscore.config import QUEUES, installed_version
 from opscore.db import Database
 from opscore.presence import DEAD_SECONDS, FORGET_SECONDS, Presence
 
@@ -47,7 +47,7 @@ def test_a_worker_says_what_it_is_until_it_is_stopped(stack: Stack) -> None:
     assert (said["host"], said["pid"]) == (socket.gethostname(), process.pid)
     assert (said["pool"], said["concurrency"]) == ("threads", 3)
     assert said["queues"] == sorted(QUEUES)
-    assert said["version"] == presence.installed_version()
+    assert said["version"] == installed_version()
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     assert stack.rows("SELECT * FROM workers") == []
