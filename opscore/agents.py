@@ -14,7 +14,7 @@ from sqlalchemy import func, insert, literal_column, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from opscore import engine, slots
-from opscore.db import Prepared, Tx
+from opscore.db import Prepared, Tx, tell
 from opscore.errors import AgentNotFound, ConfigurationError, InvalidRequest, StaleNotice
 from opscore.models import Agent, AgentReport
 from opscore.states import AgentState
@@ -70,6 +70,7 @@ def register_functions(tx: Tx, agents: Iterable[Declared]) -> None:
         }
         _upsert(tx, agent.agent_id, values)
         slots.set_capacity(tx, agent.agent_id, agent.capacity or 0)
+    tell(tx, "agent.registered", agents=[agent.agent_id for agent in declared])
 
 
 def _upsert(tx: Tx, agent_id: str, values: Mapping[str, Any], **if_new: Any) -> bool:
@@ -121,6 +122,7 @@ def register_remote(tx: Tx, agent: Registration, signed_at: datetime) -> None:
     if _upsert(tx, agent.agent_id, values, capacity=REMOTE_CAPACITY):
         slots.set_capacity(tx, agent.agent_id, REMOTE_CAPACITY)
         _write_report(tx, agent.agent_id, AgentState.UNKNOWN, None, None)
+    tell(tx, "agent.registered", agent_id=agent.agent_id)
 
 
 def _take_notice(tx: Tx, agent_id: str, signed_at: datetime, *, is_new: bool) -> None:
@@ -158,6 +160,7 @@ def deregister(tx: Tx, agent_id: str, signed_at: datetime) -> None:
     )
     if tx.execute(statement).first() is None:
         raise AgentNotFound(agent_id=agent_id)
+    tell(tx, "agent.deregistered", agent_id=agent_id)
 
 
 def change(tx: Tx, agent_id: str, values: Mapping[str, Any]) -> None:
@@ -186,6 +189,7 @@ def change(tx: Tx, agent_id: str, values: Mapping[str, Any]) -> None:
             )
     if values:
         tx.execute(update(Agent).where(Agent.agent_id == agent_id).values(**values))
+        tell(tx, "agent.changed", agent_id=agent_id, members=sorted(values))
     if values.get("capacity"):
         slots.set_capacity(tx, agent_id, values["capacity"])
     if values.keys() & {"paused", "draining"}:
@@ -217,6 +221,7 @@ def report_state(
     given = {"agent_id": agent_id, "state": str(state), "at": at}
     if _REPORT(tx, given | {"ours": _is_of_a_task(details)}).first() is None:
         raise AgentNotFound(agent_id=agent_id)
+    tell(tx, "agent.reported", agent_id=agent_id, state=state)
     if state in (AgentState.IDLE, AgentState.FINISHED):
         _WAKE_SLOTS(tx, {"agent_id": agent_id})
 

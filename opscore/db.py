@@ -7,8 +7,9 @@ whoever opened it commits.
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import psycopg2
@@ -17,6 +18,8 @@ from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
+
+from opscore import logs
 
 Tx = Connection
 
@@ -61,8 +64,12 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[Tx]:
         """Commit everything done with the yielded `Tx`, or nothing when an exception leaves."""
+        lines: list[Callable[[], None]] = []
         with _known_errors(), self._engine.begin() as tx:
+            tx.info[_LINES] = lines
             yield tx
+        for write in lines:
+            write()
 
     @contextmanager
     def autocommit(self) -> Iterator[Tx]:
@@ -73,6 +80,7 @@ class Database:
         with _known_errors(), self._engine.connect() as tx:
             connection: Any = tx.connection.dbapi_connection
             connection.autocommit = True
+            tx.info[_LINES] = None
             try:
                 yield tx
             finally:
@@ -82,6 +90,38 @@ class Database:
     def close(self) -> None:
         """Close every pooled connection."""
         self._engine.dispose()
+
+
+_LINES = "lines"
+"""Under which a connection keeps the lines of its transaction; None: each statement commits."""
+
+
+def tell(tx: Tx, event: str, *, is_warning: bool = False, **fields: Any) -> None:
+    """Log a transition once it is committed; never if it is not.
+
+    `event` is the type of its event, if it has one; `fields` are its ids (`run_id`, `task_id`,
+    `attempt`, `agent_id`) and a little more, never inputs, outputs or words of people. None is left
+    out.
+    """
+    write = partial(logs.transition, event, is_warning=is_warning, **fields)
+    lines = tx.info.get(_LINES)
+    if lines is None:
+        write()
+    else:
+        lines.append(write)
+
+
+@contextmanager
+def savepoint(tx: Tx) -> Iterator[None]:
+    """Keep what the block does, or nothing of it when an exception leaves; nor its lines."""
+    lines = tx.info[_LINES]
+    told = len(lines)
+    try:
+        with tx.begin_nested():
+            yield
+    except BaseException:
+        del lines[told:]
+        raise
 
 
 @contextmanager

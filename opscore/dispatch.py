@@ -22,7 +22,7 @@ from kombu.exceptions import KombuError, OperationalError
 from redis import Redis
 from redis.exceptions import RedisError
 
-from opscore import canvas, engine, graph, logs
+from opscore import canvas, engine, graph, logs, tracing
 from opscore.config import FIRST, QUEUES, SERVED_FIRST, TAKEN, Settings, lists_of
 from opscore.db import Database, Tx
 from opscore.engine import Finished, Left, Plan, Woken
@@ -46,6 +46,13 @@ MOST_FIRST = 5000
 MOST_TAKEN = 500
 """Messages looked at to learn which queue each was taken from; workers hold a few each."""
 LINES = (Reason.AGENT_BUSY, Reason.AGENT_UNAVAILABLE)
+
+_SENDING = {
+    "messaging.system": "redis",
+    "messaging.operation.name": "send",
+    "messaging.operation.type": "send",
+}
+MESSAGES = "messaging.batch.message_count"
 
 BrokerErrors = (OperationalError, KombuError, RedisError, OSError)
 
@@ -116,6 +123,8 @@ class Dispatcher:
 
         `take` is offered each with a saved message: whoever takes it makes the visit himself.
         """
+        woken = list(woken)
+        _tell_woken(woken)
         messages: list[Signature | dict[str, Any]] = []
         first: list[dict[str, Any]] = []
         segments: defaultdict[UUID, set[UUID]] = defaultdict(set)
@@ -162,7 +171,6 @@ class Dispatcher:
         for task_id, run_id, attempt in astray:
             with self.database.transaction() as tx:
                 engine.withdraw(tx, task_id, run_id, attempt)
-            log.info("attempt.withdrawn", task_id=str(task_id), attempt=attempt)
 
     def recall(self, limit: int) -> None:
         """Have agents told of the attempts that nobody wants any more."""
@@ -252,8 +260,6 @@ class Dispatcher:
     def _plan_again(self, run_id: UUID, generation: int) -> Plan | None:
         with self.database.transaction() as tx:
             plan = engine.republish_run(tx, run_id, generation)
-        if plan is not None:
-            log.info("run.republished", run_id=str(run_id), generation=plan.generation)
         return plan
 
     def rescue(self, limit: int = 500) -> bool:
@@ -381,7 +387,7 @@ class Dispatcher:
             log.warning("dispatch.skipped", messages=len(messages), **context)
             return False
         try:
-            with self.app.producer_or_acquire() as producer:
+            with self._sending(len(messages)), self.app.producer_or_acquire() as producer:
                 _keep_client(producer.channel)
                 with producer.batch(BATCH) if len(messages) > 1 else nullcontext():
                     for message in messages:
@@ -393,6 +399,16 @@ class Dispatcher:
             self._break(error, **context)
             return False
         return True
+
+    @contextmanager
+    def _sending(self, count: int) -> Iterator[None]:
+        """Have what is sent in the trace at hand, if there is one."""
+        with tracing.part("send", "client", _SENDING | {MESSAGES: count}) as span:
+            try:
+                yield
+            except BrokerErrors as error:
+                span.fail(type(error).__name__)
+                raise
 
     def _break(self, error: BaseException, **context: Any) -> None:
         self._broken = True
@@ -423,6 +439,20 @@ class Dispatcher:
         except RedisError as error:
             raise Unavailable("Redis does not answer.") from error
         self._broken = False
+
+
+def _tell_woken(woken: Sequence[Woken]) -> None:
+    """Log who is visited again: one by its ids, more of them as a number."""
+    if len(woken) == 1:
+        (one,) = woken
+        ids: dict[str, Any] = {
+            "run_id": one.run_id,
+            "task_id": one.task_id,
+            "request_id": one.request_id,
+        }
+        logs.transition("task.woken", **ids, reason=one.reason)
+    elif woken:
+        logs.transition("task.woken", tasks=len(woken))
 
 
 def _sent_to(task: Woken) -> dict[str, Any]:

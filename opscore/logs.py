@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from datetime import datetime
 from typing import Any
 
 import structlog
@@ -38,6 +39,29 @@ def bound(**ids: Any) -> Iterator[None]:
         yield
     finally:
         _ids.reset(token)
+
+
+_transitions: FilteringBoundLogger = structlog.get_logger("opscore.transitions")
+
+
+def transition(event: str, *, is_warning: bool = False, **fields: Any) -> None:
+    """Write the line of a transition: `fields` without None, and the request at hand.
+
+    Whoever makes it may be at another task: of what is bound nothing else is taken.
+    """
+    request = _ids.get().get("request_id")
+    told = {name: _plain(value) for name, value in fields.items() if value is not None}
+    token = _ids.set({} if request is None else {"request_id": request})
+    try:
+        (_transitions.warning if is_warning else _transitions.info)(event, **told)
+    finally:
+        _ids.reset(token)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value if isinstance(value, int | list) else str(value)
 
 
 def _add_ids(logger: Any, method: str, event: EventDict) -> EventDict:

@@ -257,6 +257,8 @@ class Run(Base):
     """`{code, message, taskId?}`; set while it still runs, it means: ends as failed, start
     nothing."""
     request_id: Mapped[str | None]
+    traceparent: Mapped[str | None]
+    """Of its submission: below it are the spans of its attempts (see `tracing`)."""
     cancel_requested_at: Mapped[datetime | None]
     parent_task_id: Mapped[uuid.UUID | None]
     """The task of another run that runs this one as its sub-workflow."""

@@ -265,6 +265,7 @@ class Order:
     version: int
     index: int | None = None
     request_id: str | None = None
+    agent_id: str | None = None
     recalls: bool = False
     """Nobody wants the attempt any more: `payload` is null, and any answer will do."""
 

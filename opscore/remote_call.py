@@ -21,6 +21,7 @@ from typing import Any
 import httpcore2
 import httpx2
 
+from opscore import tracing
 from opscore.agentkit.calling import MAX_RETRY_AFTER_SECONDS, Busy, Failed, Outcome
 from opscore.agentkit.context import storable_text
 from opscore.json_values import MAX_TEXT_BYTES, MAX_VALUE_BYTES, kind, read_json
@@ -78,8 +79,15 @@ class Caller:
         if faults := self._policy.faults(order.url):
             return failure("url_refused", " ".join(faults), retryable=False)
         line = _Line(self._policy, self._resolve, order.timeout_seconds)
+        with tracing.part("POST", "client", _about(order)) as span:
+            answer = self._answered(order, line, span)
+            if isinstance(answer, Failed):
+                span.fail(answer.code)
+        return answer
+
+    def _answered(self, order: Order, line: "_Line", span: tracing.Span) -> Answer:
         try:
-            return self._exchange(order, line)
+            return self._exchange(order, line, span)
         except _Refused as refused:
             return failure("url_refused", str(refused), retryable=False)
         except _InvalidAnswer as error:
@@ -89,7 +97,7 @@ class Caller:
         finally:
             line.close()
 
-    def _exchange(self, order: Order, line: "_Line") -> Answer:
+    def _exchange(self, order: Order, line: "_Line", span: tracing.Span) -> Answer:
         body = _body(order)
         url = httpx2.URL(order.url)
         target = httpcore2.URL(
@@ -101,7 +109,20 @@ class Caller:
             target.origin, ssl_context=self._tls, network_backend=line
         )
         with connection.stream("POST", target, headers=headers, content=body) as response:
+            span.set(http__response__status_code=response.status)
             return _answer(response, line)
+
+
+def _about(order: Order) -> dict[str, Any]:
+    """Return what a span says of a call: the URL without its query, which may hold a secret."""
+    url = httpx2.URL(order.url)
+    return {
+        "http.request.method": "POST",
+        "server.address": url.host,
+        "server.port": url.port or {"http": 80, "https": 443}[url.scheme],
+        "url.full": str(url.copy_with(query=None, fragment=None)),
+        "opscore.agent_id": order.agent_id,
+    }
 
 
 def _body(order: Order) -> bytes:
@@ -135,7 +156,8 @@ def _headers(order: Order) -> dict[str, str]:
         "Idempotency-Key": order.task_id + (f".cancel.{order.attempt}" if order.recalls else ""),
         "X-OpsCore-Attempt": str(order.attempt),
     }
-    return headers | ({"X-Request-ID": order.request_id} if order.request_id else {})
+    carried = {"X-Request-ID": order.request_id, "traceparent": tracing.current()}
+    return headers | {name: value for name, value in carried.items() if value}
 
 
 def _answer(response: httpcore2.Response, line: "_Line") -> Answer:

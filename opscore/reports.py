@@ -10,16 +10,14 @@ from hashlib import sha256
 from typing import Any
 from uuid import UUID
 
-from opscore import engine, logs, work, workflows
+from opscore import engine, tracing, work, workflows
 from opscore.agentkit import Busy, Completed, Failed, Outcome
-from opscore.db import Tx
+from opscore.db import Tx, tell
 from opscore.dispatch import Dispatcher
 from opscore.engine import Beat, Claimed, Failure, Fenced, Finished, OpenAttempt, Parked
 from opscore.errors import ReportRefused
 from opscore.queries import check_task
 from opscore.states import Reason
-
-log = logs.get(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,14 @@ def accept_result(tx: Tx, reporter: Reporter, outcome: Outcome) -> Accepted | No
         attempt = _check(engine.open_attempt(tx, reporter.task_id), reporter)
         claimed = attempt.claimed
         engine.lock_run(tx, claimed.run_id)
-        recorded = _record(tx, claimed, outcome)
+        with tracing.span(
+            f"report {claimed.definition_id}",
+            "consumer",
+            tracing.about(claimed.traced),
+            parent=claimed.traceparent,
+        ) as span:
+            span.came_to(outcome)
+            recorded = _record(tx, claimed, outcome)
         # Of two at once the second finds the attempt ended, as if his own answer had been lost.
         is_first = engine.note_report(tx, claimed, attempt.token, digest)
         if isinstance(recorded, Fenced) or not is_first:
@@ -61,7 +66,7 @@ def accept_result(tx: Tx, reporter: Reporter, outcome: Outcome) -> Accepted | No
         if engine.is_reported(tx, reporter.task_id, reporter.token, digest):
             return None
         raise
-    log.info("task.reported", task_id=str(claimed.task_id), attempt=claimed.attempt)
+    tell(tx, "attempt.reported", **claimed.ids)
     return Accepted(claimed, recorded)
 
 

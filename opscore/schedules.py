@@ -22,7 +22,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from uuid6 import uuid7
 
 from opscore import engine, logs
-from opscore.db import Prepared, Tx
+from opscore.db import Prepared, Tx, savepoint, tell
 from opscore.engine import Plan, Submission
 from opscore.errors import (
     InvalidRequest,
@@ -320,9 +320,22 @@ def _event(type: str, name: str, by: str | None, **data: Any) -> Told:
 
 
 def _tell(tx: Tx, events: Sequence[Told]) -> None:
-    """Write events in one statement, however many."""
-    if events:
-        _TELL(tx, {"events": list(events)})
+    """Write events in one statement, however many, and log them once they are committed."""
+    if not events:
+        return
+    _TELL(tx, {"events": list(events)})
+    for event in events:
+        data = event["data"]
+        brief = {name: data.get(name) for name in ("by", "moment", "reason")}
+        code = data.get("error", {}).get("code")
+        tell(
+            tx,
+            event["type"],
+            schedule=event["schedule"],
+            run_id=data.get("runId"),
+            **brief,
+            code=code,
+        )
 
 
 # --- Firing -------------------------------------------------------------------------------------
@@ -413,7 +426,7 @@ def _apart(tx: Tx, row: Mapping[str, Any], fired: Fired, decide: Decide) -> None
     """Decide about one schedule, so that trouble with it is nobody else's."""
     own = Fired(fired.began)
     try:
-        with tx.begin_nested():
+        with savepoint(tx):
             decide(tx, row, own)
     except Exception:
         # Any: beat must outlive a single schedule's trouble. A lost connection ends the next line.
@@ -532,7 +545,6 @@ def _start(tx: Tx, row: Mapping[str, Any], moment: datetime, run_id: UUID, fired
 
 
 def _not_fired(name: str, moment: datetime, error: OpsCoreError, fired: Fired) -> None:
-    log.warning("schedule.not_fired", schedule=name, moment=moment.isoformat(), code=error.code)
     fired.told.append(_decision("not_fired", name, moment, error=_told(error)))
 
 

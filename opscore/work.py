@@ -76,6 +76,28 @@ class Claimed:
     input: Any
     tasks: Mapping[str, Any] | None
     """Definition id -> `{output, status, error}` of the tasks its expressions read."""
+    request_id: str | None
+    """Of the request that submitted its run."""
+    traceparent: str | None
+    """Of the submission of its run: see `tracing`."""
+
+    @property
+    def ids(self) -> dict[str, Any]:
+        """What its log lines say of it."""
+        return {
+            "run_id": self.run_id,
+            "task_id": self.task_id,
+            "task": self.definition_id,
+            "attempt": self.attempt,
+            "agent_id": self.agent_id,
+            "request_id": self.request_id,
+        }
+
+    @property
+    def traced(self) -> dict[str, Any]:
+        """What a span says of it."""
+        workflow = {"workflow_id": self.workflow_id, "workflow_version": self.version}
+        return {**self.ids, **workflow, "item_index": self.item_index}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 from flask import Flask
 
 from celeryconfig import make_app
-from opscore import logs, migrations
+from opscore import logs, migrations, tracing
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
@@ -61,6 +61,7 @@ def app_from_env() -> Flask:
         settings = Settings.from_env(os.environ, threads="web_threads")
         logs.configure(settings.log_level, settings.log_format)
         app = create_app(settings)
+        tracing.start("opscore-web")
     except OpsCoreError as error:
         print(error, file=sys.stderr)
         sys.exit(GUNICORN_BOOT_ERROR)

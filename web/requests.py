@@ -5,17 +5,21 @@ The body is never read beyond the limit, and never logged.
 
 import re
 import time
+from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
 
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import NotFound, RequestEntityTooLarge
 
-from opscore import logs
+from opscore import logs, tracing
 
 log = logs.get("opscore.web")
 
 HEADER = "X-Request-ID"
+UNTRACED = ("/health", "/ready", "/metrics")
+"""Asked every few seconds, by machines."""
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -40,6 +44,28 @@ def _begin() -> None:
     g.began = time.monotonic()
     logs.clear()
     logs.bind(request_id=request_id())
+    if request.path not in UNTRACED:
+        g.span = _span().__enter__()
+
+
+def _span() -> tracing.Span:
+    """Return the request's span, below the client's; named after the route, not the path."""
+    route = _route()
+    method = request.method if request.method in _METHODS else "HTTP"
+    about = {
+        "http.request.method": method if method != "HTTP" else "_OTHER",
+        "http.route": route,
+        "url.path": request.path,
+        "url.scheme": request.scheme,
+        "opscore.request_id": request_id(),
+    }
+    name = method if route is None else f"{method} {route}"
+    return tracing.span(name, "server", about, parent=request.headers.get("traceparent"))
+
+
+def _route() -> str | None:
+    """Return the template of the path: ids in paths would make each unique."""
+    return request.url_rule.rule if request.url_rule else None
 
 
 def _check_length() -> None:
@@ -63,13 +89,18 @@ def _end(response: Response) -> Response:
     log.info(
         "request",
         method=request.method,
-        # The template, not the path: ids in paths would make every line unique.
-        route=request.url_rule.rule if request.url_rule else None,
+        route=_route(),
         status=response.status_code,
         ms=round((time.monotonic() - g.get("began", time.monotonic())) * 1000, 1),
     )
+    if "span" in g:
+        g.span.set(http__response__status_code=response.status_code)
+        if response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            g.span.fail(str(response.status_code))
     return response
 
 
 def _forget(error: Any = None) -> None:
+    if "span" in g:
+        g.pop("span").__exit__()
     logs.clear()

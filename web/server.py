@@ -9,6 +9,8 @@ from gunicorn import util
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine
 from gunicorn.workers.gthread import ThreadWorker
 
+from opscore import tracing
+
 REFUSALS = {
     LimitRequestHeaders: (
         431,
@@ -30,6 +32,12 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     Ends with its parent, also if that was killed while clients wait.
     """
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            tracing.stop()
 
     def is_parent_alive(self) -> bool:
         is_alive = bool(super().is_parent_alive())

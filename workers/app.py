@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery, bootsteps, signals
 
 from celeryconfig import VISIBILITY_TIMEOUT_SECONDS, app
-from opscore import logs, migrations, workflows
+from opscore import logs, migrations, tracing, workflows
 from opscore.agentkit import Registry, load_agents
 from opscore.agents import register_functions
 from opscore.config import Settings
@@ -137,6 +137,7 @@ class Offer(bootsteps.Step):
         with process.database.transaction() as tx:
             register_functions(tx, agents.values())
         log.info("worker.agents", agents=sorted(agents))
+        tracing.start("opscore-worker")
         # What is there now is shared with the children; a collection there would copy it.
         gc.collect()
         gc.freeze()
@@ -172,6 +173,7 @@ def start_child(**_: Any) -> None:
 @signals.worker_process_shutdown.connect
 @signals.worker_shutdown.connect
 def tell_the_last(**_: Any) -> None:
-    """Send the events that wait to be sent with others."""
+    """Send the events, and the spans, that wait to be sent with others."""
     if "events" in vars(process):
         process.events.flush()
+    tracing.stop()

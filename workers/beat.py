@@ -14,7 +14,7 @@ from celery import signals
 from celery.beat import Scheduler
 from sqlalchemy.exc import SQLAlchemyError
 
-from opscore import alive, logs, migrations, schedules
+from opscore import alive, logs, migrations, schedules, tracing
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
@@ -37,6 +37,7 @@ class Beat(Scheduler):
         self.alive_file = settings.alive_file
         self.database = Database(settings.database_url, pool_size=2, application="beat")
         self.dispatcher = Dispatcher(self.app, self.database, settings)
+        tracing.start("opscore-beat")
 
     def tick(self, *_: Any, **__: Any) -> float:
         """Fire what is due, and return in how many seconds to look again."""
@@ -63,6 +64,7 @@ class Beat(Scheduler):
     def close(self) -> None:
         """Let go of the database; there is nothing to be written."""
         self.database.close()
+        tracing.stop()
 
     @property
     def info(self) -> str:

@@ -100,7 +100,6 @@ class Round:
             with self.database.transaction() as tx:
                 gone = engine.lose_attempt(tx, task_id, self.settings.max_lost)
             if gone is not None:
-                log.warning("attempt.lost", task_id=str(task_id))
                 self._follow(task_id, gone)
         self.dispatcher.withdraw()
 
@@ -130,8 +129,7 @@ class Round:
             overdue = engine.overdue_runs(tx, LIMIT)
         for run_id in overdue:
             with self.database.transaction() as tx:
-                if engine.fail_overdue_run(tx, run_id):
-                    log.warning("run.deadline_exceeded", run_id=str(run_id))
+                engine.fail_overdue_run(tx, run_id)
         with self.database.autocommit() as tx:
             over = engine.runs_to_settle(tx, LIMIT)
         for run_id in over:

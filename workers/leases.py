@@ -128,12 +128,9 @@ class Leases:
             one.context.cancel()
             try:
                 with self._database.transaction() as tx:
-                    is_back = engine.hand_back(tx, task_id, UUID(one.context.run_id), one.attempt)
+                    engine.hand_back(tx, task_id, UUID(one.context.run_id), one.attempt)
             except SQLAlchemyError as error:
                 log.warning("attempt.left_to_its_lease", error=repr(error)[:300])
-                continue
-            if is_back:
-                log.warning("attempt.handed_back", task_id=str(task_id), attempt=one.attempt)
 
     def _renew(self, held: dict[UUID, _Held]) -> None:
         """Renew all leases at once; a lost or cancelled attempt's agent is told to stop."""

@@ -26,7 +26,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celeryconfig import app
-from opscore import agentkit, agents, engine, logs, remote, work
+from opscore import agentkit, agents, engine, logs, remote, tracing, work
 from opscore.agentkit import Busy, Completed, Context, Failed
 from opscore.canvas import RECALL, RECALL_SECONDS, REQUEST_HEADER, RUN_TASK
 from opscore.config import FIRST
@@ -73,7 +73,9 @@ def recall(task_id: str, attempt: int) -> None:
         answer = process.caller.call(_recalling(order))
         if isinstance(answer, Failed) and answer.code in NOT_THERE:
             return
-        log.info("attempt.recalled", task_id=task_id, attempt=attempt)
+        ids = {"run_id": order.run_id, "task_id": one, "task": order.definition_id}
+        more = {"agent_id": order.agent_id, "request_id": order.request_id}
+        logs.transition("attempt.recalled", **ids, attempt=attempt, **more)
     _insist(lambda tx: engine.note_recall(tx, one, attempt))
 
 
@@ -102,7 +104,8 @@ def _recalling(row: Any) -> remote.Order:
 
 def _outcome(trip: Trip) -> Outcome:
     """Make the trip's present visit and return what it tells Celery."""
-    with logs.bound(task_id=str(trip.visit.task_id), request_id=trip.headers.get(REQUEST_HEADER)):
+    request_id = trip.claimed.request_id if trip.claimed else trip.headers.get(REQUEST_HEADER)
+    with logs.bound(task_id=str(trip.visit.task_id), request_id=request_id):
         try:
             _visit(trip)
         except (Ignore, Retry, TaskFailed) as outcome:
@@ -161,7 +164,6 @@ def _decide(trip: Trip, task: engine.Undecided) -> bool:
     skipped = _insist(lambda tx: engine.skip_task(tx, task.task_id, reason))
     if skipped is None:
         return False
-    log.info("task.skipped", reason=reason)
     process.dispatcher.follow(skipped, task.task_id, task.run_id)
     if trip.visit.generation < skipped.generation or skipped.message is not None:
         raise Ignore
@@ -224,12 +226,25 @@ Result = Completed | Failed | Busy | remote.Accepted | Items | engine.Wait | wor
 
 def _run(trip: Trip, claimed: Claimed) -> None:
     """Do the work of a claimed task and record what came of it."""
-    with logs.bound(run_id=str(claimed.run_id), attempt=claimed.attempt):
+    with (
+        logs.bound(run_id=str(claimed.run_id), attempt=claimed.attempt, agent_id=claimed.agent_id),
+        _attempt(claimed) as trip.span,
+    ):
         try:
-            _record(trip, claimed, _result(trip, claimed))
+            result = _result(trip, claimed)
+            trip.span.came_to(result)
+            _record(trip, claimed, result)
         except DBAPIError as error:
             log.exception("attempt.not_recorded")
             _record_failure(trip, claimed, _accident(error))
+
+
+def _attempt(claimed: Claimed) -> tracing.Span:
+    """Return the span of an attempt; the implicit end of a run is none."""
+    if claimed.kind == "end":
+        return tracing.Span()
+    about, parent = tracing.about(claimed.traced), claimed.traceparent
+    return tracing.span(f"task {claimed.definition_id}", "consumer", about, parent=parent)
 
 
 def _record(trip: Trip, claimed: Claimed, result: Result) -> None:
@@ -300,23 +315,34 @@ def _call(trip: Trip, claimed: Claimed, parameters: dict[str, Any]) -> Result:
     """Call the agent under the lease, outside any transaction; None if it is not loaded here."""
     agent = process.agents.get(claimed.agent_id or "")
     if agent is None and process.settings.webhook_secret is None:
-        log.warning("agent.not_loaded", agent_id=claimed.agent_id)
+        log.warning("agent.not_loaded")
         return None
     endpoint = _insist(lambda tx: agents.endpoint(tx, claimed.agent_id)) if agent is None else None
     if agent is None and endpoint is None:
-        log.warning("agent.not_loaded", agent_id=claimed.agent_id)
+        log.warning("agent.not_loaded")
         return None
     context = Context(
         run_id=str(claimed.run_id),
         task_id=str(claimed.task_id),
         attempt=claimed.attempt,
         deadline=claimed.deadline_at,
+        request_id=claimed.request_id,
+        traceparent=tracing.current(),
     )
-    log.info("task.started", agent_id=claimed.agent_id)
     with process.leases.hold(claimed.task_id, context), trip.patience():
         if agent is not None:
-            return agentkit.call(agent, parameters, context, claimed.timeout_seconds)
+            return _call_here(agent, parameters, context, claimed)
         return process.caller.call(_order(trip, claimed, endpoint or "", parameters))
+
+
+def _call_here(
+    agent: agentkit.FunctionAgent, parameters: dict[str, Any], context: Context, claimed: Claimed
+) -> agentkit.Outcome:
+    with tracing.part(f"call {claimed.agent_id}") as span:
+        span.set(opscore__agent_id=claimed.agent_id)
+        outcome = agentkit.call(agent, parameters, context, claimed.timeout_seconds)
+        span.came_to(outcome)
+    return outcome
 
 
 def _order(trip: Trip, claimed: Claimed, url: str, parameters: dict[str, Any]) -> remote.Order:
@@ -333,7 +359,8 @@ def _order(trip: Trip, claimed: Claimed, url: str, parameters: dict[str, Any]) -
         workflow_id=claimed.workflow_id,
         version=claimed.version,
         index=claimed.item_index,
-        request_id=trip.headers.get(REQUEST_HEADER),
+        request_id=claimed.request_id,
+        agent_id=claimed.agent_id,
     )
 
 
@@ -354,8 +381,7 @@ def _expand(trip: Trip, claimed: Claimed, items: Items) -> None:
     )
     if nodes is None:
         return _after_fence(trip, claimed)
-    request_id = trip.headers.get(REQUEST_HEADER)
-    plan = engine.Plan(claimed.run_id, claimed.generation, request_id, (), tuple(nodes))
+    plan = engine.Plan(claimed.run_id, claimed.generation, claimed.request_id, (), tuple(nodes))
     _leave_to(trip, claimed, [plan])
 
 
@@ -392,9 +418,14 @@ def _start(trip: Trip, claimed: Claimed, start: work.Start) -> None:
     _leave_to(trip, claimed, plans)
 
 
+def _fenced(trip: Trip) -> None:
+    log.warning("attempt.fenced")
+    trip.span.set(opscore__outcome="fenced")
+
+
 def _after_fence(trip: Trip, claimed: Claimed) -> None:
     """Drop what this visit has: the attempt was lost, or the run is ending."""
-    log.warning("attempt.fenced", attempt=claimed.attempt)
+    _fenced(trip)
     finished = _insist(lambda tx: engine.abandon_attempt(tx, claimed), whole=True)
     if isinstance(finished, Finished):
         process.dispatcher.follow(finished, claimed.task_id, claimed.run_id, wakes=False)
@@ -419,7 +450,6 @@ def _complete(trip: Trip, claimed: Claimed, output: Any) -> None:
             else _complete_and_claim(tx, trip, claimed, output, then)
         )
     )
-    log.info("task.completed")
     if isinstance(finished, Finished):
         if take is not None and finished.next is not None and finished.next_message is not None:
             trip.go_on_with(finished.next, finished.next_message, take.token)
@@ -459,7 +489,6 @@ def _record_failure(trip: Trip, claimed: Claimed, failed: Failed) -> None:
         ),
         whole=True,
     )
-    log.info("task.failed", code=failed.code, parked=isinstance(recorded, Parked))
     _after(trip, claimed, recorded, failed.message)
 
 
@@ -485,7 +514,7 @@ def _after(
     agent_id = claimed.agent_id if claimed.has_slot and not trip.has_taken else None
     match recorded:
         case engine.Fenced():
-            log.warning("attempt.fenced", attempt=claimed.attempt)
+            _fenced(trip)
             if claimed.agent_id in process.agents:
                 raise Ignore
             # An agent behind HTTP may have reported before it answered; then the canvas goes on.

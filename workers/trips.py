@@ -22,7 +22,7 @@ from celery.app import trace
 from celery.exceptions import Ignore, Retry
 from sqlalchemy.exc import SQLAlchemyError
 
-from opscore import logs
+from opscore import logs, tracing
 from opscore.canvas import HARD_LIMIT_GRACE_SECONDS, LANE_HEADER, RUN_TASK, WAKES_HEADER
 from opscore.config import FIRST
 from opscore.dispatch import LINES, BrokerErrors, Dispatcher
@@ -91,6 +91,8 @@ class Trip:
         """The present task, if the one before it took it along."""
         self.claimed_next: Claimed | None = None
         """The next task, if the present one took it along."""
+        self.span = tracing.Span()
+        """Of the present attempt."""
         self.owes: tuple[Finished, Claimed] | None = None
         """Whose successors were not woken yet."""
         self._dispatcher, self._events, self._patience = dispatcher, events, patience

@@ -53,15 +53,27 @@ class Context:
         "_entries",
         "_lock",
         "_progress",
+        "_request_id",
         "_run_id",
         "_task_id",
+        "_traceparent",
     )
 
-    def __init__(self, *, run_id: str, task_id: str, attempt: int, deadline: datetime) -> None:
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        task_id: str,
+        attempt: int,
+        deadline: datetime,
+        request_id: str | None = None,
+        traceparent: str | None = None,
+    ) -> None:
         if deadline.tzinfo is None:
             raise ValueError("deadline must be an aware datetime, such as datetime.now(UTC)")
         self._run_id, self._task_id, self._attempt = run_id, task_id, attempt
         self._deadline = deadline.astimezone(UTC)
+        self._request_id, self._traceparent = request_id, traceparent
         self._cancelled = Event()
         self._lock = Lock()
         self._entries: deque[LogEntry] = deque()
@@ -103,6 +115,16 @@ class Context:
     def deadline(self) -> datetime:
         """When the attempt is stopped (aware UTC)."""
         return self._deadline
+
+    @property
+    def request_id(self) -> str | None:
+        """The `X-Request-ID` of the request that submitted the run; None if a schedule did."""
+        return self._request_id
+
+    @property
+    def traceparent(self) -> str | None:
+        """The span that the agent works for (W3C Trace Context); None without traces."""
+        return self._traceparent
 
     @property
     def cancelled(self) -> bool:

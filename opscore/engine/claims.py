@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import Row
 
 from opscore import models
-from opscore.db import Prepared, Tx
+from opscore.db import Prepared, Tx, tell
 from opscore.engine.clauses import (
     DEADLINE_GRACE_SECONDS,
     FOR_AGENT,
@@ -136,7 +136,7 @@ def simple_claim(
               t.index AS item_index, t.item, t.is_sink, t.agent_id, t.attempt, t.timeout_seconds,
               t.deadline_at, t.lease_expires_at, now() AS started_at, t.reads, t.overrides,
               r.workflow_id,
-              r.version, r.generation,
+              r.version, r.generation, r.request_id, r.traceparent,
               r.agent_id IS NOT NULL AND t.position = 0 AS merges_input
 ), begun AS (
     INSERT INTO attempts (task_id, number, agent_id, worker, status)
@@ -189,7 +189,8 @@ WITH {before} starting AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT id, NULL, 'run.started', '{{}}'::jsonb FROM starting {NEXT_STARTED}
 )
-SELECT next.*, r.input, {read_by("next")} FROM next JOIN runs r ON r.id = next.run_id
+SELECT next.*, r.input, {read_by("next")}, EXISTS (SELECT FROM starting) AS starts_run
+FROM next JOIN runs r ON r.id = next.run_id
 """
 
 
@@ -217,7 +218,7 @@ _CLAIM = Prepared(
     f"""
 WITH t AS MATERIALIZED (
     SELECT t.*, r.status AS run_status, r.generation, r.workflow_id, r.version,
-           {RUN_OPEN} AS run_open,
+           r.request_id, r.traceparent, {RUN_OPEN} AS run_open,
            r.agent_id IS NOT NULL AND t.position = 0 AS merges_input
     FROM tasks t JOIN runs r ON r.id = t.run_id
     WHERE t.id = :task_id
@@ -322,7 +323,8 @@ WITH t AS MATERIALIZED (
 SELECT t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index AS item_index,
        t.item, t.items IS NOT NULL AS expanded, t.is_sink, t.merges_input, t.workflow_id, t.version,
        t.generation, t.timeout_seconds, t.status, t.visit_generation, t.wanted_agent_id, t.run_open,
-       over.dependencies, t.overrides, t.decision, t.undecided,
+       over.dependencies, t.overrides, t.decision, t.undecided, t.request_id, t.traceparent,
+       EXISTS (SELECT FROM starting) AS starts_run,
        t.depends_on <> '{{}}' AND NOT EXISTS (
            SELECT FROM tasks d WHERE d.id = ANY (t.depends_on) AND d.status <> 'skipped')
            AS follows_skipped,
@@ -371,12 +373,16 @@ def claim_task(tx: Tx, visit: Visit, *, worker: str, lease_seconds: float) -> An
     }
     statement = _CLAIM_KEPT if visit.has_slot else _CLAIM_SIMPLY
     if simple := statement(tx, parameters).first():
-        return simply_claimed(simple, simple.input, simple.tasks, has_slot=visit.has_slot)
+        claimed = simply_claimed(simple, simple.input, simple.tasks, has_slot=visit.has_slot)
+        tell_start(tx, claimed, simple.starts_run)
+        return claimed
     row = _CLAIM(tx, parameters).first()
     if row is None:
         return Void()
     if row.claimed:
-        return Claimed(**{name: getattr(row, name) for name in Claimed.__slots__})
+        claimed = Claimed(**{name: getattr(row, name) for name in Claimed.__slots__})
+        tell_start(tx, claimed, row.starts_run)
+        return claimed
     if not row.run_open:
         return Void()
     if row.status in TASK_ENDED:
@@ -396,6 +402,14 @@ def simply_claimed(
     given |= {"decision": None, "child": None}
     named = {name: getattr(row, name) for name in Claimed.__slots__ if name not in given}
     return Claimed(**named, **given)
+
+
+def tell_start(tx: Tx, claimed: Claimed, starts_run: bool) -> None:
+    """Log that a task is claimed, and its run begun with it."""
+    if starts_run:
+        tell(tx, "run.started", run_id=claimed.run_id, request_id=claimed.request_id)
+    if claimed.kind != "end":
+        tell(tx, "task.started", **claimed.ids)
 
 
 def _refused(row: Row[Any]) -> Answer:

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from sqlalchemy import select
 
-from opscore.db import Prepared, Tx
+from opscore.db import Prepared, Tx, tell
 from opscore.engine.clauses import DUE, END, HELD, RUN_ALIVE, still
 from opscore.engine.outcomes import close_tasks, lock_run
 from opscore.engine.runs import Plan, Submission, open_run, plan_run, submit_run
@@ -92,7 +92,8 @@ def pause_run(tx: Tx, run_id: UUID, by: str | None = None) -> None:
         raise RunEnding
     if row.status == RunStatus.PAUSED:
         return
-    _PAUSE(tx, {"run_id": run_id, "by": by})
+    if _PAUSE(tx, {"run_id": run_id, "by": by}):
+        tell(tx, "run.paused", run_id=run_id, by=by)
     # Repeated for those that a `forEach` wrote, or released, at this moment.
     while _HOLD_UP(tx, {"run_id": run_id}):
         pass
@@ -157,6 +158,7 @@ def resume_run(tx: Tx, run_id: UUID, by: str | None = None) -> list[Plan]:
     row = _RESUME(tx, {"run_id": run_id, "by": by}).first()
     if row is None:
         raise RunEnding
+    tell(tx, "run.resumed", run_id=run_id, by=by)
     _LET_GO_ON(tx, {"run_id": run_id})
     plans = _published(tx, run_id, row)
     for child in _CHILDREN(tx, {"run_id": run_id, "paused": True}).scalars():
@@ -272,6 +274,7 @@ def retry_run(
         raise NothingToRetry
     tasks = sorted(names - {END})
     (row,) = _RETRY_RUN(tx, given | {"by": by, "tasks": tasks})
+    tell(tx, "run.retried", run_id=run_id, by=by, tasks=len(tasks))
     # Whoever ran it may have been told already that it is over. (The task comes before its run.)
     _WAITS_AGAIN(tx, {"task_id": row.parent_task_id})
     return _published(tx, run_id, row)
@@ -330,11 +333,11 @@ WITH due AS (
     UPDATE runs r
     SET reason = CASE WHEN r.max_concurrent IS NOT NULL THEN '{HELD}' END, generation_at = now()
     FROM due WHERE r.id = due.id AND {still("queued", "r")} AND r.reason = '{DUE}'
-    RETURNING r.id, r.reason, r.workflow_id
+    RETURNING r.id, r.reason, r.workflow_id, r.request_id
 ), told AS (
     INSERT INTO events (run_id, type) SELECT id, 'run.due' FROM begun
 )
-SELECT id, reason, workflow_id FROM begun
+SELECT id, reason, workflow_id, request_id FROM begun
 """
 )
 _OVERDUE = Prepared(
@@ -358,6 +361,7 @@ def begin_due_runs(tx: Tx, limit: int) -> list[Plan]:
     """Let runs begin whose `startAt` has come; publish the plans."""
     plans = []
     for row in _BEGIN_DUE(tx, {"limit": limit}):
+        tell(tx, "run.due", run_id=row.id, request_id=row.request_id)
         plans += _published(tx, row.id, row)
     return plans
 
@@ -375,5 +379,6 @@ def fail_overdue_run(tx: Tx, run_id: UUID) -> bool:
     lock_run(tx, run_id)
     if _FAIL_OVERDUE(tx, {"run_id": run_id}).first() is None:
         return False
+    tell(tx, "run.deadline_exceeded", is_warning=True, run_id=run_id)
     close_tasks(tx, run_id, "deadline_exceeded")
     return True

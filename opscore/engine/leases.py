@@ -6,7 +6,7 @@ from uuid import UUID
 
 from sqlalchemy import select, text
 
-from opscore.db import Prepared, Tx
+from opscore.db import Prepared, Tx, tell
 from opscore.engine.clauses import ATTEMPTED, IS_ABROAD, backoff, still
 from opscore.engine.outcomes import Gone, end_task, leave, lock_run
 from opscore.models import Task
@@ -80,7 +80,8 @@ _LOSE = Prepared(
         """status = 'lost', error = jsonb_build_object(
             'code', cast(:code AS text), 'message', cast(:sentence AS text))""",
         "'task.lost', jsonb_build_object('attempt', attempt)",
-        answer="run_id, parent_id FROM gone",
+        answer="""run_id, parent_id, gone.definition_id AS task, gone.attempt, gone.agent_id,
+            gone.wake_at, r.request_id FROM gone JOIN runs r ON r.id = gone.run_id""",
     ),
 )
 _EXPIRED = Prepared(
@@ -113,6 +114,9 @@ def lose_attempt(tx: Tx, task_id: UUID, max_lost: int) -> Gone | None:
         {"task_id": task_id, "max_lost": max_lost, "code": why.code, "sentence": why.message},
     ).first()
     if back is not None:
+        ids = {name: getattr(back, name) for name in ("run_id", "task", "attempt", "agent_id")}
+        more = {"request_id": back.request_id, "code": why.code, "wake_at": back.wake_at}
+        tell(tx, "task.lost", is_warning=True, task_id=task_id, **ids, **more)
         return Gone(back.run_id, back.parent_id, None)
     if why.code == "worker_lost":
         message = f"Its worker went silent {row.lost + 1} times; the task may be what kills it."

@@ -9,7 +9,7 @@ from sqlalchemy import Row, select
 from uuid6 import uuid7
 
 from opscore import models, work
-from opscore.db import Prepared, Tx
+from opscore.db import Prepared, Tx, tell
 from opscore.engine.claims import (
     BY_SAVED,
     IS_IN_LINE,
@@ -18,6 +18,7 @@ from opscore.engine.claims import (
     read_by,
     simple_claim,
     simply_claimed,
+    tell_start,
 )
 from opscore.engine.clauses import (
     ATTEMPTED,
@@ -229,6 +230,7 @@ _HAND_OVER = _COMPLETE | {
     "answer": f"""gone.message AS saved, gone.ends_run, r.generation AS run_generation,
        {_CONCERNS},
        next.*, line.message AS next_message, next_run.input, {read_by("next")},
+       EXISTS (SELECT FROM starting) AS starts_run,
        {", ".join(f"woken.{name} AS woken_{name}" for name in Woken.__slots__)}
     FROM gone JOIN runs r ON r.id = gone.run_id LEFT JOIN woken ON NOT woken.is_out
          LEFT JOIN next ON true LEFT JOIN line ON line.id = next.task_id
@@ -258,6 +260,7 @@ def _last(leaving: Mapping[str, str]) -> Prepared:
         "source": "FROM run",
         "after": _SETTLED,
         "then_told": _RUN_ENDED + " " + leaving.get("then_told", ""),
+        "answer": "(SELECT status FROM settled) AS run_status, " + leaving["answer"],
     }
     return Prepared(
         leave(**{**leaving, **ending}),
@@ -328,6 +331,7 @@ def complete_attempt(
         row = _FINISH[claimed.has_slot](tx, parameters).first()
     if row is None:
         return _repeated(tx, claimed, take)
+    _tell_end(tx, claimed, row.run_status if claimed.is_sink else None)
     if not claimed.has_slot:
         return Finished(
             row.run_generation,
@@ -339,6 +343,7 @@ def complete_attempt(
     following = None
     if row.task_id is not None:
         following = simply_claimed(row, row.input, row.tasks, has_slot=True)
+        tell_start(tx, following, row.starts_run)
     return Finished(
         row.run_generation,
         row.ends_run,
@@ -381,8 +386,28 @@ def complete_and_claim(
     ).first()
     if row is None:
         return _repeated(tx, claimed)
+    _tell_end(tx, claimed, None)
     following = None if row.task_id is None else _following(claimed, row)
+    if following is not None:
+        tell_start(tx, following, False)
     return Finished(row.run_generation, row.ends_run, message=row.saved, next=following)
+
+
+RUN_ENDS = {str(name): f"run.{name}" for name in RUN_ENDED}
+TASK_ENDS = {
+    "completed": "task.completed",
+    "failed": "task.failed",
+    "cancelled": "task.cancelled",
+    "skipped": "task.skipped",
+}
+
+
+def _tell_end(tx: Tx, claimed: Claimed, run_status: str | None) -> None:
+    """Log that a task is completed, and its run over with it."""
+    if claimed.kind != "end":
+        tell(tx, "task.completed", **claimed.ids)
+    if run_status is not None:
+        tell(tx, RUN_ENDS[run_status], run_id=claimed.run_id, request_id=claimed.request_id)
 
 
 def _following(claimed: Claimed, row: Any) -> Claimed:
@@ -431,6 +456,8 @@ def _repeated(tx: Tx, claimed: Claimed, take: Taker | None = None) -> Finished |
     row = _RECORDED(tx, parameters).first()
     if row is None:
         return Fenced()
+    if claimed.kind != "end":
+        tell(tx, TASK_ENDS[row.status], **claimed.ids)
     failed_run = row.status == "failed" and not row.goes_on
     kept = _KEPT_FOR(tx, {"agent_id": claimed.agent_id}) if claimed.has_slot else []
     woken = tuple(as_woken(kept))
@@ -451,6 +478,7 @@ _RETRY = Prepared(
         "status = 'failed', error = :error",
         f"""'task.retrying', jsonb_build_object(
             'attempt', attempt, 'wakeAt', {WAKE_AT}, 'error', {_BRIEF})""",
+        answer="gone.wake_at FROM gone",
         freed=_freed(f"{_LET_GO}, {_RESTED}"),
     ),
     json=("error",),
@@ -481,7 +509,8 @@ def fail_attempt(
         "error": error,
         "rests": failure.code in _AGENT_IS_AWAY,
     }
-    if failure.retryable and _RETRY(tx, parameters).first() is not None:
+    if failure.retryable and (row := _RETRY(tx, parameters).first()) is not None:
+        tell(tx, "task.retrying", **claimed.ids, code=failure.code, wake_at=row.wake_at)
         return Parked()
     ended = end_task(tx, claimed.task_id, claimed.run_id, error, attempt=claimed.attempt)
     return ended or _repeated(tx, claimed)
@@ -546,7 +575,7 @@ _END_TASK = Prepared(
         f"""'task.' || status, jsonb_strip_nulls(jsonb_build_object('attempt', attempt,
             'error', {_BRIEF}, 'reason', reason))""",
         source="FROM runs r",
-        answer=f"""gone.*, r.generation, {RUN_ALIVE} AS run_alive
+        answer=f"""gone.*, r.generation, r.request_id, {RUN_ALIVE} AS run_alive
         FROM gone JOIN runs r ON r.id = gone.run_id""",
         freed=_freed(f"{_LET_GO}, {_RESTED}"),
     ),
@@ -578,6 +607,11 @@ def end_task(
     ).first()
     if row is None:
         return None
+    if row.kind != "end":
+        code = None if error is None else error["code"]
+        ids = {"run_id": run_id, "task_id": task_id, "task": row.definition_id}
+        ids |= {"attempt": attempt, "agent_id": row.agent_id, "request_id": row.request_id}
+        tell(tx, TASK_ENDS[row.status], **ids, code=code, reason=row.reason)
     failed_run = row.status == "failed" and not (row.goes_on and _is_tolerated(tx, row))
     if failed_run and row.run_alive and error is not None:
         _fail_run(tx, row, error)
@@ -652,7 +686,7 @@ WITH closing AS (
     SELECT run_id, id, 'task.cancelled', jsonb_build_object('reason', cast(:reason AS text))
     FROM closing WHERE status = 'cancelled' AND kind <> 'end'
 )
-SELECT id FROM closing
+SELECT status = 'cancelled' AND kind <> 'end' AS is_cancelled FROM closing
 """,
 )
 
@@ -661,7 +695,9 @@ def _fail_run(tx: Tx, row: Row[Any], error: dict[str, Any]) -> None:
     """Mark the run as failing and cancel what has not started; the caller holds the run's lock."""
     if row.parent_id is not None:
         each = work.failed_with_item(row.item_index, error, is_one_too_many=row.goes_on)
-        _FAIL_PARENT(tx, {"task_id": row.parent_id, "error": each})
+        if _FAIL_PARENT(tx, {"task_id": row.parent_id, "error": each}):
+            ids = {"run_id": row.run_id, "task_id": row.parent_id, "task": row.definition_id}
+            tell(tx, "task.failed", **ids, code=each["code"], request_id=row.request_id)
         error = each if row.goes_on else error
     brief = work.failed_with_task(row.id, row.definition_id, error)
     _FAIL_RUN(tx, {"run_id": row.run_id, "error": brief})
@@ -674,15 +710,19 @@ def close_tasks(tx: Tx, run_id: UUID, reason: str) -> None:
     Repeated, because a `forEach` that expands at this moment holds its row until its items are
     written, and a statement that waited for that row does not see them; the next one does.
     """
-    while _CLOSE(tx, {"run_id": run_id, "reason": reason}):
-        pass
+    count = 0
+    while closed := _CLOSE(tx, {"run_id": run_id, "reason": reason}):
+        count += sum(closed.scalars())
+    if count:
+        tell(tx, "task.cancelled", run_id=run_id, tasks=count, reason=reason)
     for child in _OPEN_CHILDREN(tx, {"run_id": run_id}).scalars():
         request_cancel(tx, child, "parent")
 
 
 def request_cancel(tx: Tx, run_id: UUID, by: str | None) -> None:
     """Have a run end as cancelled: what has not started of it never will."""
-    _REQUEST_CANCEL(tx, {"run_id": run_id, "by": by})
+    if _REQUEST_CANCEL(tx, {"run_id": run_id, "by": by}):
+        tell(tx, "run.cancel_requested", run_id=run_id, by=by)
     close_tasks(tx, run_id, "run_cancelled")
 
 
@@ -702,7 +742,7 @@ WITH asked AS (
 )
 INSERT INTO events (run_id, type, data)
 SELECT id, 'run.cancel_requested', jsonb_strip_nulls(jsonb_build_object('by', cast(:by AS text)))
-FROM asked
+FROM asked RETURNING run_id
 """,
 )
 _RELEASE = Prepared(
@@ -719,6 +759,7 @@ _RELEASE = Prepared(
             'code', cast(:reason AS text), 'message', 'The agent took no work.')""",
         f"""'task.waiting', jsonb_build_object(
             'reason', cast(:reason AS text), 'wakeAt', {WAKE_AT}, 'agentId', agent_id)""",
+        answer="gone.wake_at FROM gone",
         before=f"""asked AS MATERIALIZED (
     SELECT now() + make_interval(secs => greatest({LEAST_REST_SECONDS}, coalesce(
         :delay, {backoff("t.busy_backoff", "t.busy_max_backoff", "t.waits")}))) AS moment
@@ -759,7 +800,8 @@ def release_attempt(
         "message": message,
         "delay": delay_seconds,
     }
-    if _RELEASE(tx, parameters).first() is not None:
+    if (row := _RELEASE(tx, parameters).first()) is not None:
+        tell(tx, "task.waiting", **claimed.ids, reason=reason, wake_at=row.wake_at)
         return Parked()
     return abandon_attempt(tx, claimed)
 
@@ -777,6 +819,8 @@ _HAND_BACK = Prepared(
             'code', cast(:code AS text), 'message', cast(:sentence AS text))""",
         f"""'task.waiting', jsonb_build_object(
             'reason', 'retry', 'wakeAt', {WAKE_AT}, 'agentId', agent_id)""",
+        answer="""gone.definition_id AS task, gone.agent_id, gone.wake_at, r.request_id
+        FROM gone JOIN runs r ON r.id = gone.run_id""",
         freed=_freed(f"{_LET_GO}, reserved_for = gone.id, reserved_until = {KEPT_UNTIL}"),
     ),
 )
@@ -802,7 +846,9 @@ def hand_back(
     lock_run(tx, run_id)
     given = {"task_id": task_id, "attempt": attempt, "abroad": abroad}
     said = {"code": why.code, "sentence": why.message}
-    if _HAND_BACK(tx, given | said).first() is not None:
+    if (row := _HAND_BACK(tx, given | said).first()) is not None:
+        ids = {"run_id": run_id, "task_id": task_id, "attempt": attempt, **row._asdict()}
+        tell(tx, "task.waiting", **ids, reason="retry", code=why.code)
         return True
     return end_task(tx, task_id, run_id, None, attempt=attempt) is not None
 
@@ -882,6 +928,8 @@ def expand_task(
             "message": message,
         },
     )
+    if rows:
+        tell(tx, "task.expanded", **claimed.ids, items=len(values))
     return [Node(row.id, frozenset(), row.timeout_seconds, row.queue) for row in rows] or None
 
 

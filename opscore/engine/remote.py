@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from opscore.db import Prepared, Tx
+from opscore.db import Prepared, Tx, tell
 from opscore.engine.claims import read_by
 from opscore.engine.clauses import ATTEMPTED, IS_ABROAD, RUN_ALIVE, still
 from opscore.engine.outcomes import Fenced, Finished, Parked, abandon_attempt, hand_back
@@ -55,6 +55,7 @@ def await_report(tx: Tx, claimed: Claimed, message: dict[str, Any]) -> Finished 
     """
     mine = {"task_id": claimed.task_id, "attempt": claimed.attempt}
     if _AWAIT(tx, mine | {"message": message}).first() is not None:
+        tell(tx, "task.waiting", **claimed.ids, reason="remote")
         return Parked()
     if _IS_AWAITED(tx, mine).first() is not None:  # the answer was lost on the way
         return Parked()
@@ -78,7 +79,7 @@ SELECT t.id AS task_id, t.run_id, t.attempt, t.kind, t.definition_id, t.parent_i
        t.index AS item_index, t.item, false AS merges_input, false AS expanded, t.is_sink,
        t.agent_id, true AS has_slot, r.workflow_id, r.version, r.generation, t.timeout_seconds,
        t.deadline_at, t.overrides, NULL AS decision, NULL AS child, r.input, {read_by("t")},
-       t.claim_token, a.require_token
+       r.request_id, r.traceparent, t.claim_token, a.require_token
 FROM tasks t JOIN runs r ON r.id = t.run_id JOIN agents a ON a.agent_id = t.agent_id
 WHERE t.id = :task_id AND {ATTEMPTED} AND a.kind = 'remote' AND a.deregistered_at IS NULL
 """
@@ -218,7 +219,7 @@ SELECT task_id, number FROM told WHERE recall_at IS NOT NULL
 _RECALLED = Prepared(
     """
 SELECT t.id AS task_id, t.run_id, t.definition_id, t.index, a.number AS attempt, a.token,
-       t.reason, g.contact_endpoint, r.workflow_id, r.version, r.request_id
+       t.reason, a.agent_id, g.contact_endpoint, r.workflow_id, r.version, r.request_id
 FROM attempts a JOIN tasks t ON t.id = a.task_id
      JOIN runs r ON r.id = t.run_id JOIN agents g ON g.agent_id = a.agent_id
 WHERE a.task_id = :task_id AND a.number = :attempt AND a.recall_at IS NOT NULL

@@ -9,8 +9,9 @@ from uuid import UUID
 from sqlalchemy import Row, select
 from uuid6 import uuid7
 
+from opscore import tracing
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE
-from opscore.db import Prepared, Tx
+from opscore.db import Prepared, Tx, tell
 from opscore.definition import Definition, TaskSpec
 from opscore.engine.clauses import (
     DUE,
@@ -23,7 +24,7 @@ from opscore.engine.clauses import (
     free_slots,
     still,
 )
-from opscore.engine.outcomes import request_cancel
+from opscore.engine.outcomes import RUN_ENDS, request_cancel
 from opscore.errors import AgentNotFound, InvalidRequest, RunFinished, RunNotFound
 from opscore.expressions import Template
 from opscore.graph import Canvas, Node, build
@@ -73,12 +74,13 @@ _SUBMIT = Prepared(
     f"""
 WITH run AS (
     INSERT INTO runs (id, workflow_id, version, agent_id, input, labels, priority, request_id,
-                      max_concurrent, parent_task_id, depth, rerun_of, schedule, start_at,
-                      deadline_at, reason)
+                      traceparent, max_concurrent, parent_task_id, depth, rerun_of, schedule,
+                      start_at, deadline_at, reason)
     VALUES (:run_id, :workflow_id, :version, :agent_id, :input, :labels, :priority, :request_id,
-            cast(:max_concurrent AS int), :parent_task_id, :depth, :rerun_of, :schedule, :start_at,
-            coalesce(:deadline_at, greatest(cast(:start_at AS timestamptz), now())
-                                   + make_interval(secs => :deadline_seconds)),
+            :traceparent, cast(:max_concurrent AS int), :parent_task_id, :depth, :rerun_of,
+            :schedule, :start_at, coalesce(
+                :deadline_at, greatest(cast(:start_at AS timestamptz), now())
+                              + make_interval(secs => :deadline_seconds)),
             CASE WHEN cast(:start_at AS timestamptz) > now() THEN '{DUE}'
                  WHEN cast(:max_concurrent AS int) IS NOT NULL THEN '{HELD}' END)
     RETURNING *
@@ -132,6 +134,8 @@ class Submission:
     labels: Mapping[str, str] = field(default_factory=dict)
     priority: int = 1
     request_id: str | None = None
+    traceparent: str | None = None
+    """Below which its spans are, if this process makes none."""
     by: str | None = None
     """Who submits it."""
     start_at: datetime | None = None
@@ -164,18 +168,37 @@ def submit_run(
     check_agents(tx, definition, agent_id)
     run_id = run_id or uuid7()
     tasks, nodes, drawn = _draw(definition, agent_id)
-    abroad = _SUBMIT(
+    about = {
+        "opscore.run_id": run_id,
+        "opscore.workflow_id": stored.workflow_id,
+        "opscore.workflow_version": stored.version,
+        "opscore.schedule": submission.schedule,
+        "opscore.request_id": submission.request_id,
+    }
+    with tracing.span("submit run", "producer", about):
+        abroad = _SUBMIT(
+            tx,
+            {
+                **{name: getattr(submission, name) for name in _AS_SUBMITTED},
+                "run_id": run_id,
+                "workflow_id": stored.workflow_id,
+                "version": stored.version,
+                "traceparent": tracing.current() or submission.traceparent,
+                "labels": dict(submission.labels),
+                "max_concurrent": definition.max_concurrent_runs,
+                "deadline_seconds": submission.deadline_seconds or definition.deadline_seconds,
+                "tasks": [_in_json(row) for row in tasks],
+            },
+        )
+    tell(
         tx,
-        {
-            **{name: getattr(submission, name) for name in _AS_SUBMITTED},
-            "run_id": run_id,
-            "workflow_id": stored.workflow_id,
-            "version": stored.version,
-            "labels": dict(submission.labels),
-            "max_concurrent": definition.max_concurrent_runs,
-            "deadline_seconds": submission.deadline_seconds or definition.deadline_seconds,
-            "tasks": [_in_json(row) for row in tasks],
-        },
+        "run.queued",
+        run_id=run_id,
+        workflow_id=stored.workflow_id,
+        version=stored.version,
+        tasks=len(tasks),
+        by=submission.by,
+        request_id=submission.request_id,
     )
     nodes = _sent_abroad(nodes, abroad.scalars())
     limited = None if definition.max_concurrent_runs is None else stored.workflow_id
@@ -403,13 +426,13 @@ WITH settled AS (
     WHERE r.id = :run_id AND r.status IN ('queued', 'running', 'paused')
       AND (r.error IS NOT NULL OR r.cancel_requested_at IS NOT NULL)
       AND NOT EXISTS (SELECT FROM tasks t WHERE t.run_id = r.id AND t.status NOT IN {ENDED})
-    RETURNING r.id, r.status, r.error, r.parent_task_id,
+    RETURNING r.id, r.status, r.error, r.parent_task_id, r.request_id,
               CASE WHEN r.max_concurrent IS NOT NULL THEN r.workflow_id END AS frees
 ), told AS (
     INSERT INTO events (run_id, type, data)
     SELECT id, 'run.' || status, jsonb_strip_nulls(jsonb_build_object('error', error)) FROM settled
 )
-SELECT parent_task_id, frees FROM settled
+SELECT parent_task_id, frees, status, error ->> 'code' AS code, request_id FROM settled
 """,
 )
 
@@ -427,7 +450,10 @@ class Ended:
 def settle_run(tx: Tx, run_id: UUID) -> Ended | None:
     """End a run that fails or is cancelled once nothing of it runs any more."""
     row = _SETTLE(tx, {"run_id": run_id}).first()
-    return None if row is None else Ended(row.parent_task_id, row.frees)
+    if row is None:
+        return None
+    tell(tx, RUN_ENDS[row.status], run_id=run_id, code=row.code, request_id=row.request_id)
+    return Ended(row.parent_task_id, row.frees)
 
 
 _ENDING = Prepared(
@@ -462,11 +488,11 @@ WITH {free_slots(f"'{RUNS}' || :workflow_id", "runs", listed(RUN_ENDED))}, line 
 ), {HAND_ON}, released AS (
     UPDATE runs r SET reason = NULL, generation_at = now() FROM line
     WHERE r.id = line.id
-    RETURNING r.id, line.priority, line.created_at
+    RETURNING r.id, line.priority, line.created_at, r.request_id
 ), told AS (
     INSERT INTO events (run_id, type) SELECT id, 'run.released' FROM released
 )
-SELECT id FROM released ORDER BY priority DESC, created_at, id
+SELECT id, request_id FROM released ORDER BY priority DESC, created_at, id
 """
 )
 _LIMITED = Prepared(
@@ -479,7 +505,10 @@ def release_runs(tx: Tx, workflow_id: str) -> list[UUID]:
 
     Publish them. Called after a submission and when one is over, and every second by the keeper.
     """
-    return _RELEASE_RUNS(tx, {"workflow_id": workflow_id}).scalars()
+    released = _RELEASE_RUNS(tx, {"workflow_id": workflow_id})
+    for row in released:
+        tell(tx, "run.released", run_id=row.id, request_id=row.request_id)
+    return released.scalars()
 
 
 def limited_workflows(tx: Tx) -> list[str]:
@@ -494,12 +523,12 @@ _REPUBLISH = Prepared(
 WITH raised AS (
     UPDATE runs r SET generation = r.generation + 1, generation_at = now()
     WHERE r.id = :run_id AND r.generation = :generation AND {RUN_OPEN}
-    RETURNING r.id, r.generation
+    RETURNING r.id, r.generation, r.request_id
 ), told AS (
     INSERT INTO events (run_id, type, data)
     SELECT id, 'run.republished', jsonb_build_object('generation', generation) FROM raised
 )
-SELECT generation FROM raised
+SELECT generation, request_id FROM raised
 """,
 )
 _NODES = Prepared(
@@ -526,7 +555,10 @@ def republish_run(tx: Tx, run_id: UUID, generation: int) -> Plan | None:
     None if the run is over or somebody raised its generation (from `generation`) already.
     """
     raised = _REPUBLISH(tx, {"run_id": run_id, "generation": generation}).first()
-    return None if raised is None else plan_run(tx, run_id)
+    if raised is None:
+        return None
+    tell(tx, "run.republished", run_id=run_id, **raised._asdict())
+    return plan_run(tx, run_id)
 
 
 def plan_run(tx: Tx, run_id: UUID) -> Plan | None:

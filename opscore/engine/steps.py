@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy import func, select
 from uuid6 import uuid7
 
-from opscore.db import Prepared, Tx
+from opscore.db import Prepared, Tx, tell
 from opscore.engine.clauses import MINE, RUN_ALIVE, RUN_OPEN, WAITS, WAKE_AT, WOKEN, still
 from opscore.engine.controls import pause_children, retry_run
 from opscore.engine.outcomes import Finished, leave, lock_run
@@ -33,13 +33,13 @@ WITH skipped AS (
     SET status = 'skipped', reason = :reason, finished_at = now(), undecided = false,
         wake_at = NULL, woken_at = NULL
     FROM runs r WHERE {_UNDECIDED} AND r.id = t.run_id AND {RUN_OPEN}
-    RETURNING t.id, t.run_id, t.message, r.generation
+    RETURNING t.id, t.run_id, t.definition_id, t.message, r.generation, r.request_id
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT run_id, id, 'task.skipped', jsonb_build_object('reason', cast(:reason AS text))
     FROM skipped
 )
-SELECT message, generation FROM skipped
+SELECT run_id, definition_id, message, generation, request_id FROM skipped
 """
 )
 
@@ -52,7 +52,11 @@ def decide_task(tx: Tx, task_id: UUID) -> None:
 def skip_task(tx: Tx, task_id: UUID, reason: str) -> Finished | None:
     """Skip a task; None if it moved, or its run takes no tasks now."""
     row = _SKIP(tx, {"task_id": task_id, "reason": reason}).first()
-    return None if row is None else Finished(row.generation, message=row.message)
+    if row is None:
+        return None
+    ids = {"run_id": row.run_id, "task_id": task_id, "task": row.definition_id}
+    tell(tx, "task.skipped", **ids, reason=reason, request_id=row.request_id)
+    return Finished(row.generation, message=row.message)
 
 
 # --- Waiting -------------------------------------------------------------------------------------
@@ -66,6 +70,7 @@ _BEGIN_WAIT = Prepared(
         None,
         f"""'task.waiting', jsonb_build_object(
             'reason', cast(:reason AS text), 'wakeAt', {WAKE_AT})""",
+        answer="gone.wake_at FROM gone",
         freed="",
     ),
     json=("message",),
@@ -85,7 +90,11 @@ def begin_wait(tx: Tx, claimed: Claimed, wait: Wait, message: dict[str, Any]) ->
         "until": wait.until,
         "message": message,
     }
-    return _BEGIN_WAIT(tx, parameters).first() is not None
+    row = _BEGIN_WAIT(tx, parameters).first()
+    if row is None:
+        return False
+    tell(tx, "task.waiting", **claimed.ids, reason=wait.reason, wake_at=row.wake_at)
+    return True
 
 
 # --- Approvals -----------------------------------------------------------------------------------
@@ -126,6 +135,7 @@ def decide_approval(
     woken = as_woken(_APPROVE(tx, {"task_id": task_id, "decision": decision, "type": type}))
     if not woken:
         raise _why_refused(tx, task_id)
+    tell(tx, type, run_id=woken[0].run_id, task_id=task_id, by=by)
     return woken
 
 
@@ -182,11 +192,10 @@ FOR NO KEY UPDATE OF c
 _ANCESTORS = Prepared(
     """
 WITH RECURSIVE line AS (
-    SELECT id, workflow_id, depth, parent_task_id, priority, labels, request_id, status FROM runs
+    SELECT id, workflow_id, depth, parent_task_id, priority, labels, status FROM runs
     WHERE id = :run_id
     UNION ALL
-    SELECT r.id, r.workflow_id, r.depth, r.parent_task_id, r.priority, r.labels, r.request_id,
-           r.status
+    SELECT r.id, r.workflow_id, r.depth, r.parent_task_id, r.priority, r.labels, r.status
     FROM line JOIN tasks t ON t.id = line.parent_task_id JOIN runs r ON r.id = t.run_id
 )
 SELECT * FROM line ORDER BY depth DESC
@@ -220,7 +229,8 @@ def begin_child(
         input=input,
         labels=above[0].labels,
         priority=above[0].priority,
-        request_id=above[0].request_id,
+        request_id=claimed.request_id,
+        traceparent=claimed.traceparent,
         deadline_seconds=deadline_seconds,
         parent_task_id=claimed.task_id,
         depth=len(above),
@@ -230,6 +240,7 @@ def begin_child(
     run_id = uuid7() if earlier is None else earlier.id
     if _BEGIN_CHILD(tx, mine | {"run_id": run_id, "message": message}).first() is None:
         return None
+    tell(tx, "task.waiting", **claimed.ids, reason="children", child_run_id=run_id)
     plans = []
     if earlier is None:
         plans = [submit_run(tx, stored, submission, run_id)]

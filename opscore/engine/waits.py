@@ -10,7 +10,7 @@ from sqlalchemy import Row, select
 
 from opscore import models
 from opscore.config import CONTROL_QUEUE, IO_QUEUE
-from opscore.db import Prepared, Tx
+from opscore.db import Prepared, Tx, tell
 from opscore.engine.claims import MustWait
 from opscore.engine.clauses import (
     BUSY_LOOK_AGAIN_SECONDS,
@@ -89,14 +89,16 @@ WITH before AS (
         woken_at = NULL, kept_until = NULL, not_before = NULL
     WHERE t.id = :task_id AND {WAITS} AND t.reason IS DISTINCT FROM 'paused'
       AND t.visit_generation <= :generation
-    RETURNING t.id, t.run_id, t.wake_at, t.waiting_since, t.max_wait_seconds
+    RETURNING t.id, t.run_id, t.definition_id, t.wake_at, t.waiting_since, t.max_wait_seconds
 ), told AS (
     INSERT INTO events (run_id, task_id, type, data)
     SELECT run_id, id, 'task.waiting', jsonb_build_object(
         'reason', cast(:reason AS text), 'wakeAt', {WAKE_AT}, 'agentId', cast(:agent_id AS text))
     FROM parked, before WHERE before.reason IS DISTINCT FROM :reason
 )
-SELECT id, waiting_since + make_interval(secs => max_wait_seconds) < now() AS overdue FROM parked
+SELECT run_id, definition_id, wake_at, before.reason IS DISTINCT FROM :reason AS is_new,
+       waiting_since + make_interval(secs => max_wait_seconds) < now() AS overdue
+FROM parked, before
 """,
     json=("message",),
 )
@@ -127,7 +129,13 @@ def park_task(
             "generation": generation,
         },
     ).first()
-    return None if row is None else bool(row.overdue)
+    if row is None:
+        return None
+    if row.is_new:
+        ids = {"run_id": row.run_id, "task_id": task_id, "task": row.definition_id}
+        more = {"agent_id": wait.agent_id, "reason": wait.reason, "wake_at": row.wake_at}
+        tell(tx, "task.waiting", **ids, **more)
+    return bool(row.overdue)
 
 
 _KEEP_MESSAGE = Prepared(

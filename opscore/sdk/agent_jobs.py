@@ -163,6 +163,8 @@ class Jobs:
             task_id=order.task_id,
             attempt=order.attempt,
             deadline=order.deadline,
+            request_id=order.request_id,
+            traceparent=order.traceparent,
         )
         job = Job(order, context)
         Thread(target=self._work, args=(job, order), name=order.task_id, daemon=True).start()

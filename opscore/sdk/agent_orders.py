@@ -50,6 +50,8 @@ class Order:
     parameters: dict[str, Any]
     deadline: datetime
     seconds: float
+    request_id: str | None = None
+    traceparent: str | None = None
     digest: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -113,8 +115,13 @@ def read_message(body: bytes) -> dict[str, Any]:
     return message
 
 
-def read_order(message: Mapping[str, Any], signed_at: datetime) -> Order:
-    """Read a task. How much time it has is a matter of opscore's clock alone. Raises Problem."""
+def read_order(
+    message: Mapping[str, Any], signed_at: datetime, environ: WSGIEnvironment | None = None
+) -> Order:
+    """Read a task. How much time it has is a matter of opscore's clock alone. Raises Problem.
+
+    `environ` has the ids by which it is followed, and nothing else of what it is.
+    """
     values = {path: _member(message, path) for path in _MEMBERS}
     faults = [
         f"{path} must be {_WORDS[kind]}."
@@ -137,6 +144,8 @@ def read_order(message: Mapping[str, Any], signed_at: datetime) -> Order:
         parameters=parameters,
         deadline=datetime.now(UTC) + timedelta(seconds=seconds),
         seconds=seconds,
+        request_id=(environ or {}).get("HTTP_X_REQUEST_ID"),
+        traceparent=(environ or {}).get("HTTP_TRACEPARENT"),
     )
 
 

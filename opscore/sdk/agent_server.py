@@ -298,9 +298,11 @@ class AgentServer:
             sentence = f"{method[:20]} is not possible here; {allowed} is."
             raise Problem(405, "method_not_allowed", sentence, Allow=allowed)
         signed_at = check_proof(environ, body, self._secret)
-        return self._work(read_message(body), signed_at)
+        return self._work(read_message(body), signed_at, environ)
 
-    def _work(self, message: dict[str, Any], signed_at: datetime) -> Reply:
+    def _work(
+        self, message: dict[str, Any], signed_at: datetime, environ: WSGIEnvironment
+    ) -> Reply:
         jobs = self._jobs
         if jobs is None or self._process_id != os.getpid():
             sentence = "The agent is not started: start() is to be called in each serving process."
@@ -308,7 +310,7 @@ class AgentServer:
         if message["messageType"] == "workflow_cancel":
             named = [str(message.get(f"opscore_{name}")) for name in ("task_id", "attempt_token")]
             return Reply(200, {"status": "cancelled" if jobs.recall(*named) else "unknown"})
-        order = read_order(message, signed_at)
+        order = read_order(message, signed_at, environ)
         outcome = jobs.ask(order, min(self._answer_seconds, order.seconds / 2))
         return _reply_of(outcome, is_closing=jobs.is_closing)
 
