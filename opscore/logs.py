@@ -7,6 +7,7 @@ request bodies, keys.
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -160,12 +161,18 @@ def _json_tail() -> tuple[Processor, ...]:
 def _text_tail() -> tuple[Processor, ...]:
     return (
         structlog.dev.ConsoleRenderer(
-            colors=False,
+            colors=_is_for_people(),
+            sort_keys=False,
             timestamp_key="at",
             # The default shows local variables: inputs, outputs and passwords.
             exception_formatter=structlog.dev.plain_traceback,
         ),
     )
+
+
+def _is_for_people() -> bool:
+    """Tell a terminal that may show colours from a file or a pipe."""
+    return sys.stderr is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _as_json(logger: Any, method: str, event: EventDict) -> str:

@@ -328,14 +328,9 @@ def _tell(tx: Tx, events: Sequence[Told]) -> None:
         data = event["data"]
         brief = {name: data.get(name) for name in ("by", "moment", "reason")}
         code = data.get("error", {}).get("code")
-        tell(
-            tx,
-            event["type"],
-            schedule=event["schedule"],
-            run_id=data.get("runId"),
-            **brief,
-            code=code,
-        )
+        ids = {"schedule": event["schedule"], "run_id": data.get("runId")}
+        is_warning = event["type"] == "schedule.not_fired"
+        tell(tx, event["type"], is_warning=is_warning, **ids, **brief, code=code)
 
 
 # --- Firing -------------------------------------------------------------------------------------

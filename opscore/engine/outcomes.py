@@ -393,7 +393,11 @@ def complete_and_claim(
     return Finished(row.run_generation, row.ends_run, message=row.saved, next=following)
 
 
-RUN_ENDS = {str(name): f"run.{name}" for name in RUN_ENDED}
+RUN_ENDS = {
+    "completed": "run.completed",
+    "failed": "run.failed",
+    "cancelled": "run.cancelled",
+}
 TASK_ENDS = {
     "completed": "task.completed",
     "failed": "task.failed",

@@ -135,7 +135,8 @@ def decide_approval(
     woken = as_woken(_APPROVE(tx, {"task_id": task_id, "decision": decision, "type": type}))
     if not woken:
         raise _why_refused(tx, task_id)
-    tell(tx, type, run_id=woken[0].run_id, task_id=task_id, by=by)
+    ids: dict[str, Any] = {"run_id": woken[0].run_id, "task_id": task_id}
+    tell(tx, "task.approved" if approved else "task.rejected", **ids, by=by)
     return woken
 
 
