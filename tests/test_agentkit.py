@@ -550,6 +550,11 @@ def test_a_context_is_read_only_and_its_deadline_aware() -> None:
         Context.for_testing(deadline=datetime(2026, 1, 1))
 
 
+def test_a_context_says_by_what_it_is_followed() -> None:
+    context = Context.for_testing(request_id="r-1")
+    assert (context.request_id, context.traceparent) == ("r-1", None)
+
+
 def test_cancelling_is_seen() -> None:
     context = Context.for_testing()
     assert not context.cancelled

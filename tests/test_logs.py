@@ -74,15 +74,16 @@ def test_each_event_of_a_run_has_a_line_of_its_name() -> None:
 
 
 @pytest.fixture
-def lines(capsys: pytest.CaptureFixture[str]) -> Callable[[], list[dict[str, Any]]]:
-    """Return what gives the lines of transitions since it was asked last."""
+def lines(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """Yield what gives the lines of transitions since it was asked last."""
     logs.configure("INFO", "json")
 
     def read() -> list[dict[str, Any]]:
         told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
         return [line for line in told if line["logger"] == "opscore.transitions"]
 
-    return read
+    yield read
+    logs.configure("WARNING", "json")
 
 
 Lines = Callable[[], list[dict[str, Any]]]
@@ -156,7 +157,7 @@ def test_text_has_what_json_has_in_a_line_for_people(capsys: pytest.CaptureFixtu
     try:
         logs.transition("task.started", run_id="r", task="triage", attempt=1, wake_at=None)
     finally:
-        logs.configure("INFO", "json")
+        logs.configure("WARNING", "json")
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
         r"\d{4}-\S+Z \[info +\] task\.started +\[opscore\.transitions\]"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -133,6 +134,15 @@ class Site:
         answer = self.api.post("/v1/opscore/runs", json=body, headers=headers or {})
         assert answer.status_code == 202, answer.text
         return str(answer.json()["runId"])
+
+    def asked(self, run_id: str) -> str:
+        """Return the approval that a run waits for."""
+        path = f"/v1/opscore/tasks?runId={run_id}&reason=approval"
+        return str(wait_until(lambda: self.api.get(path).json()["items"])[0]["taskId"])
+
+    def control(self, path: str, body: Any = None) -> None:
+        answer = self.api.post(f"/v1/opscore/{path}", json=body)
+        assert answer.status_code == 202, answer.text
 
     def lines(self, mark: str) -> list[dict[str, Any]]:
         """Return the log lines of web and workers in which `mark` stands."""
@@ -383,6 +393,45 @@ def test_a_request_id_is_in_every_line_up_to_the_agents(site: Site) -> None:
     ids = {name: done[name] for name in ("task_id", "attempt", "agent_id")}
     assert ids == {"task_id": str(there.id), "attempt": 1, "agent_id": "abroad"}
     assert [line["request_id"] for line in found] == [mark] * len(found)
+
+
+def test_each_event_is_one_line_of_its_name_by_whoever_made_it(site: Site) -> None:
+    site.push(
+        "forms",
+        task("each", "tells", forEach={"items": "${[1, 2, 3]}", "maxParallel": 2}),
+        task("never", "tells", when="1 > 2", dependsOn=["each"]),
+        {"taskId": "ask", "type": "approval", "dependsOn": ["each"]},
+        {"taskId": "rest", "type": "delay", "seconds": 0.1, "dependsOn": ["ask", "never"]},
+        task("again", "says-busy", dependsOn=["rest"]),
+    )
+    site.push("broken", task("a", "gives-up", parameters={"secret": "s"}), task("b", "tells"))
+    whole, called_off, broken = (site.submit(id) for id in ("forms", "forms", "broken"))
+    asked = {run: site.asked(run) for run in (whole, called_off)}
+    site.control(f"runs/{whole}/pause")
+    site.control(f"runs/{whole}/resume")
+    site.control(f"tasks/{asked[whole]}/approve", {"comment": "swordfish"})
+    site.control(f"runs/{called_off}/cancel")
+    site.stack.finished(broken)
+    site.control(f"runs/{broken}/retry", {})
+    ends = [site.stack.finished(run).status for run in (whole, called_off, broken)]
+    assert ends == ["completed", "cancelled", "failed"]
+    runs = {whole, called_off, broken}
+
+    def told() -> Counter[tuple[str, str]]:
+        counted: Counter[tuple[str, str]] = Counter()
+        for line in site.lines("opscore.transitions"):
+            event, run_id = line["event"], line.get("run_id")
+            if run_id in runs and event != "task.woken":
+                counted[event, run_id] += line.get("tasks", 1) if event == "task.cancelled" else 1
+        return counted
+
+    rows = site.stack.rows(
+        "SELECT type, run_id FROM events WHERE run_id::text = ANY (:runs)", runs=[*runs]
+    )
+    events = Counter((row.type, str(row.run_id)) for row in rows)
+    assert len({type for type, _ in events}) >= 15
+    wait_until(lambda: (told() - events, events - told()), says=lambda both: not any(both))
+    assert "swordfish" not in site.log.read_text() + site.stack.log.read_text()
 
 
 # --- Off, and away ------------------------------------------------------------------------------

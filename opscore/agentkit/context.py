@@ -88,10 +88,17 @@ class Context:
         task_id: str = "test-task",
         attempt: int = 1,
         deadline: datetime | None = None,
+        request_id: str | None = None,
     ) -> Self:
         """Make a context for a unit test of an agent; without `deadline` it is ten minutes away."""
         deadline = deadline or datetime.now(UTC) + timedelta(minutes=10)
-        return cls(run_id=run_id, task_id=task_id, attempt=attempt, deadline=deadline)
+        return cls(
+            run_id=run_id,
+            task_id=task_id,
+            attempt=attempt,
+            deadline=deadline,
+            request_id=request_id,
+        )
 
     @property
     def run_id(self) -> str:
