@@ -471,35 +471,47 @@ def test_without_an_endpoint_nothing_of_opentelemetry_is_loaded(
     assert (done.returncode, done.stdout) == (0, "[]\n[]\n"), done.stderr
 
 
-@pytest.mark.parametrize("collector", ["silent", "dead"])
-def test_a_collector_that_is_away_keeps_nobody(
-    collector: str, servers: Servers, tmp_path: Path
+def test_a_collector_that_says_nothing_keeps_nobody(servers: Servers, tmp_path: Path) -> None:
+    with (
+        Collector(is_silent=True).open() as silent,
+        running_stack(
+            servers,
+            tmp_path / "worker.log",
+            OPSCORE_AGENTS="traced_fleet",
+            PYTHONPATH=str(ROOT / "tests"),
+            OTEL_EXPORTER_OTLP_ENDPOINT=silent.url,
+            OTEL_BSP_SCHEDULE_DELAY="50",
+        ) as stack,
+        serving(stack.environment, tmp_path / "web.log") as (web, port),
+        httpx2.Client(
+            base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {API_KEY}"}
+        ) as api,
+    ):
+        worker = stack.start_worker()
+        site = Site(stack, api, silent, tmp_path / "web.log")
+        site.push("runs", task("a", "tells"), task("b", "tells"))
+        for _ in range(3):
+            assert stack.finished(site.submit("runs")).status == "completed"
+        began = time.monotonic()
+        for process in (worker, web):
+            process.send_signal(signal.SIGTERM)
+        assert (worker.wait(20), web.wait(20)) == (0, 0)
+        assert time.monotonic() - began < 6, stack.log.read_text()[-3000:]
+
+
+@pytest.mark.parametrize("is_silent", [True, False], ids=["silent", "dead"])
+def test_the_end_of_a_process_waits_for_no_collector(
+    is_silent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Collector(is_silent=True).open() as silent, socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))  # and does not listen
         dead = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        url = silent.url if collector == "silent" else dead
-        with (
-            running_stack(
-                servers,
-                tmp_path / "worker.log",
-                OPSCORE_AGENTS="traced_fleet",
-                PYTHONPATH=str(ROOT / "tests"),
-                OTEL_EXPORTER_OTLP_ENDPOINT=url,
-                OTEL_BSP_SCHEDULE_DELAY="50",
-            ) as stack,
-            serving(stack.environment, tmp_path / "web.log") as (web, port),
-            httpx2.Client(
-                base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {API_KEY}"}
-            ) as api,
-        ):
-            worker = stack.start_worker()
-            site = Site(stack, api, silent, tmp_path / "web.log")
-            site.push("runs", task("a", "tells"), task("b", "tells"))
-            for _ in range(3):
-                assert stack.finished(site.submit("runs")).status == "completed"
-            began = time.monotonic()
-            for process in (worker, web):
-                process.send_signal(signal.SIGTERM)
-            assert (worker.wait(20), web.wait(20)) == (0, 0)
-            assert time.monotonic() - began < 6, stack.log.read_text()[-3000:]
+        url = silent.url if is_silent else dead
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
+        tracing.start("opscore-test")
+        with tracing.span("one"):
+            assert tracing.current() is not None
+        began = time.monotonic()
+        tracing.stop()
+        assert time.monotonic() - began < tracing.FLUSH_SECONDS + 0.5
+        assert tracing.current() is None
