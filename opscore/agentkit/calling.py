@@ -22,6 +22,7 @@ from typing import Any
 
 from opscore.agentkit.context import MAX_MESSAGE_BYTES, Context, storable_text
 from opscore.agentkit.function import AgentFunction, FunctionAgent
+from opscore.agentkit.model import ModelError, ModelRefused
 from opscore.agentkit.output import Unstorable, to_json
 from opscore.errors import AgentBusy, GiveUp, RetryLater
 
@@ -54,7 +55,7 @@ class Failed:
     """The attempt failed. `retry_after` (seconds) is what the agent asked for, if it did.
 
     `code` is `agent_error`, `timeout`, `retry_later`, `gave_up`, `invalid_output` or
-    `output_too_large`; the last three are not retryable.
+    `output_too_large`, the last three of which are not retryable; or what `loop` and `model` name.
     """
 
     code: str
@@ -223,6 +224,9 @@ def _outcome_of(error: BaseException) -> Outcome:
         return Failed(error.code, _message_of(error), retry_after=delay)
     if isinstance(error, GiveUp):
         return Failed(error.code, _message_of(error), retryable=False)
+    if isinstance(error, ModelError):
+        is_final = isinstance(error, ModelRefused)
+        return Failed(error.code, _message_of(error), retryable=not is_final)
     message = f"{type(error).__name__}: {_message_of(error)}".removesuffix(": ")
     return Failed(
         "agent_error", storable_text(message, MAX_MESSAGE_BYTES), traceback=_traceback_of(error)

@@ -1,0 +1,215 @@
+"""Declaring an LLM agent, with everything that can be wrong with the declaration.
+
+What can be known at once is refused at once: an unknown provider, tool or script, limits that
+contradict each other, a schema that is none. Whether there is a key for a model is known to the
+worker that loads the agent: `missing_keys`.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
+
+from opscore.agentkit.scripted import SCRIPTS
+from opscore.agentkit.tools import TOOLS, Tool
+from opscore.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from opscore.input_schema import Schema
+
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "openai": ("OPENAI_API_KEY",),
+    "anthropic": ("ANTHROPIC_API_KEY",),
+    "google": ("GOOGLE_API_KEY", "GEMINI_API_KEY"),
+    "openrouter": ("OPENROUTER_API_KEY",),
+    "scripted": (),
+}
+"""Provider -> the environment variables any of which may hold its key; none: it needs no key."""
+
+FINAL_ANSWER = "final_answer"
+"""The tool by which an agent with an output schema answers."""
+_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much an agent may do at one task, over all of its attempts; and for how long at a time.
+
+    A tool takes less than a model, a model less than an attempt.
+    """
+
+    max_steps: int = 20
+    """Replies of models."""
+    max_tokens: int | None = None
+    max_cost_usd: float | None = None
+    max_seconds: float = 600.0
+    """Of one attempt; the task's `timeoutSeconds` ends it too."""
+    call_seconds: float = 120.0
+    """Of one call of a model."""
+    window_tokens: int = 100_000
+    """What is sent to a model at most; the oldest tool results are left out first."""
+    corrections: int = 2
+    """How often an answer that is none may be given anew."""
+
+    def faults(self) -> Iterator[str]:
+        """Say what is wrong with them."""
+        for name in ("max_steps", "max_seconds", "call_seconds", "window_tokens"):
+            if not getattr(self, name) > 0:
+                yield f"{name} must be more than 0"
+        for name in ("max_tokens", "max_cost_usd", "corrections"):
+            if (getattr(self, name) or 0) < 0:
+                yield f"{name} must not be less than 0"
+        if self.call_seconds >= self.max_seconds:
+            yield (
+                f"call_seconds ({self.call_seconds:g}) must be less than "
+                f"max_seconds ({self.max_seconds:g})"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Permissions:
+    """What an agent may reach beyond its own tools, as patterns such as `docs/*`; else nothing."""
+
+    mcp: tuple[str, ...] = ()
+    """Tools of MCP servers, as `server/tool`."""
+    hosts: tuple[str, ...] = ()
+    """Hosts of `http_get`."""
+
+    def allows_mcp(self, server: str, tool: str) -> bool:
+        """Say whether a tool of a server may be called."""
+        return any(fnmatchcase(f"{server}/{tool}", pattern) for pattern in self.mcp)
+
+    def allows_host(self, host: str) -> bool:
+        """Say whether something may be fetched from a host."""
+        return any(fnmatchcase(host.lower(), pattern.lower()) for pattern in self.hosts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMAgent:
+    """An agent that is a language model with instructions and tools.
+
+    Args:
+        agent_id: its id, as in a workflow's `agentId`.
+        model: `provider:model`; providers are `openai`, `anthropic`, `google`, `openrouter` and
+            `scripted`. There is no default.
+        fallback_models: asked in this order when the one before gives no answer.
+        instructions: what it is told before every task.
+        tools: its tools, by name or as the functions that `@tool` stands above.
+        mcp_servers: MCP servers, by their names in the file that `OPSCORE_MCP_CONFIG` names; which
+            of their tools it may call is said in `permissions.mcp`.
+        memory: the namespace of what it remembers; None: it has no memory.
+        output_schema: JSON Schema of its answers; None: they are text.
+        capabilities, capacity, version, name: as of a function agent.
+
+    Raises:
+        ConfigurationError: naming every fault of the declaration.
+    """
+
+    agent_id: str
+    model: str
+    fallback_models: Sequence[str] = ()
+    instructions: str = ""
+    tools: Sequence[str | Callable[..., Any]] = ()
+    mcp_servers: Sequence[str] = ()
+    memory: str | None = None
+    output_schema: Mapping[str, Any] | None = None
+    permissions: Permissions = field(default_factory=Permissions)
+    limits: Limits = field(default_factory=Limits)
+    capabilities: Sequence[str] = ()
+    capacity: int | None = None
+    version: str = "1"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if faults := list(self._faults()):
+            raise ConfigurationError([f"LLMAgent({self.agent_id!r}) {one}" for one in faults])
+
+    @classmethod
+    def made_of(cls, values: Mapping[str, Any]) -> Self:
+        """Make one of the values of a document; those it has no field for are a TypeError."""
+        return cls(**values)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All of its models, in the order they are asked."""
+        return (self.model, *self.fallback_models)
+
+    @cached_property
+    def toolbox(self) -> Mapping[str, Tool]:
+        """Its tools, by name."""
+        return {name: TOOLS[name] for name in map(_tool_name, self.tools)}
+
+    @cached_property
+    def answer(self) -> "Schema | None":
+        """The schema of its answers, compiled."""
+        if self.output_schema is None:
+            return None
+        from opscore.input_schema import Schema
+
+        return Schema(self.output_schema)
+
+    def missing_keys(self, environment: Mapping[str, str]) -> list[str]:
+        """Say which of its models there is no key for in an environment."""
+        return [
+            f"LLMAgent({self.agent_id!r}) has the model {model}, and {' or '.join(names)} is not "
+            "set where the worker runs"
+            for model in self.models
+            if (names := KEYS[model.partition(":")[0]])
+            and not any(environment.get(name) for name in names)
+        ]
+
+    def _faults(self) -> Iterator[str]:
+        if not _ID.fullmatch(self.agent_id):
+            yield "has a bad id: it must be 1 to 64 letters, digits, '_', '.' or '-'"
+        for model in self.models:
+            yield from _model_faults(model)
+        yield from self._tool_faults()
+        yield from self.limits.faults()
+        yield from self._schema_faults()
+        if self.permissions.mcp and not self.mcp_servers:
+            yield "has permissions for MCP tools, and no mcp_servers: name them"
+        if self.mcp_servers and not self.permissions.mcp:
+            yield 'has mcp_servers none of whose tools it may call: give permissions.mcp, "docs/*"'
+
+    def _tool_faults(self) -> Iterator[str]:
+        for name in map(_tool_name, self.tools):
+            if name not in TOOLS:
+                yield f"has an unknown tool {name!r}: there are {', '.join(sorted(TOOLS))}"
+            elif TOOLS[name].seconds >= self.limits.call_seconds:
+                yield (
+                    f"has the tool {name}, which may take {TOOLS[name].seconds:g} s: that must be "
+                    f"less than limits.call_seconds ({self.limits.call_seconds:g})"
+                )
+
+    def _schema_faults(self) -> Iterator[str]:
+        if self.output_schema is None:
+            return
+        from opscore.input_schema import Schema
+        from opscore.json_values import Faults
+
+        faults = Faults()
+        Schema.compile(self.output_schema, "", faults)
+        for place, sentences in faults.items():
+            yield f"has a bad output_schema, {place or 'as a whole'}: {' '.join(sentences)}"
+
+
+def _tool_name(tool: str | Callable[..., Any]) -> str:
+    if isinstance(tool, str):
+        return tool
+    found = (one.name for one in TOOLS.values() if one.function is tool)
+    return next(found, getattr(tool, "__name__", repr(tool)))
+
+
+def _model_faults(model: str) -> Iterator[str]:
+    provider, separator, name = model.partition(":")
+    if not separator or not name:
+        yield f'has the model {model!r}: write "provider:model", such as "openai:gpt-5"'
+    elif provider not in KEYS:
+        yield f"has an unknown provider {provider!r}: there are {', '.join(KEYS)}"
+    elif provider == "scripted" and name not in SCRIPTS:
+        yield f"has an unknown script {name!r}: there are {', '.join(sorted(SCRIPTS))}"
+
+
+LIMITS = tuple(one.name for one in fields(Limits))

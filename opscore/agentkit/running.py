@@ -1,0 +1,76 @@
+"""Running an LLM agent as if it were a function: what it needs is put together for one attempt."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from opscore.agentkit.context import Context
+from opscore.agentkit.function import FunctionAgent
+from opscore.agentkit.llm import LLMAgent
+from opscore.agentkit.loop import Job, NeedsApproval, goal_of, work
+from opscore.agentkit.model import Model
+from opscore.agentkit.scripted import SCRIPTS, Scripted
+from opscore.agentkit.steps import Record
+from opscore.agentkit.tools import Tool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """What the process offers its LLM agents."""
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Where keys are."""
+
+
+class Attempt:
+    """One attempt of an LLM agent at a task."""
+
+    def __init__(self, agent: LLMAgent, record: Record, means: Means) -> None:
+        self._agent, self._record, self._means = agent, record, means
+        self.needs_approval = False
+        """It ended because somebody has to decide a call."""
+
+    @property
+    def as_function(self) -> FunctionAgent:
+        """The agent as `calling.call` takes one."""
+        agent = self._agent
+        return FunctionAgent(
+            agent.agent_id,
+            agent.name or agent.agent_id,
+            agent.version,
+            tuple(agent.capabilities),
+            agent.capacity,
+            self._run,
+        )
+
+    async def _run(self, parameters: Mapping[str, Any], context: Context) -> Any:
+        goal = goal_of(parameters)
+        models = [model_of(name, self._means.environment) for name in self._agent.models]
+        async with self._tools() as tools:
+            job = Job(
+                agent=self._agent,
+                goal=goal,
+                context=context,
+                record=self._record,
+                models=models,
+                tools=tools,
+            )
+            try:
+                return await work(job)
+            except NeedsApproval:
+                self.needs_approval = True
+                return None
+
+    @asynccontextmanager
+    async def _tools(self) -> AsyncIterator[Mapping[str, Tool]]:
+        """Give all that the agent may call."""
+        yield self._agent.toolbox
+
+
+def model_of(name: str, environment: Mapping[str, str]) -> Model:
+    """Return the model called `provider:model`."""
+    provider, _, model = name.partition(":")
+    if provider == "scripted":
+        return Scripted(model, SCRIPTS[model])
+    raise NotImplementedError(provider)
