@@ -27,6 +27,10 @@ class Declared(Protocol):
     """What an agent in a worker says of itself; `capacity` None means no limit."""
 
     @property
+    def kind(self) -> str:
+        """`function` or `llm`."""
+
+    @property
     def agent_id(self) -> str: ...
     @property
     def name(self) -> str: ...
@@ -39,7 +43,7 @@ class Declared(Protocol):
 
 
 def register_functions(tx: Tx, agents: Iterable[Declared]) -> None:
-    """Write the function agents a worker offers; a known one gets the newest declaration.
+    """Write the agents a worker offers; a known one gets the newest declaration.
 
     Raises:
         ConfigurationError: an agent behind HTTP is registered under one of their ids.
@@ -60,7 +64,7 @@ def register_functions(tx: Tx, agents: Iterable[Declared]) -> None:
         )
     for agent in declared:
         values = {
-            "kind": "function",
+            "kind": agent.kind,
             "name": agent.name,
             "version": agent.version,
             "capabilities": list(agent.capabilities),

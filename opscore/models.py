@@ -157,7 +157,7 @@ class Agent(Base):
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
     __table_args__ = (
-        CheckConstraint(_among("kind", ["function", "remote"]), name="kind"),
+        CheckConstraint(_among("kind", ["function", "llm", "remote"]), name="kind"),
         CheckConstraint("capacity >= 1", name="capacity"),
         CheckConstraint("heartbeat_seconds > 0", name="heartbeat"),
         CheckConstraint(_among("state", AgentState), name="state"),
@@ -264,6 +264,8 @@ class Run(Base):
     """The task of another run that runs this one as its sub-workflow."""
     depth: Mapped[int] = mapped_column(server_default=text("0"))
     """How many runs it stands below."""
+    budget: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    """`{maxTokens?, maxCostUsd?}`: what all of its LLM agents may spend together."""
     rerun_of: Mapped[uuid.UUID | None]
     """The run it is another of, with the same version and input."""
     schedule: Mapped[str | None]
@@ -556,6 +558,34 @@ class AttemptLog(Base):
         ForeignKeyConstraint(
             ["task_id", "attempt"], ["attempts.task_id", "attempts.number"], ondelete="CASCADE"
         ),
+    )
+
+
+class AgentStep(Base):
+    """A step of an LLM agent's work on a task, stored as it came: see `agentkit.steps`."""
+
+    __tablename__ = "agent_steps"
+
+    task_id: Mapped[uuid.UUID] = mapped_column(
+        ForeignKey("tasks.id", ondelete="CASCADE"), primary_key=True
+    )
+    number: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[uuid.UUID]
+    attempt: Mapped[int]
+    kind: Mapped[str]
+    data: Mapped[dict[str, Any]]
+    model: Mapped[str | None]
+    """Who replied."""
+    input_tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    output_tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    cost_usd: Mapped[float | None]
+    """Null: nothing was paid, or no price is known."""
+    superseded: Mapped[bool] = mapped_column(server_default=text("false"))
+    """The task was begun anew: it counts for what was spent, and for nothing else."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+
+    __table_args__ = (
+        Index("ix_agent_steps_replies", "run_id", postgresql_where=text("kind = 'reply'")),
     )
 
 

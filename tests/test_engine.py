@@ -122,7 +122,9 @@ class Desk:
 
 def agent(agent_id: str, capacity: int | None = None, capabilities: tuple[str, ...] = ()) -> Any:
     return SimpleNamespace(
-        agent_id=agent_id, name=agent_id, version="1", capabilities=capabilities, capacity=capacity
+        **{"kind": "function", "agent_id": agent_id, "name": agent_id, "version": "1"},
+        capabilities=capabilities,
+        capacity=capacity,
     )
 
 

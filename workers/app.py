@@ -18,6 +18,8 @@ from celery import Celery, bootsteps, signals
 from celeryconfig import VISIBILITY_TIMEOUT_SECONDS, app
 from opscore import logs, migrations, tracing, workflows
 from opscore.agentkit import Registry, load_agents
+from opscore.agentkit.llm import check_keys
+from opscore.agentkit.running import Means
 from opscore.agents import register_functions
 from opscore.config import Settings
 from opscore.db import Database, Tx
@@ -86,6 +88,11 @@ class Process:
     def agents(self) -> Registry:
         return load_agents(self.settings.agents)
 
+    @cached_property
+    def means(self) -> Means:
+        """What LLM agents work with."""
+        return Means(environment=dict(os.environ))
+
     def definition(self, workflow_id: str, version: int, read: Read) -> Definition:
         """Return a workflow version compiled; versions never change, so one look-up lasts."""
         key = (workflow_id, version)
@@ -133,6 +140,7 @@ class Offer(bootsteps.Step):
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         agents = process.agents
+        check_keys(agents.values(), os.environ)
         migrations.check(process.settings.database_url)
         with process.database.transaction() as tx:
             register_functions(tx, agents.values())

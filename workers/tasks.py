@@ -28,6 +28,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from celeryconfig import app
 from opscore import agentkit, agents, engine, logs, remote, tracing, work
 from opscore.agentkit import Busy, Completed, Context, Failed
+from opscore.agentkit.llm import LLMAgent
 from opscore.canvas import RECALL, RECALL_SECONDS, REQUEST_HEADER, RUN_TASK
 from opscore.config import FIRST
 from opscore.db import Tx
@@ -37,6 +38,7 @@ from opscore.errors import OpsCoreError
 from opscore.expressions import ExpressionError
 from opscore.states import Reason
 from opscore.workflows import find_workflow
+from workers import llm
 from workers.app import process
 from workers.trips import Outcome, TaskFailed, Trip
 
@@ -220,7 +222,17 @@ class Items:
     tolerates: int | None
 
 
-Result = Completed | Failed | Busy | remote.Accepted | Items | engine.Wait | work.Start | None
+Result = (
+    Completed
+    | Failed
+    | Busy
+    | llm.Undecided
+    | remote.Accepted
+    | Items
+    | engine.Wait
+    | work.Start
+    | None
+)
 """What the work of a visit came to; None: this worker does not have the agent."""
 
 
@@ -259,6 +271,8 @@ def _record(trip: Trip, claimed: Claimed, result: Result) -> None:
             _await_report(trip, claimed)
         case Busy(retry_after):
             _release(trip, claimed, Reason.AGENT_BUSY, retry_after)
+        case llm.Undecided():
+            _ask_approval(trip, claimed)
         case None:
             _release(trip, claimed, Reason.AGENT_UNAVAILABLE, None)
 
@@ -330,6 +344,8 @@ def _call(trip: Trip, claimed: Claimed, parameters: dict[str, Any]) -> Result:
         traceparent=tracing.current(),
     )
     with process.leases.hold(claimed.task_id, context), trip.patience():
+        if isinstance(agent, LLMAgent):
+            return llm.call(agent, claimed, parameters, context, _insist, process.means)
         if agent is not None:
             return _call_here(agent, parameters, context, claimed)
         return process.caller.call(_order(trip, claimed, endpoint or "", parameters))
@@ -501,6 +517,13 @@ def _release(trip: Trip, claimed: Claimed, reason: Reason, retry_after: float | 
         ),
         whole=True,
     )
+    _after(trip, claimed, recorded)
+
+
+def _ask_approval(trip: Trip, claimed: Claimed) -> None:
+    """Leave the task until somebody has decided a call of its agent."""
+    message = trip.message()
+    recorded = _insist(lambda tx: engine.ask_approval(tx, claimed, message), whole=True)
     _after(trip, claimed, recorded)
 
 

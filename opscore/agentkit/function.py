@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
+from opscore.agentkit.llm import LLMAgent
 from opscore.errors import ConfigurationError
 
 AgentFunction = Callable[..., Any]
@@ -37,16 +38,20 @@ class FunctionAgent:
     capabilities: tuple[str, ...]
     capacity: int | None
     function: AgentFunction
+    kind: ClassVar[str] = "function"
 
 
-class Registry(Mapping[str, FunctionAgent]):
-    """The function agents that have been declared, by id."""
+Agent = FunctionAgent | LLMAgent
+
+
+class Registry(Mapping[str, Agent]):
+    """The agents that have been declared, by id."""
 
     def __init__(self) -> None:
-        self._agents: dict[str, FunctionAgent] = {}
+        self._agents: dict[str, Agent] = {}
         self._loaded: set[str] = set()
 
-    def __getitem__(self, agent_id: str) -> FunctionAgent:
+    def __getitem__(self, agent_id: str) -> Agent:
         return self._agents[agent_id]
 
     def __iter__(self) -> Iterator[str]:
@@ -88,25 +93,31 @@ class Registry(Mapping[str, FunctionAgent]):
 
         return declare
 
-    def add(self, agent: FunctionAgent) -> None:
+    def add(self, agent: Agent) -> None:
         """Register `agent`; one declared at the same place again replaces itself.
 
         Raises:
-            ConfigurationError: another function has its id.
+            ConfigurationError: another one has its id.
         """
         known = self._agents.get(agent.agent_id)
-        if known and _place(known.function) != _place(agent.function):
+        if known and _place_of(known) != _place_of(agent):
             raise ConfigurationError(
                 [
-                    f"@agent({agent.agent_id!r}) is declared twice, at {_place(known.function)} "
-                    f"and at {_place(agent.function)}: give one of them another id"
+                    f"@agent({agent.agent_id!r}) is declared twice, at {_place_of(known)} "
+                    f"and at {_place_of(agent)}: give one of them another id"
                 ]
             )
         self._agents[agent.agent_id] = agent
 
     def declared(self, function: object) -> FunctionAgent | None:
         """Return what `@agent` above this very function says; None if there is none."""
-        return next((a for a in self._agents.values() if a.function is function), None)
+        functions = (a for a in self._agents.values() if isinstance(a, FunctionAgent))
+        return next((a for a in functions if a.function is function), None)
+
+    def function(self, agent_id: str) -> FunctionAgent | None:
+        """Return the function agent with this id; None if there is none."""
+        found = self._agents.get(agent_id)
+        return found if isinstance(found, FunctionAgent) else None
 
     def load(self, modules: Sequence[str]) -> Self:
         """Import `modules` from the Python path or the current folder; return all agents declared.
@@ -126,21 +137,26 @@ class Registry(Mapping[str, FunctionAgent]):
         before = len(self._agents)
         try:
             module = importlib.import_module(name)
+            for value in vars(module).values():
+                if isinstance(value, LLMAgent):
+                    self.add(value)
         except ConfigurationError as error:
             return [f"module {name}: {fault}" for fault in error.faults]
         except (Exception, SystemExit) as error:
             return [_import_fault(name, error)]
         if len(self._agents) == before and not self._declares_any(module):
-            return [f"module {name} declares no agent: put @agent(...) above a function in it"]
+            way = "put @agent(...) above a function in it, or an LLMAgent(...)"
+            return [f"module {name} declares no agent: {way}"]
         self._loaded.add(name)
         return []
 
     def _declares_any(self, module: ModuleType) -> bool:
-        names = (agent.function.__module__ for agent in self._agents.values())
         held = {id(value) for value in vars(module).values()}
+        functions = [a.function for a in self._agents.values() if isinstance(a, FunctionAgent)]
+        names = [function.__module__ for function in functions]
         return any(
             name == module.__name__ or name.startswith(f"{module.__name__}.") for name in names
-        ) or any(id(agent.function) in held for agent in self._agents.values())
+        ) or any(id(one) in held for one in (*functions, *self._agents.values()))
 
 
 _REGISTRY = Registry()
@@ -197,6 +213,10 @@ def _function_faults(function: object) -> list[str]:
     except TypeError:
         return ["stands above a function that cannot be called as f(parameters, context)"]
     return []
+
+
+def _place_of(agent: Agent) -> str:
+    return _place(agent.function) if isinstance(agent, FunctionAgent) else f"LLMAgent {id(agent)}"
 
 
 def _place(function: AgentFunction) -> str:

@@ -6,11 +6,11 @@ worker that loads the agent: `missing_keys`.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from opscore.agentkit.scripted import SCRIPTS
 from opscore.agentkit.tools import TOOLS, Tool
@@ -122,14 +122,12 @@ class LLMAgent:
     version: str = "1"
     name: str = ""
 
+    kind: ClassVar[str] = "llm"
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.agent_id)
         if faults := list(self._faults()):
             raise ConfigurationError([f"LLMAgent({self.agent_id!r}) {one}" for one in faults])
-
-    @classmethod
-    def made_of(cls, values: Mapping[str, Any]) -> Self:
-        """Make one of the values of a document; those it has no field for are a TypeError."""
-        return cls(**values)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -212,4 +210,12 @@ def _model_faults(model: str) -> Iterator[str]:
         yield f"has an unknown script {name!r}: there are {', '.join(sorted(SCRIPTS))}"
 
 
-LIMITS = tuple(one.name for one in fields(Limits))
+def check_keys(agents: Iterable[object], environment: Mapping[str, str]) -> None:
+    """Make sure that there is a key for each model of each LLM agent.
+
+    Raises:
+        ConfigurationError: naming all that are missing.
+    """
+    llms = [agent for agent in agents if isinstance(agent, LLMAgent)]
+    if faults := [fault for one in llms for fault in one.missing_keys(environment)]:
+        raise ConfigurationError(faults)

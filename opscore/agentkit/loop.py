@@ -37,6 +37,13 @@ MAX_CALLS = 32
 """In one reply."""
 
 
+SETTLED_BY_RECORD = (
+    *("invalid_answer", "empty_answer", "answer_cut"),
+    *("max_steps", "max_tokens", "max_cost"),
+)
+"""Codes of failures to which the same record would always lead again."""
+
+
 class Stopped(GiveUp):
     """The agent did not come to an answer; `code` says why. What it did is in the record."""
 
@@ -401,17 +408,21 @@ def _bounded(reply: Reply) -> Reply:
     calls = tuple(_storable(call) for call in reply.calls[:MAX_CALLS])
     if len({call.id for call in calls}) < len(calls) or not all(call.id for call in calls):
         calls = tuple(replace(call, id=f"call-{n}") for n, call in enumerate(calls, 1))
-    if text == reply.text and calls == reply.calls:
+    if text == reply.text and calls == reply.calls and _is_storable(reply.native):
         return reply
     is_cut = reply.is_cut or len(text) < len(reply.text)
     return replace(reply, text=text, calls=calls, native=None, is_cut=is_cut)
 
 
-def _storable(call: Call) -> Call:
+def _is_storable(value: Any, max_bytes: int = 8 * MAX_TEXT_BYTES) -> bool:
     from opscore.json_values import check_json
 
+    return not check_json(value, max_bytes=max_bytes)
+
+
+def _storable(call: Call) -> Call:
     arguments = call.arguments
-    if check_json(arguments, max_bytes=MAX_TEXT_BYTES):
+    if not _is_storable(arguments, MAX_TEXT_BYTES):
         arguments = storable_text(arguments, 1024)
     return Call(storable_text(call.id, 256), storable_text(call.tool, 256), arguments)
 

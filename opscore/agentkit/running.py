@@ -1,13 +1,14 @@
 """Running an LLM agent as if it were a function: what it needs is put together for one attempt."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from opscore.agentkit.context import Context
 from opscore.agentkit.function import FunctionAgent
-from opscore.agentkit.llm import LLMAgent
+from opscore.agentkit.llm import KEYS, LLMAgent
 from opscore.agentkit.loop import Job, NeedsApproval, goal_of, work
 from opscore.agentkit.model import Model
 from opscore.agentkit.scripted import SCRIPTS, Scripted
@@ -21,6 +22,12 @@ class Means:
 
     environment: Mapping[str, str] = field(default_factory=dict)
     """Where keys are."""
+
+    @property
+    def secrets(self) -> Sequence[str]:
+        """Texts that are shown to nobody."""
+        names = chain.from_iterable(KEYS.values())
+        return [self.environment[name] for name in names if self.environment.get(name)]
 
 
 class Attempt:
@@ -37,7 +44,7 @@ class Attempt:
         agent = self._agent
         return FunctionAgent(
             agent.agent_id,
-            agent.name or agent.agent_id,
+            agent.name,
             agent.version,
             tuple(agent.capabilities),
             agent.capacity,

@@ -5,7 +5,6 @@ checked before it is called, and whatever it raises is an error the model is tol
 effect that must not happen twice: see `loop`.
 """
 
-import asyncio
 import contextvars
 import inspect
 import json
@@ -110,6 +109,8 @@ class Tool:
         Raises:
             ToolFault: bad arguments, an exception, no answer in time, or no JSON.
         """
+        import asyncio  # a tenth of a second that a process with plain agents need not spend
+
         given = self._checked(arguments) | dict.fromkeys(self._context_names, context)
         try:
             async with asyncio.timeout(self.seconds) as limit:
@@ -175,6 +176,8 @@ async def in_thread(function: Callable[[], Any]) -> Any:
 
     The event loop's own threads would hold up the end of the attempt until they have ended.
     """
+    import asyncio
+
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
     context = contextvars.copy_context()

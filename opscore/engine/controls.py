@@ -7,6 +7,7 @@ from uuid import UUID
 
 from sqlalchemy import select
 
+from opscore.agentkit.loop import SETTLED_BY_RECORD
 from opscore.db import Prepared, Tx, tell
 from opscore.engine.clauses import DUE, END, HELD, RUN_ALIVE, still
 from opscore.engine.outcomes import close_tasks, lock_run
@@ -208,13 +209,18 @@ _AGAIN = """t.run_id = :run_id AND (t.status = 'cancelled' OR t.status = 'failed
 _REOPEN = Prepared(
     f"""
 WITH again AS MATERIALIZED (
-    SELECT t.id, t.definition_id, t.kind, t.items, t.parent_id,
+    SELECT t.id, t.definition_id, t.kind, t.items, t.parent_id, t.error,
            row_number() OVER (PARTITION BY t.parent_id ORDER BY t.index) AS place,
            (SELECT p.max_parallel FROM tasks p WHERE p.id = t.parent_id) AS most
     FROM tasks t WHERE {_AGAIN}
 ), places AS (
     INSERT INTO slots (pool, number, holder)
     SELECT '{ITEMS}' || parent_id, place, id FROM again WHERE place <= most
+), anew AS (  -- else an LLM agent goes on with what it has
+    UPDATE agent_steps s SET superseded = true FROM again
+    WHERE s.task_id = again.id AND NOT s.superseded
+      AND (cast(:overrides AS jsonb) ? again.definition_id
+           OR again.error ->> 'code' = ANY (cast(:settled AS text[])))
 )
 UPDATE tasks t
 SET status = CASE WHEN waits_for IS NULL THEN 'pending' ELSE 'waiting' END, reason = waits_for,
@@ -268,7 +274,8 @@ def retry_run(
     if status != RunStatus.FAILED:
         raise RunNotFailed(status=status)
     _check_overrides(tx, run_id, overrides or {})
-    given = {"run_id": run_id, "overrides": dict(overrides or {})}
+    settled = list(SETTLED_BY_RECORD)
+    given = {"run_id": run_id, "overrides": dict(overrides or {}), "settled": settled}
     names = set(_REOPEN(tx, given).scalars())
     if not names:
         raise NothingToRetry
@@ -317,6 +324,7 @@ def rerun(tx: Tx, run_id: UUID, *, request_id: str | None = None, by: str | None
         priority=run.priority,
         request_id=request_id,
         by=by,
+        budget=run.budget,
         rerun_of=run_id,
     )
     return submit_run(tx, stored, submission)

@@ -810,6 +810,35 @@ def release_attempt(
     return abandon_attempt(tx, claimed)
 
 
+_ASK = Prepared(
+    leave(
+        """status = 'waiting', reason = 'approval', waits = 0, waiting_since = NULL,
+        woken_at = NULL, wake_at = NULL, not_before = NULL, decision = NULL,
+        message = coalesce(t.message, :message)""",
+        f"{MINE} AND NOT t.ends_run",
+        """status = 'cancelled', error = jsonb_build_object(
+            'code', 'needs_approval', 'message', 'Somebody has to decide a call first.')""",
+        """'task.waiting', jsonb_build_object(
+            'reason', 'approval', 'wakeAt', NULL, 'agentId', agent_id)""",
+    ),
+    json_or_null=("message",),
+)
+
+
+def ask_approval(
+    tx: Tx, claimed: Claimed, message: dict[str, Any] | None
+) -> Finished | Parked | Fenced:
+    """Let a task of an LLM agent wait for somebody to decide a call; that uses up no attempt.
+
+    Its record says which call (see `records`), and `decide_approval` wakes it.
+    """
+    given = {"task_id": claimed.task_id, "attempt": claimed.attempt, "message": message}
+    if _ASK(tx, given).first() is not None:
+        tell(tx, "task.waiting", **claimed.ids, reason=Reason.APPROVAL)
+        return Parked()
+    return abandon_attempt(tx, claimed)
+
+
 STOPPING_SECONDS = 2
 """Who hands a task back has ended by then, and the agent with it."""
 

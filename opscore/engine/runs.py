@@ -75,10 +75,10 @@ _SUBMIT = Prepared(
 WITH run AS (
     INSERT INTO runs (id, workflow_id, version, agent_id, input, labels, priority, request_id,
                       traceparent, max_concurrent, parent_task_id, depth, rerun_of, schedule,
-                      start_at, deadline_at, reason)
+                      budget, start_at, deadline_at, reason)
     VALUES (:run_id, :workflow_id, :version, :agent_id, :input, :labels, :priority, :request_id,
             :traceparent, cast(:max_concurrent AS int), :parent_task_id, :depth, :rerun_of,
-            :schedule, :start_at, coalesce(
+            :schedule, :budget, :start_at, coalesce(
                 :deadline_at, greatest(cast(:start_at AS timestamptz), now())
                               + make_interval(secs => :deadline_seconds)),
             CASE WHEN cast(:start_at AS timestamptz) > now() THEN '{DUE}'
@@ -102,6 +102,7 @@ WITH run AS (
 SELECT id FROM written WHERE queue = '{IO_QUEUE}'
 """,
     json=("input", "labels", "tasks"),
+    json_or_null=("budget",),
 )
 
 
@@ -142,6 +143,8 @@ class Submission:
     deadline_at: datetime | None = None
     deadline_seconds: float | None = None
     """Each instead of what the definition's `deadlineSeconds` says."""
+    budget: Mapping[str, Any] | None = None
+    """`{maxTokens?, maxCostUsd?}` for all of its LLM agents together."""
     rerun_of: UUID | None = None
     schedule: str | None = None
     parent_task_id: UUID | None = None
@@ -209,7 +212,7 @@ def submit_run(
 
 _AS_SUBMITTED = (
     *("input", "agent_id", "priority", "request_id", "by", "start_at", "deadline_at"),
-    *("rerun_of", "schedule", "parent_task_id", "depth"),
+    *("rerun_of", "schedule", "parent_task_id", "depth", "budget"),
 )
 _NOW = Prepared("SELECT now()")
 

@@ -133,7 +133,8 @@ class AgentServer:
         Raises:
             ConfigurationError: naming every fault of the declaration.
         """
-        if self._registry and self._registry[self.agent_id].function is not function:
+        known = self._registry.function(self.agent_id)
+        if known is not None and known.function is not function:
             raise ConfigurationError([f"agent {self.agent_id!r} has a function: one is all it has"])
         return self._declare(function)
 
@@ -189,7 +190,7 @@ class AgentServer:
             ConfigurationError: naming everything that is missing.
         """
         url = self._url or url or ""
-        agent = self._registry.get(self.agent_id)
+        agent = self._registry.function(self.agent_id)
         faults = list(self._missing(url))
         if faults or agent is None:
             lacks = f"agent {self.agent_id!r} has no function: put @server.agent above one"

@@ -1,0 +1,110 @@
+"""LLM agents on scripted models, which die where their goal says so.
+
+The goal of `six` is JSON: `folder`, where what was asked and what was done is written down, and
+`die`, the place where the process kills itself the first time it comes there.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from opscore.agentkit.llm import Limits, LLMAgent
+from opscore.agentkit.model import Ask, ModelBusy, Reply, Request
+from opscore.agentkit.scripted import calls, script
+from opscore.agentkit.tools import tool
+
+PLACES = (
+    *(f"model-{number}" for number in range(4)),
+    *("note-one-before", "note-one-after", "pay-before", "pay-after", "note-three-after"),
+)
+
+
+def _order(request: Request) -> dict[str, Any]:
+    first = next(one for one in request.messages if isinstance(one, Ask))
+    order: dict[str, Any] = json.loads(first.text)
+    return order
+
+
+def come_to(folder: str, die: str, place: str) -> None:
+    """Die here, the first time."""
+    mark = Path(folder) / "died"
+    if place == die and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write(folder: str, name: str, line: str) -> None:
+    with (Path(folder) / name).open("a") as file:
+        file.write(f"{line}\n")
+
+
+@script("six")
+def six(request: Request) -> Reply | str:
+    order = _order(request)
+    scene = {"folder": order["folder"], "die": order.get("die", "")}
+    number = sum(isinstance(one, Reply) for one in request.messages)
+    write(scene["folder"], "asked", str(number))
+    come_to(**scene, place=f"model-{number}")
+    return (
+        calls(("note", {"text": "one", **scene}), ("note", {"text": "two", **scene})),
+        calls(("pay", {"amount": 5, **scene})),
+        calls(("note", {"text": "three", **scene})),
+        "All paid.",
+    )[number]
+
+
+@tool
+def note(text: str, folder: str, die: str = "") -> str:
+    """Write something down."""
+    come_to(folder, die, f"note-{text}-before")
+    write(folder, "done", f"note {text}")
+    come_to(folder, die, f"note-{text}-after")
+    return "noted"
+
+
+@tool(once=True)
+def pay(amount: int, folder: str, die: str = "") -> str:
+    """Pay somebody."""
+    come_to(folder, die, "pay-before")
+    write(folder, "done", f"pay {amount}")
+    come_to(folder, die, "pay-after")
+    return "paid"
+
+
+@tool(approval=True)
+def delete(path: str) -> str:
+    """Delete something."""
+    return f"deleted {path}"
+
+
+@script("deletes")
+def deletes(request: Request) -> Reply | str:
+    if len(request.messages) == 1:
+        return calls(("delete", {"path": "/a"}))
+    return f"heard: {getattr(request.messages[-1], 'content', '')}"
+
+
+@script("limited")
+def limited(request: Request) -> Reply | str:
+    """Be rate limited once."""
+    mark = Path(_order(request)["folder"]) / "limited"
+    if not mark.exists():
+        mark.touch()
+        raise ModelBusy("429", retry_after=4.0)
+    return "done"
+
+
+@script("never")
+def never(request: Request) -> Reply | str:
+    order = _order(request)
+    again = calls(("note", {"text": "again", "folder": order["folder"]}))
+    return again if order["act"] else ""
+
+
+SIXER = LLMAgent(agent_id="six", model="scripted:six", tools=["note", "pay"])
+DELETER = LLMAgent(agent_id="deleter", model="scripted:deletes", tools=[delete], capacity=1)
+LIMITED = LLMAgent(agent_id="limited", model="scripted:limited")
+NEVER = LLMAgent(agent_id="never", model="scripted:never", tools=[note], limits=Limits(max_steps=3))
+ECHO = LLMAgent(agent_id="llm-echo", model="scripted:echo", capabilities=["echo"])
