@@ -265,7 +265,7 @@ class Run(Base):
     depth: Mapped[int] = mapped_column(server_default=text("0"))
     """How many runs it stands below."""
     budget: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
-    """`{maxTokens?, maxCostUsd?}`: what all of its LLM agents may spend together."""
+    """`{max_tokens, max_cost_usd}`, either may be null: what its LLM agents may spend together."""
     rerun_of: Mapped[uuid.UUID | None]
     """The run it is another of, with the same version and input."""
     schedule: Mapped[str | None]

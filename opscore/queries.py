@@ -15,6 +15,7 @@ from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
+    BigInteger,
     Boolean,
     ColumnElement,
     Float,
@@ -38,6 +39,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB, aggregate_order_by, distinct_on
 from sqlalchemy.orm import aliased
 
+from opscore.agentkit.redaction import redacted
 from opscore.db import Tx
 from opscore.engine.clauses import FOR_CAPABILITY, ORDER, is_open, still
 from opscore.errors import (
@@ -52,6 +54,7 @@ from opscore.models import (
     RUN_STATUS,
     Agent,
     AgentReport,
+    AgentStep,
     ArchivedWorkflow,
     Attempt,
     AttemptLog,
@@ -193,11 +196,22 @@ def get_run(tx: Tx, run_id: UUID) -> dict[str, Any]:
     Raises:
         RunNotFound
     """
-    statement = select(*_SUMMARY, Run.input, Run.output).where(Run.id == run_id)
+    statement = select(*_SUMMARY, Run.budget, Run.input, Run.output).where(Run.id == run_id)
     row = _row(tx, statement)
     if row is None:
         raise RunNotFound(run_id=run_id)
-    return dict(row)
+    used = select(*_USED).where(AgentStep.run_id == run_id, _IS_REPLY)
+    return {**row, "usage": next((one for one in _rows(tx, used) if one["replies"]), None)}
+
+
+_IS_REPLY = literal_column("kind = 'reply'", Boolean)
+"""As the index of them has it."""
+_USED = (
+    func.count().label("replies"),
+    cast(func.sum(AgentStep.input_tokens), BigInteger).label("input_tokens"),
+    cast(func.sum(AgentStep.output_tokens), BigInteger).label("output_tokens"),
+    func.sum(AgentStep.cost_usd).label("cost_usd"),
+)
 
 
 def get_run_detail(tx: Tx, run_id: UUID) -> dict[str, Any]:
@@ -471,12 +485,16 @@ _ATTEMPT = (
 def _with_parts(
     tx: Tx, rows: Sequence[Row], *, attempts_shown: int | None = ATTEMPTS_SHOWN
 ) -> list[dict[str, Any]]:
-    """Add `attempts`, `items`, `queue` and `waiting_for` to rows of tasks, in four statements."""
+    """Add `attempts`, `items`, `queue`, `waiting_for`, `usage` and `call` to rows of tasks, in a
+    statement each.
+    """
     attempts = _attempts(tx, [row["task_id"] for row in rows], attempts_shown)
     items = _item_counts(tx, rows)
     in_line = [row for row in rows if _stands_in_line(row)]
     places = _places(tx, in_line)
     holding = _holding_runs(tx, in_line)
+    used = _usage(tx, [row["task_id"] for row in rows if row["kind"] == "agent"])
+    calls = _calls_asked_about(tx, [row["task_id"] for row in rows if _asks_about_call(row)])
     tasks = [
         {
             **row,
@@ -484,10 +502,50 @@ def _with_parts(
             "items": items.get(row["task_id"]),
             "queue": places.get(row["task_id"]),
             "busy_with": holding.get(_line(row)),
+            "usage": used.get(row["task_id"]),
+            "call": calls.get(row["task_id"]),
         }
         for row in rows
     ]
     return [{**task, "waiting_for": describe_wait(task)} for task in tasks]
+
+
+def _usage(tx: Tx, tasks: Sequence[UUID]) -> dict[UUID, Row]:
+    """Return what the LLM agents of tasks have used."""
+    if not tasks:
+        return {}
+    statement = (
+        select(AgentStep.task_id, *_USED)
+        .where(_of_tasks(tasks), _IS_REPLY)
+        .group_by(AgentStep.task_id)
+    )
+    return {row["task_id"]: row for row in _rows(tx, statement)}
+
+
+def _of_tasks(tasks: Sequence[UUID]) -> ColumnElement[bool]:
+    ids = bindparam("tasks", list(tasks), type_=Task.depends_on.type)
+    return AgentStep.task_id == any_(ids)
+
+
+def _asks_about_call(task: Row) -> bool:
+    asked = (TaskStatus.WAITING, Reason.APPROVAL, "agent")
+    return (task["status"], task["reason"], task["kind"]) == asked
+
+
+def _calls_asked_about(tx: Tx, tasks: Sequence[UUID]) -> dict[UUID, Row]:
+    """Return the newest call that each of the tasks asks about."""
+    if not tasks:
+        return {}
+    statement = (
+        select(AgentStep.task_id, AgentStep.data)
+        .where(_of_tasks(tasks), AgentStep.kind == "asked")
+        .order_by(AgentStep.task_id, AgentStep.number.desc())
+        .ext(distinct_on(AgentStep.task_id))
+    )
+    return {
+        row["task_id"]: {**row["data"], "arguments": redacted(row["data"]["arguments"])}
+        for row in _rows(tx, statement)
+    }
 
 
 def _stands_in_line(task: Row) -> bool:
@@ -701,7 +759,8 @@ def _approval(task: Row) -> str:
         said = "approved" if task["decision"]["approved"] else "rejected"
         return f"{said} by {task['decision']['principal']}; it goes on"
     until = "" if task["wake_at"] is None else f", until {_moment(task['wake_at'])}"
-    return f"waiting for somebody to approve or reject it{until}"
+    what = f"its call of {task['call']['tool']}" if task.get("call") else "it"
+    return f"waiting for somebody to approve or reject {what}{until}"
 
 
 def _delay(task: Row) -> str:

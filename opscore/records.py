@@ -174,4 +174,4 @@ def budget(tx: Tx, run_id: UUID) -> Budget:
     (row,) = _BUDGET(tx, {"run_id": run_id})
     said = row.budget or {}
     spent = Usage(int(row.input_tokens), int(row.output_tokens), row.cost_usd)
-    return Budget(said.get("maxTokens"), said.get("maxCostUsd"), spent)
+    return Budget(said.get("max_tokens"), said.get("max_cost_usd"), spent)

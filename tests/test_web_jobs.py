@@ -37,6 +37,8 @@ TASK = {
     "finishedAt",
     "attempts",
     "items",
+    "usage",
+    "call",
 }
 
 

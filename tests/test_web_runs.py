@@ -47,6 +47,8 @@ RUN = {
     "createdAt",
     "startedAt",
     "finishedAt",
+    "budget",
+    "usage",
 }
 TASK = {
     "taskId",
@@ -69,6 +71,8 @@ TASK = {
     "finishedAt",
     "attempts",
     "items",
+    "usage",
+    "call",
 }
 
 EVENT = {"seq", "at", "type", "taskId", "taskDefinitionId", "index", "by", "reason", "data"}
@@ -176,7 +180,8 @@ def test_an_unknown_member_is_told_which_there_are(client: Client) -> None:
     answer = client.post("/runs", {"workflowId": "report", "inputs": {}})
     (said,) = problem(answer, 422, "invalid_request")["errors"]["/inputs"]
     assert said == (
-        "Unknown; known here: deadlineAt, input, labels, priority, startAt, version, workflowId."
+        "Unknown; known here: budget, deadlineAt, input, labels, priority, startAt, version,"
+        " workflowId."
     )
 
 
@@ -222,7 +227,7 @@ def test_runs_are_listed_newest_first_without_input_and_output(
 ) -> None:
     page = client.get("/runs?limit=4").json
     assert [item["runId"] for item in page["items"]] == listed[:1:-1]
-    assert set(page["items"][0]) == RUN - {"input", "output"}
+    assert set(page["items"][0]) == RUN - {"input", "output", "budget", "usage"}
     assert runs(client, f"cursor={page['nextCursor']}") == listed[1::-1]
 
 

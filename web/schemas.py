@@ -169,7 +169,16 @@ class Switch(fields.Field[bool]):
         return bool(value == "true")
 
 
-class Seconds(fields.Float):
+class Number(fields.Float):
+    """A number, and no text that looks like one."""
+
+    def _validated(self, value: Any) -> float:
+        if isinstance(value, str):
+            raise self.make_error("invalid", input=value)
+        return super()._validated(value)
+
+
+class Seconds(Number):
     """A number of seconds in a body: no text, and more than none unless it may be none."""
 
     def __init__(
@@ -183,11 +192,6 @@ class Seconds(fields.Float):
         bounds = validate.Range(0, longest, min_inclusive=may_be_none, error=sentence)
         least = {} if may_be_none else {"exclusiveMinimum": 0}
         super().__init__(validate=bounds, metadata=_about(text, **least), **more)
-
-    def _validated(self, value: Any) -> float:
-        if isinstance(value, str):
-            raise self.make_error("invalid", input=value)
-        return super()._validated(value)
 
 
 class Moment(fields.AwareDateTime):
@@ -595,6 +599,28 @@ def _labels(**more: Any) -> fields.Dict:
     )
 
 
+MOST_TOKENS = 2**53
+MOST_USD = 1e9
+_COST = validate.Range(0, MOST_USD, error="Must be from {min} to {max}.")
+
+
+class Budget(Arguments):
+    """What all LLM agents of a run may spend together; then they are asked nothing more."""
+
+    max_tokens = _whole("Of input and output.", null=True, high=MOST_TOKENS, load_default=None)
+    max_cost_usd = Number(
+        allow_none=True,
+        load_default=None,
+        validate=_COST,
+        metadata=_about("By the providers' list prices, as far as they are known."),
+    )
+
+
+def _budget() -> fields.Nested:
+    about = _about("What its LLM agents may spend together; without limit if left out.")
+    return fields.Nested(Budget, allow_none=True, load_default=None, metadata=about)
+
+
 class RunArguments(Arguments):
     """A run to be started."""
 
@@ -609,6 +635,7 @@ class RunArguments(Arguments):
         null=True,
         load_default=None,
     )
+    budget = _budget()
 
 
 def _check_parameters(parameters: Mapping[str, Any]) -> None:
@@ -732,9 +759,22 @@ class RunSummary(Answer):
     finished_at = Moment("When it ended.", null=True)
 
 
+class Usage(Answer):
+    """What LLM agents have used."""
+
+    replies = fields.Integer(metadata=_about("Of models."))
+    input_tokens = fields.Integer()
+    output_tokens = fields.Integer()
+    cost_usd = fields.Float(allow_none=True, metadata=_about("Null while no price is known."))
+
+
 class Run(RunSummary):
     """One execution of one version of a workflow."""
 
+    budget = fields.Nested(Budget, allow_none=True)
+    usage = fields.Nested(
+        Usage, allow_none=True, metadata=_about("Of its LLM agents; null if they asked nothing.")
+    )
     input = _json("As submitted.")
     output = _json("What the workflow's `output` says, else the last tasks' outputs.")
 
@@ -776,6 +816,16 @@ class QueuePlace(Answer):
     )
 
 
+class CallAskedAbout(Answer):
+    """A call of a tool that somebody is to decide."""
+
+    tool = _text(example="delete_file")
+    arguments = _json("What the model wrote; what looks like a secret is left out.")
+    again = fields.Boolean(
+        metadata=_about("It was under way when its worker died, and may have had its effect.")
+    )
+
+
 class Task(Answer):
     """One node of a workflow within one run, or one item of its `forEach`."""
 
@@ -808,6 +858,14 @@ class Task(Answer):
     attempts = fields.List(fields.Nested(AttemptSummary))
     items = fields.Nested(
         ItemCounts, allow_none=True, metadata=_about("Of a `forEach` task; else null.")
+    )
+    usage = fields.Nested(
+        Usage, allow_none=True, metadata=_about("Of its LLM agent; null if it asked nothing.")
+    )
+    call = fields.Nested(
+        CallAskedAbout,
+        allow_none=True,
+        metadata=_about("What its LLM agent wants to do, while it waits for `approval` of that."),
     )
 
 
@@ -997,6 +1055,7 @@ class JobArguments(Arguments):
     labels = _labels(load_default=dict, validate=_check_labels)
     priority = Priority("Who is first among those who wait.", load_default=PRIORITIES["normal"])
     timeout_seconds = Seconds("Of one attempt.", MAX_SECONDS, load_default=DEFAULT_TIMEOUT_SECONDS)
+    budget = _budget()
 
     @validates_schema
     def check_agent(self, data: Mapping[str, Any], **kwargs: Any) -> None:

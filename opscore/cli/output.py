@@ -225,6 +225,15 @@ def reason(run: Mapping[str, Any]) -> str | None:
     return found
 
 
+def usage(used: Mapping[str, Any] | None) -> str | None:
+    """Say what LLM agents have used."""
+    if used is None:
+        return None
+    cost = "" if used["costUsd"] is None else f", {used['costUsd']:.4f} USD"
+    tokens = used["inputTokens"] + used["outputTokens"]
+    return f"{tokens:,} tokens in {used['replies']:,} replies{cost}"
+
+
 def task_name(task: Mapping[str, Any]) -> str:
     """Return how a task of a run, or an item of its `forEach`, is called."""
     index = "" if task["index"] is None else f"[{task['index']}]"

@@ -14,6 +14,8 @@ from opscore.cli.session import (
     Moment,
     Session,
     asks,
+    budget,
+    budget_of,
     labels,
     limited,
     quiet,
@@ -49,6 +51,7 @@ _run = click.argument("run_id", metavar="RUN")
 @click.option(
     "--key", "idempotency_key", help="With the same key the same run is given again, for 24 hours."
 )
+@budget
 @labels
 @click.option("--watch", is_flag=True, help="Follow it; the exit status tells how it ended.")
 @quiet("runId")
@@ -59,10 +62,13 @@ def submit(
     input: Any,
     label: Sequence[tuple[str, str]],
     watch: bool,
+    max_tokens: int | None,
+    max_cost_usd: float | None,
     **given: Any,
 ) -> None:
     """Start a run of a workflow. INPUT is JSON; @FILE reads a file, - standard input."""
-    found = session.client.runs.submit(workflow_id, input, labels=dict(label) or None, **given)
+    given |= {"labels": dict(label) or None, "budget": budget_of(max_tokens, max_cost_usd)}
+    found = session.client.runs.submit(workflow_id, input, **given)
     _begun(session, found, watch)
 
 
@@ -232,6 +238,7 @@ def _show(run: Mapping[str, Any]) -> None:
             "begins": output.moment(run["startAt"]),
             "deadline": output.moment(run["deadlineAt"]),
             "took": output.between(run["startedAt"], run["finishedAt"]),
+            "used": output.usage(run["usage"]),
             "input": output.short(run["input"]),
         }
     )

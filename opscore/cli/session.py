@@ -20,7 +20,7 @@ import click
 from opscore.cli import output
 
 if TYPE_CHECKING:
-    from opscore.sdk import OpsCoreClientSync, OpsCoreSDKError
+    from opscore.sdk import OpsCoreClientSync, OpsCoreSDKError, types
 
 FAILED, USAGE, CONNECTION, AUTHENTICATION = 1, 2, 3, 4
 """Exit statuses."""
@@ -357,3 +357,17 @@ def labels(command: F) -> F:
     return click.option("-l", "--label", type=Pair(), multiple=True, help="May be repeated.")(
         command
     )
+
+
+def budget(command: F) -> F:
+    """Give a command `max_tokens` and `max_cost_usd`, for `budget_of`."""
+    tokens = click.option("--max-tokens", type=click.IntRange(0), help="Its LLM agents may use.")
+    cost = click.option("--max-cost-usd", type=click.FloatRange(0), help="They may cost.")
+    return tokens(cost(command))
+
+
+def budget_of(max_tokens: int | None, max_cost_usd: float | None) -> "types.Budget | None":
+    """Return what LLM agents may spend; None: as much as they like."""
+    if max_tokens is None and max_cost_usd is None:
+        return None
+    return {"maxTokens": max_tokens, "maxCostUsd": max_cost_usd}

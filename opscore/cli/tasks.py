@@ -14,6 +14,8 @@ from opscore.cli.session import (
     Json,
     Session,
     asks,
+    budget,
+    budget_of,
     labels,
     limited,
     quiet,
@@ -39,14 +41,22 @@ def task() -> None:
 @click.option("--priority", type=click.Choice(PRIORITIES))
 @click.option("--timeout", "timeout_seconds", type=float, help="Seconds it may take.")
 @click.option("--wait", is_flag=True, help="Wait for its end; the exit status tells how it ended.")
+@budget
 @labels
 @quiet("taskId")
 @asks
 def submit(
-    session: Session, input: Any, wait: bool, label: Sequence[tuple[str, str]], **given: Any
+    session: Session,
+    input: Any,
+    wait: bool,
+    label: Sequence[tuple[str, str]],
+    max_tokens: int | None,
+    max_cost_usd: float | None,
+    **given: Any,
 ) -> None:
     """Start a task for an agent, without a workflow. INPUT is a JSON object."""
-    submitted = session.client.tasks.submit(input, labels=dict(label) or None, **given)
+    given |= {"labels": dict(label) or None, "budget": budget_of(max_tokens, max_cost_usd)}
+    submitted = session.client.tasks.submit(input, **given)
     if not wait:
         said = f"Task {submitted.id} of run {submitted.run_id}."
         return session.show(submitted.data, lambda: output.say(said))
@@ -148,8 +158,12 @@ def _show(task: Mapping[str, Any]) -> None:
             "sub-workflow's run": task["childRunId"],
             "created": output.moment(task["createdAt"]),
             "took": output.between(task["startedAt"], task["finishedAt"]),
+            "used": output.usage(task["usage"]),
         }
     )
+    if task["call"]:
+        again = ", which may have had its effect already" if task["call"]["again"] else ""
+        output.block(f"approve or reject {task['call']['tool']}{again}", task["call"]["arguments"])
     if task["attempts"]:
         click.echo("\nAttempts:")
         output.table(task["attempts"], _ATTEMPTS, "")

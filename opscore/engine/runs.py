@@ -144,7 +144,7 @@ class Submission:
     deadline_seconds: float | None = None
     """Each instead of what the definition's `deadlineSeconds` says."""
     budget: Mapping[str, Any] | None = None
-    """`{maxTokens?, maxCostUsd?}` for all of its LLM agents together."""
+    """`{max_tokens, max_cost_usd}` for all of its LLM agents together; either may be None."""
     rerun_of: UUID | None = None
     schedule: str | None = None
     parent_task_id: UUID | None = None

@@ -59,6 +59,7 @@ Priority = Literal["low", "normal", "high"]
 RunStatus = Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
 TaskStatus = Literal["pending", "waiting", "running", "completed", "failed", "cancelled", "skipped"]
 Labels = Mapping[str, str]
+Budget = types.Budget
 
 
 class OpsCoreClientAsync:
@@ -473,6 +474,7 @@ class AsyncRuns(_Resource):
         priority: Priority | None = None,
         start_at: datetime | None = None,
         deadline_at: datetime | None = None,
+        budget: Budget | None = None,
         idempotency_key: str | None = None,
     ) -> AsyncRun:
         """Start a run. With the same `idempotency_key` the same run is given again."""
@@ -484,6 +486,7 @@ class AsyncRuns(_Resource):
             priority=priority,
             startAt=moment(start_at),
             deadlineAt=moment(deadline_at),
+            budget=budget,
         )
         return await self._run(Call.start(path("runs"), body, idempotency_key))
 
@@ -603,6 +606,7 @@ class AsyncTasks(_Resource):
         labels: Labels | None = None,
         priority: Priority | None = None,
         timeout_seconds: float | None = None,
+        budget: Budget | None = None,
         idempotency_key: str | None = None,
     ) -> AsyncTask:
         """Start a task for an agent, or for one that has a capability."""
@@ -614,6 +618,7 @@ class AsyncTasks(_Resource):
             labels=labels,
             priority=priority,
             timeoutSeconds=timeout_seconds,
+            budget=budget,
         )
         call = Call.start(path("tasks"), body, idempotency_key)
         return AsyncTask(self._client, await self._client.send(call))

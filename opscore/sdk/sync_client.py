@@ -56,6 +56,7 @@ Priority = Literal["low", "normal", "high"]
 RunStatus = Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
 TaskStatus = Literal["pending", "waiting", "running", "completed", "failed", "cancelled", "skipped"]
 Labels = Mapping[str, str]
+Budget = types.Budget
 
 
 class OpsCoreClientSync:
@@ -467,6 +468,7 @@ class Runs(_Resource):
         priority: Priority | None = None,
         start_at: datetime | None = None,
         deadline_at: datetime | None = None,
+        budget: Budget | None = None,
         idempotency_key: str | None = None,
     ) -> Run:
         """Start a run. With the same `idempotency_key` the same run is given again."""
@@ -478,6 +480,7 @@ class Runs(_Resource):
             priority=priority,
             startAt=moment(start_at),
             deadlineAt=moment(deadline_at),
+            budget=budget,
         )
         return self._run(Call.start(path("runs"), body, idempotency_key))
 
@@ -590,6 +593,7 @@ class Tasks(_Resource):
         labels: Labels | None = None,
         priority: Priority | None = None,
         timeout_seconds: float | None = None,
+        budget: Budget | None = None,
         idempotency_key: str | None = None,
     ) -> Task:
         """Start a task for an agent, or for one that has a capability."""
@@ -601,6 +605,7 @@ class Tasks(_Resource):
             labels=labels,
             priority=priority,
             timeoutSeconds=timeout_seconds,
+            budget=budget,
         )
         call = Call.start(path("tasks"), body, idempotency_key)
         return Task(self._client, self._client.send(call))

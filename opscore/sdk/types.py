@@ -146,10 +146,21 @@ class AttemptSummary(TypedDict):
     error: Fault | None
 
 
+class Budget(TypedDict):
+    maxTokens: NotRequired[int | None]
+    maxCostUsd: NotRequired[float | None]
+
+
 class BusyPolicy(TypedDict):
     backoffSeconds: NotRequired[float]
     maxBackoffSeconds: NotRequired[float]
     maxWaitSeconds: NotRequired[float]
+
+
+class CallAskedAbout(TypedDict):
+    tool: str
+    arguments: Any
+    again: bool
 
 
 Step = str | dict[str, Any]
@@ -271,6 +282,7 @@ class JobArguments(TypedDict):
     labels: NotRequired[dict[str, str]]
     priority: NotRequired[Literal["low", "normal", "high"]]
     timeoutSeconds: NotRequired[float]
+    budget: NotRequired[Budget | None]
 
 
 class KeeperStatus(TypedDict):
@@ -347,6 +359,13 @@ class RunFault(TypedDict):
     taskId: str | None
 
 
+class Usage(TypedDict):
+    replies: int
+    inputTokens: int
+    outputTokens: int
+    costUsd: float | None
+
+
 class Run(TypedDict):
     runId: str
     workflowId: str
@@ -367,6 +386,8 @@ class Run(TypedDict):
     createdAt: str
     startedAt: str | None
     finishedAt: str | None
+    budget: Budget | None
+    usage: Usage | None
     input: Any
     output: Any
 
@@ -379,6 +400,7 @@ class RunArguments(TypedDict):
     priority: NotRequired[Literal["low", "normal", "high"]]
     startAt: NotRequired[str | None]
     deadlineAt: NotRequired[str | None]
+    budget: NotRequired[Budget | None]
 
 
 class Task(TypedDict):
@@ -402,6 +424,8 @@ class Task(TypedDict):
     finishedAt: str | None
     attempts: list[AttemptSummary]
     items: ItemCounts | None
+    usage: Usage | None
+    call: CallAskedAbout | None
 
 
 class RunDetail(TypedDict):
@@ -424,6 +448,8 @@ class RunDetail(TypedDict):
     createdAt: str
     startedAt: str | None
     finishedAt: str | None
+    budget: Budget | None
+    usage: Usage | None
     input: Any
     output: Any
     tasks: list[Task]
@@ -686,6 +712,8 @@ class TaskDetail(TypedDict):
     finishedAt: str | None
     attempts: list[AttemptSummary]
     items: ItemCounts | None
+    usage: Usage | None
+    call: CallAskedAbout | None
     logs: list[LogLine]
 
 

@@ -65,6 +65,7 @@ def submit(key: str | None, wanted: dict[str, Any]) -> Any:
         agent_id=wanted["agent_id"],
         labels=wanted["labels"],
         priority=wanted["priority"],
+        budget=wanted["budget"],
         request_id=request_id(),
         by=principal(),
     )
@@ -123,7 +124,7 @@ def get_attempt(task_id: UUID, number: int) -> Any:
     problems=NOT_ASKED,
 )
 def approve(wanted: dict[str, Any], task_id: UUID) -> Any:
-    """Say yes to an approval: the task completes."""
+    """Say yes: an approval completes; an LLM agent makes the call it waits with."""
     return _decide(task_id, True, wanted["comment"])
 
 
@@ -131,7 +132,9 @@ def approve(wanted: dict[str, Any], task_id: UUID) -> Any:
     "POST", "/<task:task_id>/reject", DECIDED, body=Comment, example=COMMENT, problems=NOT_ASKED
 )
 def reject(wanted: dict[str, Any], task_id: UUID) -> Any:
-    """Say no to an approval: the task fails as `rejected`, and its `onFailure` decides."""
+    """Say no: an approval fails as `rejected`, and its `onFailure` decides; an LLM agent is told
+    that the call was refused, and goes on.
+    """
     return _decide(task_id, False, wanted["comment"])
 
 
