@@ -1252,7 +1252,10 @@ class Agent(Answer):
 
     agent_id = _text(example="writer")
     agent_name = _text()
-    kind = _one_of(["function", "remote"], "function: in the workers; remote: behind HTTP.")
+    kind = _one_of(
+        ["function", "llm", "remote"],
+        "function: in the workers; llm: a language model, there too; remote: behind HTTP.",
+    )
     version = _text()
     capabilities = fields.List(fields.String())
     capacity = fields.Integer(

@@ -33,7 +33,7 @@ class Waiter(TypedDict):
 class Agent(TypedDict):
     agentId: str
     agentName: str
-    kind: Literal["function", "remote"]
+    kind: Literal["function", "llm", "remote"]
     version: str
     capabilities: list[str]
     capacity: int | None
