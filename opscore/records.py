@@ -133,8 +133,8 @@ def _log(tx: Tx, step: Step, ids: Mapping[str, Any]) -> None:
     """Log a step; never what was written or answered."""
     match step:
         case Reply(usage=Usage(into, out)):
-            used = {"input_tokens": into, "output_tokens": out}
-            tell(tx, "task.model_replied", **ids, model=step.model, calls=len(step.calls), **used)
+            said: dict[str, Any] = {"model": step.model, "calls": len(step.calls)}
+            tell(tx, "task.model_replied", **ids, **said, input_tokens=into, output_tokens=out)
         case Result():
             tell(tx, "task.tool_called", **ids, tool=step.tool, is_error=step.is_error)
         case Asked():

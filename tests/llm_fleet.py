@@ -17,7 +17,7 @@ from opscore.agentkit.tools import tool
 
 PLACES = (
     *(f"model-{number}" for number in range(4)),
-    *("note-one-before", "note-one-after", "pay-before", "pay-after", "note-three-after"),
+    *("note-one-before", "note-one-after", "settle-before", "settle-after", "note-three-after"),
 )
 
 
@@ -49,7 +49,7 @@ def six(request: Request) -> Reply | str:
     come_to(**scene, place=f"model-{number}")
     return (
         calls(("note", {"text": "one", **scene}), ("note", {"text": "two", **scene})),
-        calls(("pay", {"amount": 5, **scene})),
+        calls(("settle", {"amount": 5, **scene})),
         calls(("note", {"text": "three", **scene})),
         "All paid.",
     )[number]
@@ -65,16 +65,16 @@ def note(text: str, folder: str, die: str = "") -> str:
 
 
 @tool(once=True)
-def pay(amount: int, folder: str, die: str = "") -> str:
+def settle(amount: int, folder: str, die: str = "") -> str:
     """Pay somebody."""
-    come_to(folder, die, "pay-before")
-    write(folder, "done", f"pay {amount}")
-    come_to(folder, die, "pay-after")
+    come_to(folder, die, "settle-before")
+    write(folder, "done", f"settle {amount}")
+    come_to(folder, die, "settle-after")
     return "paid"
 
 
 @tool(approval=True)
-def delete(path: str) -> str:
+def erase(path: str) -> str:
     """Delete something."""
     return f"deleted {path}"
 
@@ -82,7 +82,7 @@ def delete(path: str) -> str:
 @script("deletes")
 def deletes(request: Request) -> Reply | str:
     if len(request.messages) == 1:
-        return calls(("delete", {"path": "/a"}))
+        return calls(("erase", {"path": "/a"}))
     return f"heard: {getattr(request.messages[-1], 'content', '')}"
 
 
@@ -103,8 +103,8 @@ def never(request: Request) -> Reply | str:
     return again if order["act"] else ""
 
 
-SIXER = LLMAgent(agent_id="six", model="scripted:six", tools=["note", "pay"])
-DELETER = LLMAgent(agent_id="deleter", model="scripted:deletes", tools=[delete], capacity=1)
+SIXER = LLMAgent(agent_id="six", model="scripted:six", tools=["note", "settle"])
+DELETER = LLMAgent(agent_id="deleter", model="scripted:deletes", tools=[erase], capacity=1)
 LIMITED = LLMAgent(agent_id="limited", model="scripted:limited")
 NEVER = LLMAgent(agent_id="never", model="scripted:never", tools=[note], limits=Limits(max_steps=3))
 ECHO = LLMAgent(agent_id="llm-echo", model="scripted:echo", capabilities=["echo"])

@@ -74,9 +74,9 @@ def test_a_killed_worker_costs_no_answer_that_was_given(
     stack: Stack, killed: dict[str, tuple[UUID, Path]], place: str
 ) -> None:
     run_id, folder = killed[place]
-    if place.startswith("pay"):  # nobody knows whether it paid
+    if place.startswith("settle"):  # nobody knows whether it paid
         task = asked(stack, run_id)
-        decide(stack, task.id, place == "pay-before", "Looked it up.")
+        decide(stack, task.id, place == "settle-before", "Looked it up.")
     run = stack.finished(run_id)
     assert (run.status, run.output) == ("completed", "All paid.")
     assert (folder / "died").exists()
@@ -84,8 +84,8 @@ def test_a_killed_worker_costs_no_answer_that_was_given(
     again = [place.removeprefix("model-")] if place.startswith("model") else []
     assert sorted(questions) == sorted(["0", "1", "2", "3", *again])
     done = (folder / "done").read_text().splitlines()
-    assert done.count("pay 5") == 1
-    assert set(done) == {"note one", "note two", "note three", "pay 5"}
+    assert done.count("settle 5") == 1
+    assert set(done) == {"note one", "note two", "note three", "settle 5"}
     assert the_task(stack, run_id).lost == 1
 
 
@@ -108,7 +108,7 @@ def test_a_call_waits_for_approval_without_a_worker_or_a_slot(
     (slot,) = stack.rows("SELECT holder FROM slots WHERE pool = 'deleter'")
     assert slot.holder is None
     (shown,) = events(stack, run_id, "task.approval_asked")
-    assert (shown["tool"], shown["arguments"]) == ("delete", {"path": "/a"})
+    assert (shown["tool"], shown["arguments"]) == ("erase", {"path": "/a"})
     decide(stack, task.id, approved, None if approved else "Keep it.")
     run = stack.finished(run_id)
     assert (run.status, run.output) == ("completed", heard)
@@ -157,5 +157,5 @@ def test_replies_and_calls_are_events_of_the_run(stack: Stack, tmp_path: Path) -
     assert replied[0]["calls"][0] == {"tool": "note", "arguments": {"text": "one", **scene}}
     called = events(stack, run_id, "task.tool_called")
     assert [(one["tool"], one["arguments"], one["result"]) for one in called][2] == (
-        *("pay", {"amount": 5, **scene}, "paid"),
+        *("settle", {"amount": 5, **scene}, "paid"),
     )

@@ -72,6 +72,12 @@ ROWS: dict[str, tuple[str, ...]] = {
         "INSERT INTO workers (id, name, host, pid, pool, concurrency, queues)"
         " VALUES (gen_random_uuid(), 'w@h', 'h', 1, 'prefork', 1, '{opscore.agents}')",
     ),
+    "0013": (
+        "INSERT INTO agents (agent_id, kind, name, version, capabilities)"
+        " VALUES ('model', 'llm', 'model', '1', '{}')",
+        "INSERT INTO agent_steps (task_id, number, run_id, attempt, kind, data)"
+        f" VALUES ('{TASK}', 0, '{RUN}', 1, 'reply', '{{}}')",
+    ),
 }
 """Revision -> rows as its version wrote them. Whoever adds a table adds a row of it."""
 
