@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet install
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fleet plays up down test fuzz bench chaos growth beats sdk lint check clean
+.PHONY: help setup demo fleet plays up down test fuzz bench chaos growth beats sdk docs lint check clean
 
 help: ## Show this
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -49,6 +49,11 @@ beats: .venv/.dev ## Fire schedules with three beats, killed at random (ARGS="--
 sdk: .venv/.dev ## Make what of the SDK is made: the sync client, the types
 	@.venv/bin/python tests/sdk_source.py
 
+docs: .venv/.dev ## Make the site of docs/, in site/
+	@.venv/bin/python tests/docs_source.py
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo "It is in site/. To read it: .venv/bin/python -m http.server --directory site"
+
 lint: .venv/.dev ## Check style, types and floors
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
@@ -57,7 +62,7 @@ lint: .venv/.dev ## Check style, types and floors
 check: lint test ## What CI runs: lint, then test
 
 clean: ## Remove .venv and caches
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/bin/python:

@@ -1,7 +1,7 @@
 """Statuses of runs, tasks and attempts, and the arrows between them, as data.
 
 The engine's statements guard themselves; the tests hold every one of them against these arrows,
-which they install as triggers, and compare the README's diagram with them.
+which they install as triggers, and compare the diagram of docs/concepts.md with them.
 """
 
 from collections.abc import Mapping

@@ -808,14 +808,3 @@ def test_a_reader_that_leaves_is_no_accident(desk: Desk) -> None:
     assert "Traceback" not in lister.stderr.read()
     lister.stderr.close()
     lister.wait(20)
-
-
-# --- The README ---------------------------------------------------------------------------------
-
-
-def test_the_readme_names_every_command() -> None:
-    readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("| Commands | |") : readme.index("For programs, `--json`")]
-    named = {word for row in re.findall(r"`([a-z -]+)`", table) for word in row.split()}
-    for names in LEAVES:
-        assert set(names) <= named, names

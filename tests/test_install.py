@@ -1,4 +1,4 @@
-"""What `pip install opscore` brings is enough for clients and agents, as the README says, and what
+"""What `pip install opscore` brings is enough for clients and agents, as the docs say, and what
 a built wheel holds is enough for servers.
 """
 

@@ -1,4 +1,4 @@
-"""The arrows are data: the README draws the same ones."""
+"""The arrows are data: the docs draw the same ones."""
 
 import re
 from itertools import pairwise
@@ -8,12 +8,12 @@ import pytest
 
 from opscore.states import ATTEMPT_ARROWS, RUN_ARROWS, TASK_ARROWS
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+CONCEPTS = (Path(__file__).parents[1] / "docs/concepts.md").read_text()
 
 
 def drawn(table: str) -> set[tuple[str, str]]:
     """Read the arrows of a block such as `Run  queued → running → completed | failed`."""
-    block = re.search(rf"^    {table} +((?:.+\n)(?: {{6,}}.+\n)*)", README, re.MULTILINE)
+    block = re.search(rf"^    {table} +((?:.+\n)(?: {{6,}}.+\n)*)", CONCEPTS, re.MULTILINE)
     assert block is not None, f"no diagram of {table}"
     arrows = set()
     for path in re.split(r"\n|  +", block[1].strip()):
@@ -27,6 +27,6 @@ def drawn(table: str) -> set[tuple[str, str]]:
     ("table", "arrows"),
     [("Run", RUN_ARROWS), ("Task", TASK_ARROWS), ("Attempt", ATTEMPT_ARROWS)],
 )
-def test_the_readme_draws_the_arrows_of_states(table: str, arrows: dict) -> None:  # type: ignore[type-arg]
+def test_the_docs_draw_the_arrows_of_states(table: str, arrows: dict) -> None:  # type: ignore[type-arg]
     listed = {(str(source), str(target)) for source in arrows for target in arrows[source]}
     assert drawn(table) == listed
