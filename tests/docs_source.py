@@ -336,7 +336,14 @@ def _options(command: click.Command) -> list[tuple[str, str]]:
     context = click.Context(command)
     records = (parameter.get_help_record(context) for parameter in command.get_params(context))
     told = [record for record in records if record and record[1] and "--help" not in record[0]]
-    return [(f"`{name}`", about.replace("*", r"\*")) for name, about in told]
+    return [(_option(name), about.replace("*", r"\*")) for name, about in told]
+
+
+def _option(name: str) -> str:
+    """Return an option with its choices as words: in code a table cannot show the signs between."""
+    option, _, choices = name.partition(" [")
+    words = ", ".join(f"`{choice}`" for choice in choices.removesuffix("]").split("|"))
+    return f"`{option}` {words}" if choices else f"`{name}`"
 
 
 def _sentences(text: str | None) -> str:
