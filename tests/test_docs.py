@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ import pytest
 import yaml
 from stack import Servers, Stack, running_stack, wait_until
 
-from opscore import definition, engine
-from opscore.agentkit import Context
+from opscore import definition, engine, remote, remote_call
+from opscore.agentkit import Completed, Context
 from opscore.config import Settings
 from opscore.errors import AgentBusy, GiveUp
 from opscore.states import Reason
@@ -218,6 +219,29 @@ def one_program(page: str, word: str) -> str:
 def test_the_remote_agent_they_show_is_the_example() -> None:
     example = (ROOT / "examples/remote_agent.py").read_text()
     assert example.endswith(f'"""\n\n{one_program("agents.md", "AgentServer")}')
+
+
+def test_the_task_they_show_is_what_an_agent_behind_http_gets() -> None:
+    shown = next(f.text for f in fences(PAGES["agents.md"]) if "senderId" in f.text)
+    task = json.loads(shown)
+    context = task["sessionContext"]
+    order = remote.Order(
+        url="",
+        payload=task["payload"],
+        task_name=task["task_name"],
+        run_id=task["opscore_session_id"],
+        task_id=task["opscore_task_id"],
+        token=task["opscore_attempt_token"],
+        attempt=context["attempt"],
+        deadline=datetime.fromisoformat(context["deadline"]),
+        timeout_seconds=600,
+        workflow_id=context["workflowId"],
+        version=context["version"],
+        index=context["index"],
+    )
+    assert json.loads(remote_call._body(order)) == task
+    answer = next(f.text for f in fences(PAGES["agents.md"]) if '"result"' in f.text)
+    assert remote.read_report(json.loads(answer)) == Completed({"summary": "The parameters."})
 
 
 def test_the_agents_they_show_run_as_pasted() -> None:
