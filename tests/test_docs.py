@@ -104,6 +104,12 @@ def test_they_name_every_reason_to_wait() -> None:
     assert named - {"reason"} == set(Reason)
 
 
+def test_they_name_all_that_an_agent_is_told_and_may_say() -> None:
+    named = {name.partition("(")[0] for name in first_cells(PAGES["agents.md"], "### The context")}
+    of_workers = {"cancel", "drain", "for_testing"}
+    assert named == {name for name in vars(Context) if not name.startswith("_")} - of_workers
+
+
 def test_they_name_every_key_of_a_definition() -> None:
     named = first_cells(PAGES["workflows.md"], "## The document")
     keys = definition._TOP | definition._EVERY_TASK | set().union(*definition._TYPES.values())
