@@ -1,8 +1,8 @@
 """Declaring an LLM agent, with everything that can be wrong with the declaration.
 
 What can be known at once is refused at once: an unknown provider, tool or script, limits that
-contradict each other, a schema that is none. Whether there is a key for a model is known to the
-worker that loads the agent: `missing_keys`.
+contradict each other, a schema that is none. Whether there is a key for a model, and what speaks to
+its provider, is known to the worker that loads the agent: `check_keys`.
 """
 
 import re
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from opscore.agentkit.scripted import SCRIPTS
@@ -28,8 +29,18 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 }
 """Provider -> the environment variables any of which may hold its key; none: it needs no key."""
 
+PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "openai": ("pydantic_ai", "openai"),
+    "anthropic": ("pydantic_ai", "anthropic"),
+    "google": ("pydantic_ai", "google.genai"),
+    "openrouter": ("pydantic_ai", "openai"),
+    "scripted": (),
+}
+"""Provider -> what of the extra `agents` speaks to it."""
+
 FINAL_ANSWER = "final_answer"
 """The tool by which an agent with an output schema answers."""
+INSTALL = "pip install 'opscore[agents]'"
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -206,16 +217,38 @@ def _model_faults(model: str) -> Iterator[str]:
         yield f'has the model {model!r}: write "provider:model", such as "openai:gpt-5"'
     elif provider not in KEYS:
         yield f"has an unknown provider {provider!r}: there are {', '.join(KEYS)}"
+    elif provider == "openrouter" and "/" not in name:
+        yield f'has the model {model!r}: OpenRouter\'s are "maker/model", such as "openai/gpt-5"'
     elif provider == "scripted" and name not in SCRIPTS:
         yield f"has an unknown script {name!r}: there are {', '.join(sorted(SCRIPTS))}"
 
 
+def missing_package(model: str) -> str | None:
+    """Say what to install for a model, in a sentence; None if all is there. Imports none of it."""
+    needed = PACKAGES[model.partition(":")[0]]
+    return None if all(map(_is_installed, needed)) else f"{model} needs: {INSTALL}"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # what it is in
+        return False
+
+
 def check_keys(agents: Iterable[object], environment: Mapping[str, str]) -> None:
-    """Make sure that there is a key for each model of each LLM agent.
+    """Make sure that each model of each LLM agent has its key, and the packages that speak to it.
 
     Raises:
         ConfigurationError: naming all that are missing.
     """
     llms = [agent for agent in agents if isinstance(agent, LLMAgent)]
-    if faults := [fault for one in llms for fault in one.missing_keys(environment)]:
+    faults = [fault for one in llms for fault in one.missing_keys(environment)]
+    faults += [
+        f"LLMAgent({one.agent_id!r}) has the model {fault}"
+        for one in llms
+        for model in one.models
+        if (fault := missing_package(model)) is not None
+    ]
+    if faults:
         raise ConfigurationError(faults)

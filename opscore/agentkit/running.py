@@ -1,7 +1,7 @@
 """Running an LLM agent as if it were a function: what it needs is put together for one attempt."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -11,6 +11,8 @@ from opscore.agentkit.function import FunctionAgent
 from opscore.agentkit.llm import KEYS, LLMAgent
 from opscore.agentkit.loop import Job, NeedsApproval, goal_of, work
 from opscore.agentkit.model import Model
+from opscore.agentkit.providers import Hosted
+from opscore.agentkit.providers import model_of as hosted
 from opscore.agentkit.scripted import SCRIPTS, Scripted
 from opscore.agentkit.steps import Record
 from opscore.agentkit.tools import Tool
@@ -20,7 +22,7 @@ from opscore.agentkit.tools import Tool
 class Means:
     """What the process offers its LLM agents."""
 
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Where keys are."""
 
     @property
@@ -53,8 +55,7 @@ class Attempt:
 
     async def _run(self, parameters: Mapping[str, Any], context: Context) -> Any:
         goal = goal_of(parameters)
-        models = [model_of(name, self._means.environment) for name in self._agent.models]
-        async with self._tools() as tools:
+        async with self._models() as models, self._tools() as tools:
             job = Job(
                 agent=self._agent,
                 goal=goal,
@@ -70,14 +71,28 @@ class Attempt:
                 return None
 
     @asynccontextmanager
+    async def _models(self) -> AsyncIterator[Sequence[Model]]:
+        """Give the agent's models, and close their connections: those belong to this event loop."""
+        models = [model_of(name, self._means.environment) for name in self._agent.models]
+        async with AsyncExitStack() as stack:
+            for model in models:
+                if isinstance(model, Hosted):
+                    stack.push_async_callback(model.close)
+            yield models
+
+    @asynccontextmanager
     async def _tools(self) -> AsyncIterator[Mapping[str, Tool]]:
         """Give all that the agent may call."""
         yield self._agent.toolbox
 
 
 def model_of(name: str, environment: Mapping[str, str]) -> Model:
-    """Return the model called `provider:model`."""
+    """Return the model called `provider:model`.
+
+    Raises:
+        ConfigurationError: it needs a key or a package, and the worker has none.
+    """
     provider, _, model = name.partition(":")
     if provider == "scripted":
         return Scripted(model, SCRIPTS[model])
-    raise NotImplementedError(provider)
+    return hosted(name, environment)
