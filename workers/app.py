@@ -125,8 +125,11 @@ process = Process(app)
 def configure_logging(**_: Any) -> None:
     """Log as every opscore process does; Celery then leaves logging alone."""
     logs.configure(process.settings.log_level, process.settings.log_format)
-    for chatty in ("celery.worker.strategy", "celery.app.trace"):
-        # One line per transition is ours to write; Celery would add two per message.
+    # One line per transition is ours to write; Celery would add two per message.
+    celery = ("celery.worker.strategy", "celery.app.trace")
+    # At DEBUG these would write what models are asked and answer.
+    models = ("openai", "anthropic", "google_genai", "httpx2", "httpcore2")
+    for chatty in (*celery, *models):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
