@@ -221,6 +221,21 @@ class Settings:
         "(202) and reports. Each that keeps silent holds a thread of a worker for as long.",
         60.0,
     )
+    mcp_config: str | None = _setting(
+        "OPSCORE_MCP_CONFIG",
+        ma.String(),
+        "YAML file of the MCP servers that LLM agents may use: `servers`, by name, each with "
+        "`command` (`args`, `env`) or `url` (`headers`), `timeoutSeconds`, `enabled`, and patterns "
+        "of its tools under `approval` and `once`.",
+        None,
+    )
+    files: str | None = _setting(
+        "OPSCORE_FILES",
+        ma.String(),
+        "Folder in which each run has one for the files of its LLM agents; all workers must see "
+        "the same. Without it there are none.",
+        None,
+    )
     web_threads: int = _setting(
         "OPSCORE_WEB_THREADS",
         _count(2, 1000),

@@ -52,11 +52,11 @@ Resolve = Callable[..., Sequence[tuple[int, int, int, str, tuple[Any, ...]]]]
 _BUSY = (409, 423, 429, 503)
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """A name leads to where calls may not go."""
 
 
-class _InvalidAnswer(Exception):
+class InvalidAnswer(Exception):
     """What came is no answer; the message says why."""
 
 
@@ -78,26 +78,26 @@ class Caller:
         """
         if faults := self._policy.faults(order.url):
             return failure("url_refused", " ".join(faults), retryable=False)
-        line = _Line(self._policy, self._resolve, order.timeout_seconds)
+        line = Line(self._policy, self._resolve, order.timeout_seconds)
         with tracing.part("POST", "client", _about(order)) as span:
             answer = self._answered(order, line, span)
             if isinstance(answer, Failed):
                 span.fail(answer.code)
         return answer
 
-    def _answered(self, order: Order, line: "_Line", span: tracing.Span) -> Answer:
+    def _answered(self, order: Order, line: "Line", span: tracing.Span) -> Answer:
         try:
             return self._exchange(order, line, span)
-        except _Refused as refused:
+        except Refused as refused:
             return failure("url_refused", str(refused), retryable=False)
-        except _InvalidAnswer as error:
+        except InvalidAnswer as error:
             return failure("invalid_answer", f"The agent's answer is invalid: {error}")
         except (OSError, httpcore2.NetworkError, httpcore2.ProtocolError) as error:
             return line.failure_of(error)
         finally:
             line.close()
 
-    def _exchange(self, order: Order, line: "_Line", span: tracing.Span) -> Answer:
+    def _exchange(self, order: Order, line: "Line", span: tracing.Span) -> Answer:
         body = _body(order)
         url = httpx2.URL(order.url)
         target = httpcore2.URL(
@@ -160,7 +160,7 @@ def _headers(order: Order) -> dict[str, str]:
     return headers | {name: value for name, value in carried.items() if value}
 
 
-def _answer(response: httpcore2.Response, line: "_Line") -> Answer:
+def _answer(response: httpcore2.Response, line: "Line") -> Answer:
     status = response.status
     headers = {name.lower().decode(): value.decode("latin-1") for name, value in response.headers}
     if status == 200:
@@ -171,7 +171,7 @@ def _answer(response: httpcore2.Response, line: "_Line") -> Answer:
     if status in _BUSY:
         return Busy(_retry_after(headers))
     if status < 300:
-        raise _InvalidAnswer(f"status {status}; answer 200 with a result, or 202 to report later.")
+        raise InvalidAnswer(f"status {status}; answer 200 with a result, or 202 to report later.")
     said = f"The agent answered {status}" + (f": {excerpt}" if excerpt else ".")
     if status < 400:
         place = headers.get("location", "nowhere")[:EXCERPT_BYTES]
@@ -185,7 +185,7 @@ def _answer(response: httpcore2.Response, line: "_Line") -> Answer:
 def _report_of(response: httpcore2.Response, headers: Mapping[str, str]) -> Outcome:
     encoding = headers.get("content-encoding", "")
     if encoding.strip().lower() not in ("", "identity"):
-        raise _InvalidAnswer(f"it is encoded ({encoding[:64]}), and only identity is accepted.")
+        raise InvalidAnswer(f"it is encoded ({encoding[:64]}), and only identity is accepted.")
     body = bytearray()
     for chunk in response.iter_stream():
         body += chunk
@@ -197,7 +197,7 @@ def _report_of(response: httpcore2.Response, headers: Mapping[str, str]) -> Outc
             raise ValueError(f"It must be an object, not {kind(report)}.")
         return read_report(report)
     except ValueError as error:
-        raise _InvalidAnswer(str(error)) from None
+        raise InvalidAnswer(str(error)) from None
 
 
 def _too_large() -> Failed:
@@ -208,11 +208,11 @@ def _too_large() -> Failed:
     return failure("output_too_large", sentence, retryable=False)
 
 
-def _excerpt(response: httpcore2.Response, line: "_Line") -> str:
+def _excerpt(response: httpcore2.Response, line: "Line") -> str:
     """Read a little of an answer whose status says enough; what goes wrong ends it."""
     line.deadline = min(line.deadline, monotonic() + EXCERPT_SECONDS)
     said = b""
-    with suppress(OSError, httpcore2.ProtocolError, _InvalidAnswer):
+    with suppress(OSError, httpcore2.ProtocolError, InvalidAnswer):
         for chunk in response.iter_stream():
             said += chunk
             if len(said) > EXCERPT_BYTES:
@@ -233,7 +233,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return max(0.0, min((aware - datetime.now(UTC)).total_seconds(), MAX_RETRY_AFTER_SECONDS))
 
 
-class _Line(httpcore2.NetworkBackend, httpcore2.NetworkStream):
+class Line(httpcore2.NetworkBackend, httpcore2.NetworkStream):
     """The one connection of a call: to a checked address only, and up to its deadline only.
 
     The timeouts httpcore passes begin anew with every byte, so they are not what counts here.
@@ -246,16 +246,16 @@ class _Line(httpcore2.NetworkBackend, httpcore2.NetworkStream):
         self._has_ended = False
         self.deadline = monotonic() + seconds
 
-    def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> "_Line":
+    def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> "Line":
         """Connect to the first of the host's addresses that answers; all of them must be permitted.
 
         Raises:
-            _Refused
+            Refused
         """
         places = _in_time(self._left(), lambda: self._resolve(host, port, type=socket.SOCK_STREAM))
         for *_rest, (address, *_port) in places:
             if not self._policy.permits(host, address):
-                raise _Refused(f"The host {host} leads to {address}, no public address: {WAY_IN}")
+                raise Refused(f"The host {host} leads to {address}, no public address: {WAY_IN}")
         error: OSError = OSError("The name has no address.")
         for family, _type, _protocol, _name, place in places:
             try:
@@ -275,7 +275,7 @@ class _Line(httpcore2.NetworkBackend, httpcore2.NetworkStream):
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, *_: Any, **__: Any
-    ) -> "_Line":
+    ) -> "Line":
         secured = ssl_context.wrap_socket(
             self._limited(), server_hostname=server_hostname, do_handshake_on_connect=False
         )
@@ -288,7 +288,7 @@ class _Line(httpcore2.NetworkBackend, httpcore2.NetworkStream):
         self._received += len(data)
         self._has_ended = not data
         if self._received > MAX_WIRE_BYTES:
-            raise _InvalidAnswer(f"it takes more than {MAX_WIRE_BYTES:,} bytes to send.")
+            raise InvalidAnswer(f"it takes more than {MAX_WIRE_BYTES:,} bytes to send.")
         return data
 
     def write(self, buffer: bytes, *_: Any, **__: Any) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, bootsteps, signals
@@ -18,8 +19,10 @@ from celery import Celery, bootsteps, signals
 from celeryconfig import VISIBILITY_TIMEOUT_SECONDS, app
 from opscore import logs, migrations, tracing, workflows
 from opscore.agentkit import Registry, load_agents
+from opscore.agentkit.builtin import Page
 from opscore.agentkit.llm import check_keys
-from opscore.agentkit.running import Means
+from opscore.agentkit.mcp_config import load_servers
+from opscore.agentkit.running import Means, check_means
 from opscore.agents import register_functions
 from opscore.config import Settings
 from opscore.db import Database, Tx
@@ -91,7 +94,20 @@ class Process:
     @cached_property
     def means(self) -> Means:
         """What LLM agents work with."""
-        return Means(environment=dict(os.environ))
+        return Means(
+            environment=dict(os.environ),
+            servers=load_servers(self.settings.mcp_config, os.environ),
+            files=Path(self.settings.files).absolute() if self.settings.files else None,
+            fetch=self._fetch,
+        )
+
+    def _fetch(
+        self, url: str, allows_host: Callable[[str], bool], *, seconds: float, max_bytes: int
+    ) -> Page:
+        from opscore import pages  # megabytes, for who has such agents
+
+        policy = UrlPolicy(self.settings.agent_hosts)
+        return pages.fetch(policy, url, allows_host, seconds=seconds, max_bytes=max_bytes)
 
     def definition(self, workflow_id: str, version: int, read: Read) -> Definition:
         """Return a workflow version compiled; versions never change, so one look-up lasts."""
@@ -131,6 +147,9 @@ def configure_logging(**_: Any) -> None:
     models = ("openai", "anthropic", "google_genai", "httpx2", "httpcore2")
     for chatty in (*celery, *models):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    for telling in ("httpx2", "mcp"):
+        # They log URLs, and what a server said; what failed is ours to tell.
+        logging.getLogger(telling).setLevel(logging.CRITICAL)
 
 
 class Offer(bootsteps.Step):
@@ -144,6 +163,7 @@ class Offer(bootsteps.Step):
         super().__init__(worker, **options)
         agents = process.agents
         check_keys(agents.values(), os.environ)
+        check_means(agents.values(), process.means)
         migrations.check(process.settings.database_url)
         with process.database.transaction() as tx:
             register_functions(tx, agents.values())

@@ -13,6 +13,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from opscore.agentkit.builtin import BUILT_IN
 from opscore.agentkit.scripted import SCRIPTS
 from opscore.agentkit.tools import TOOLS, Tool
 from opscore.errors import ConfigurationError
@@ -107,7 +108,9 @@ class LLMAgent:
             `scripted`. There is no default.
         fallback_models: asked in this order when the one before gives no answer.
         instructions: what it is told before every task.
-        tools: its tools, by name or as the functions that `@tool` stands above.
+        tools: its tools, by name or as the functions that `@tool` stands above; built in are
+            `http_get` (of hosts in `permissions.hosts`), and `read_file`, `write_file` and
+            `list_files` in a folder of the run.
         mcp_servers: MCP servers, by their names in the file that `OPSCORE_MCP_CONFIG` names; which
             of their tools it may call is said in `permissions.mcp`.
         memory: the namespace of what it remembers; None: it has no memory.
@@ -147,8 +150,14 @@ class LLMAgent:
 
     @cached_property
     def toolbox(self) -> Mapping[str, Tool]:
-        """Its tools, by name."""
-        return {name: TOOLS[name] for name in map(_tool_name, self.tools)}
+        """Its tools that are functions, by name."""
+        return {name: TOOLS[name] for name in map(_tool_name, self.tools) if name in TOOLS}
+
+    @cached_property
+    def built_in(self) -> tuple[str, ...]:
+        """The names of its tools that are built in."""
+        names = dict.fromkeys(map(_tool_name, self.tools))
+        return tuple(name for name in names if name not in TOOLS)
 
     @cached_property
     def answer(self) -> "Schema | None":
@@ -184,11 +193,13 @@ class LLMAgent:
 
     def _tool_faults(self) -> Iterator[str]:
         for name in map(_tool_name, self.tools):
-            if name not in TOOLS:
-                yield f"has an unknown tool {name!r}: there are {', '.join(sorted(TOOLS))}"
-            elif TOOLS[name].seconds >= self.limits.call_seconds:
+            known = TOOLS.get(name) or BUILT_IN.get(name)
+            if known is None:
+                there = ", ".join(sorted({*TOOLS, *BUILT_IN}))
+                yield f"has an unknown tool {name!r}: there are {there}"
+            elif known.seconds >= self.limits.call_seconds:
                 yield (
-                    f"has the tool {name}, which may take {TOOLS[name].seconds:g} s: that must be "
+                    f"has the tool {name}, which may take {known.seconds:g} s: that must be "
                     f"less than limits.call_seconds ({self.limits.call_seconds:g})"
                 )
 

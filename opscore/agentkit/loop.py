@@ -27,7 +27,7 @@ from opscore.agentkit.model import (
     ToolSpec,
 )
 from opscore.agentkit.steps import Asked, Began, Decided, Record, Step, total
-from opscore.agentkit.tools import TimedOut, Tool, ToolFault, cut
+from opscore.agentkit.tools import AnyTool, ToolFault, Unsure, cut
 from opscore.agentkit.window import fitted
 from opscore.errors import GiveUp
 
@@ -255,7 +255,7 @@ class Job:
     context: Context
     record: Record
     models: Sequence[Model]
-    tools: Mapping[str, Tool]
+    tools: Mapping[str, AnyTool]
     """All that it may call, those of MCP servers included."""
     planner: Planner = REACT
 
@@ -343,7 +343,7 @@ class _Worker:
         tool = self._job.tools.get(call.tool)
         if tool is None or self._decision(call) is not None:
             return True
-        return not (tool.approval or self._is_unknown(call))
+        return not (tool.needs_approval(call.arguments) or self._is_unknown(call))
 
     def _since_reply(self) -> list[Step]:
         newest = max(n for n, step in enumerate(self._steps) if isinstance(step, Reply))
@@ -376,18 +376,20 @@ class _Worker:
         tool = self._job.tools.get(call.tool)
         if tool is None:
             known = ", ".join(sorted(self._job.tools)) or "none"
-            self._tell(call, f"There is no tool {call.tool!r}; there are: {known}.")
+            unknown = f" {UNKNOWN}" if self._is_unknown(call) else ""
+            self._tell(call, f"There is no tool {call.tool!r}; there are: {known}.{unknown}")
             return
         decided = self._decision(call)
         if decided is not None and not decided.approved:
             self._tell(call, self._refusal(call, decided))
             return
-        if tool.once:
+        is_once = tool.is_once(call.arguments)
+        if is_once:
             self._add(Began(call.id))
         try:
             result = await tool.call(call.arguments, self._job.context)
         except ToolFault as fault:
-            unknown = f" {UNKNOWN}" if tool.once and isinstance(fault, TimedOut) else ""
+            unknown = f" {UNKNOWN}" if is_once and isinstance(fault, Unsure) else ""
             self._tell(call, f"{fault}{unknown}")
         else:
             self._add(Result(call.id, call.tool, result))

@@ -1,21 +1,25 @@
 """Running an LLM agent as if it were a function: what it needs is put together for one attempt."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
+from opscore.agentkit.builtin import BUILT_IN, Fetch
 from opscore.agentkit.context import Context
 from opscore.agentkit.function import FunctionAgent
 from opscore.agentkit.llm import KEYS, LLMAgent
 from opscore.agentkit.loop import Job, NeedsApproval, goal_of, work
+from opscore.agentkit.mcp_config import Server, server_faults
 from opscore.agentkit.model import Model
 from opscore.agentkit.providers import Hosted
 from opscore.agentkit.providers import model_of as hosted
 from opscore.agentkit.scripted import SCRIPTS, Scripted
 from opscore.agentkit.steps import Record
-from opscore.agentkit.tools import Tool
+from opscore.agentkit.tools import AnyTool
+from opscore.errors import ConfigurationError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,12 +28,38 @@ class Means:
 
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Where keys are."""
+    servers: Mapping[str, Server] = field(default_factory=dict)
+    """MCP servers, by name."""
+    files: Path | None = None
+    """Where runs have their folders."""
+    fetch: Fetch | None = None
+    """Gets what a URL leads to."""
 
     @property
     def secrets(self) -> Sequence[str]:
         """Texts that are shown to nobody."""
         names = chain.from_iterable(KEYS.values())
-        return [self.environment[name] for name in names if self.environment.get(name)]
+        keys = [self.environment[name] for name in names if self.environment.get(name)]
+        return keys + [one for server in self.servers.values() for one in server.secrets]
+
+
+def check_means(agents: Iterable[object], means: Means) -> None:
+    """Make sure that LLM agents can have the servers and built-in tools they name.
+
+    Raises:
+        ConfigurationError: naming all they cannot have.
+    """
+    llms = [agent for agent in agents if isinstance(agent, LLMAgent)]
+    faults = [f"LLMAgent({one.agent_id!r}) {fault}" for one in llms for fault in _lacks(one, means)]
+    if faults:
+        raise ConfigurationError(faults)
+
+
+def _lacks(agent: LLMAgent, means: Means) -> Iterator[str]:
+    yield from server_faults(agent, means.servers)
+    for name in agent.built_in:
+        if (fault := BUILT_IN[name].fault(agent, means)) is not None:
+            yield fault
 
 
 class Attempt:
@@ -55,7 +85,7 @@ class Attempt:
 
     async def _run(self, parameters: Mapping[str, Any], context: Context) -> Any:
         goal = goal_of(parameters)
-        async with self._models() as models, self._tools() as tools:
+        async with self._models() as models, self._tools(context) as tools:
             job = Job(
                 agent=self._agent,
                 goal=goal,
@@ -81,9 +111,15 @@ class Attempt:
             yield models
 
     @asynccontextmanager
-    async def _tools(self) -> AsyncIterator[Mapping[str, Tool]]:
+    async def _tools(self, context: Context) -> AsyncIterator[Mapping[str, AnyTool]]:
         """Give all that the agent may call."""
-        yield self._agent.toolbox
+        from opscore.agentkit import mcp
+
+        agent, means = self._agent, self._means
+        built_in = {name: BUILT_IN[name].make(agent, context, means) for name in agent.built_in}
+        own: Mapping[str, AnyTool] = {**agent.toolbox, **built_in}
+        async with mcp.opened(agent, means.servers, [*own]) as others:
+            yield {**own, **others}
 
 
 def model_of(name: str, environment: Mapping[str, str]) -> Model:

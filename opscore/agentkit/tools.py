@@ -1,4 +1,4 @@
-"""Tools: Python functions that a model may call.
+"""Tools: what a model may call, mostly Python functions.
 
 A tool's JSON Schema comes from its signature, its description from its docstring. Arguments are
 checked before it is called, and whatever it raises is an error the model is told. `once` marks an
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar, overload
+from typing import Any, Protocol, TypeVar, overload
 
 from opscore.agentkit.context import Context, storable_text
 from opscore.agentkit.model import ToolSpec
@@ -22,7 +22,7 @@ from opscore.agentkit.output import Unstorable, to_json
 from opscore.errors import ConfigurationError
 
 MAX_RESULT_BYTES = 32 * 1024
-"""Of what a model is told of one call; longer results are cut."""
+"""Of what a model is told of one call, unless its tool says otherwise; longer results are cut."""
 TOOL_SECONDS = 30.0
 """What a tool may take, unless it says otherwise."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -35,8 +35,35 @@ class ToolFault(Exception):
     """The call came to nothing; the model is told this sentence."""
 
 
-class TimedOut(ToolFault):
+class Unsure(ToolFault):
+    """Nobody knows whether the call had its effect."""
+
+
+class TimedOut(Unsure):
     """It did not end in time, and may go on."""
+
+
+class AnyTool(Protocol):
+    """What a model may call: see `Tool`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def spec(self) -> ToolSpec:
+        """The tool as a model sees it."""
+
+    def is_once(self, arguments: Any) -> bool:
+        """Say whether the effect of such a call must not happen twice."""
+
+    def needs_approval(self, arguments: Any) -> bool:
+        """Say whether somebody must say yes to such a call."""
+
+    async def call(self, arguments: Any, context: Context) -> str:
+        """Call it and return what the model is told.
+
+        Raises:
+            ToolFault: nothing came of it; `Unsure`: or perhaps something did.
+        """
 
 
 @dataclass(frozen=True)
@@ -51,6 +78,14 @@ class Tool:
     """Its effect must not happen twice."""
     approval: bool = False
     """Somebody must say yes to each call."""
+    max_bytes: int = MAX_RESULT_BYTES
+    """Of what a model is told of one call; longer results are cut."""
+
+    def is_once(self, _arguments: Any) -> bool:
+        return self.once
+
+    def needs_approval(self, _arguments: Any) -> bool:
+        return self.approval
 
     @cached_property
     def spec(self) -> ToolSpec:
@@ -114,7 +149,7 @@ class Tool:
         given = self._checked(arguments) | dict.fromkeys(self._context_names, context)
         try:
             async with asyncio.timeout(self.seconds) as limit:
-                return told(await self._answer(given))
+                return told(await self._answer(given), self.max_bytes)
         except TimeoutError as error:
             if not limit.expired():
                 raise _fault(error) from error
@@ -148,7 +183,7 @@ def _fault(error: Exception) -> ToolFault:
     return ToolFault(storable_text(f"{type(error).__name__}: {error}", MAX_RESULT_BYTES))
 
 
-def told(value: Any) -> str:
+def told(value: Any, max_bytes: int = MAX_RESULT_BYTES) -> str:
     """Return a tool's result as the text a model gets: text as it is, all else as JSON.
 
     Raises:
@@ -160,7 +195,7 @@ def told(value: Any) -> str:
         except Unstorable as error:
             raise ToolFault(str(error)) from None
     text = storable_text(value, len(value) * 4)
-    return cut(text, MAX_RESULT_BYTES)
+    return cut(text, max_bytes)
 
 
 def cut(text: str, most: int) -> str:
