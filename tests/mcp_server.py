@@ -53,9 +53,9 @@ def die() -> str:
 
 
 @server.tool()
-def environment() -> list[str]:
+def environment() -> str:
     """Name the variables the server has."""
-    return sorted(os.environ)
+    return " ".join(sorted(os.environ))
 
 
 @server.tool()
@@ -65,7 +65,7 @@ def variable(name: str) -> str:
 
 
 @server.tool()
-def pids(path: str) -> str:
+async def pids(path: str) -> str:
     """Write down the server's process, and one that has left its group; neither minds SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     stray = subprocess.Popen(

@@ -167,12 +167,11 @@ class Files:
         """Return the size of each file, in bytes, by its path."""
         found: dict[str, int] = {}
         folder = os.path.join(self._root, self._run_id)
-        for place, _, names, at in os.fwalk(folder, follow_symlinks=False):
-            for name in names:
-                with suppress(FileNotFoundError):  # it went meanwhile
-                    about = os.stat(name, dir_fd=at, follow_symlinks=False)
-                    if stat.S_ISREG(about.st_mode) and not name.startswith(_TEMPORARY):
-                        found[os.path.relpath(os.path.join(place, name), folder)] = about.st_size
+        with suppress(FileNotFoundError):  # nothing was written yet
+            for place, _, names, at in os.fwalk(folder, follow_symlinks=False):
+                for name in names:
+                    if (size := _size(name, at)) is not None:
+                        found[os.path.relpath(os.path.join(place, name), folder)] = size
         return dict(sorted(found.items()))
 
     @contextmanager
@@ -190,6 +189,16 @@ class Files:
             yield folder, name
         finally:
             os.close(folder)
+
+
+def _size(name: str, folder: int) -> int | None:
+    """Return a file's size, if it is one, and whole."""
+    try:
+        about = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:  # it went meanwhile
+        return None
+    is_file = stat.S_ISREG(about.st_mode) and not name.startswith(_TEMPORARY)
+    return about.st_size if is_file else None
 
 
 def _enter(folder: int, name: str, *, make: bool) -> int:

@@ -238,6 +238,8 @@ class _Line:
 
     async def _answer(self, request: Any, name: str) -> Any:
         """Wait for an answer, while the connection is there, and no longer than may be."""
+        from opscore.agentkit import mcp_stdio
+
         assert self._task is not None
         asking = asyncio.ensure_future(request)
         try:
@@ -253,6 +255,8 @@ class _Line:
                 raise Unsure(f"{name} failed: {self.fault or 'the connection ended'}.") from None
             raise
         except Exception as error:
+            if self._child is not None and self._child.is_silent:
+                await self._child.wait(mcp_stdio.ENDING_SECONDS)
             if self._end is not None and not self.fault:
                 self.fault = self._end
                 self._complain()
@@ -418,9 +422,14 @@ def _reason(error: BaseException) -> str:
     """Return an error in a short sentence; of several, the first."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    if type(error).__name__ == "ValidationError":
+        first = error.errors()[0]  # type: ignore[attr-defined]
+        return _plain(
+            f"its answer is none: {'.'.join(map(str, first['loc']))}: {first['msg']}", 500
+        )
     words = _plain(str(error), 500)
-    is_named = type(error).__name__ in ("MCPError", "Ended")
-    return words if is_named and words else f"{type(error).__name__}: {words}".removesuffix(": ")
+    is_said = type(error).__name__ == "MCPError" and words
+    return words if is_said else f"{type(error).__name__}: {words}".removesuffix(": ")
 
 
 async def _bound(response: Any) -> None:

@@ -11,12 +11,13 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import anyio
 from mcp.shared.message import SessionMessage
 from mcp_types import jsonrpc_message_adapter
+
+from opscore.agentkit import mcp_keeper
 
 MAX_LINE_BYTES = 4 * 1024 * 1024
 """Of one message; a server that sends more has ended."""
@@ -24,14 +25,12 @@ MAX_STRAY_LINES = 100
 """Lines that are no messages: some servers greet on stdout."""
 STDERR_BYTES = 2048
 """The end of what a server said on stderr, for the log."""
+ENDING_SECONDS = 0.2
+"""For a process whose stdout has ended to end as well, so that we can say how."""
 GONE_SECONDS = 0.7
 """For the end of a server; whoever is cancelled has a second, and the rest goes on without us."""
 _INHERITED = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "SHELL", "TERM", "TMPDIR", "TZ", "USER")
-_KEEPER = str(Path(__file__).with_name("mcp_keeper.py"))
-
-
-class Ended(Exception):
-    """The server's process is not there any more; the message says how it ended."""
+_KEEPER = mcp_keeper.__file__
 
 
 class Child:
@@ -61,6 +60,10 @@ class Child:
             raise
         finally:
             os.close(end)
+        self._own_end: int | None = None
+        """Its status, if it had ended before we had it end."""
+        self.is_silent = False
+        """Its stdout has ended."""
         self.said = b""
         """The end of what it said on stderr."""
 
@@ -68,14 +71,20 @@ class Child:
         """Have it end; this is never waited for, and goes on should we end meanwhile."""
         lifeline, self._lifeline = self._lifeline, -1
         if lifeline >= 0:
+            self._own_end = self.process.poll()
             os.close(lifeline)
 
+    async def wait(self, seconds: float) -> None:
+        """Wait until it has ended, but no longer than this."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.process.poll() is None:
+                    await asyncio.sleep(0.01)
+
     async def gone(self) -> None:
-        """Wait until it has ended, but not for ever."""
-        deadline = asyncio.get_running_loop().time() + GONE_SECONDS
+        """Wait until it has ended after it was let go, but not for ever."""
         try:
-            while self.process.poll() is None and asyncio.get_running_loop().time() < deadline:
-                await asyncio.sleep(0.01)
+            await self.wait(GONE_SECONDS)
         finally:
             status = self.process.poll()
             if status is not None and status < 0:  # the keeper was killed, and kept nothing
@@ -87,11 +96,11 @@ class Child:
 
     @property
     def end(self) -> str | None:
-        """Say how it ended; None if it has not."""
-        status = self.process.poll()
+        """Say how it ended; None if it has not, or not by itself."""
+        status = self.process.poll() if self._lifeline >= 0 else self._own_end
         if status is None:
             return None
-        if status == 127:
+        if status == mcp_keeper.NO_COMMAND:
             return "it could not be started: there is no such command, or it cannot be executed"
         return f"it has ended, with status {status}"
 
@@ -109,11 +118,15 @@ async def opened(child: Child) -> AsyncIterator[tuple[Any, Any]]:
         stdin = await _writer(child.process.stdin, pipes)
         ways += map(
             asyncio.create_task,
-            (_listen(stdout, to_us), _say(from_us, stdin, to_us), _overhear(stderr, child)),
+            (_listen(stdout, to_us, child), _say(from_us, stdin, to_us), _overhear(stderr, child)),
         )
         yield incoming, outgoing
     finally:
-        child.let_go()
+        try:
+            if child.is_silent:
+                await child.wait(ENDING_SECONDS)
+        finally:
+            child.let_go()
         for pipe in pipes:
             pipe.close()
         for way in ways:
@@ -144,7 +157,7 @@ async def _writer(pipe: Any, pipes: list[asyncio.BaseTransport]) -> asyncio.Stre
     return asyncio.StreamWriter(transport, protocol, None, loop)
 
 
-async def _listen(stdout: asyncio.StreamReader, to_us: Any) -> None:
+async def _listen(stdout: asyncio.StreamReader, to_us: Any, child: Child) -> None:
     """Hand on what the server says, until it ends, or says what is none of its business."""
     stray = 0
     with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, ValueError, OSError):
@@ -155,6 +168,7 @@ async def _listen(stdout: asyncio.StreamReader, to_us: Any) -> None:
                 stray += 1
                 continue
             await to_us.send(SessionMessage(message))
+    child.is_silent = stdout.at_eof()
     to_us.close()
 
 
