@@ -526,6 +526,8 @@ def test_an_approval_counts_for_one_call_only_also_after_a_crash() -> None:
         ({"model": "scripted:none"}, "has an unknown script 'none'"),
         ({"fallback_models": ["openai:"]}, 'write "provider:model"'),
         ({"tools": ["nope"]}, "has an unknown tool 'nope'"),
+        ({"tools": ["mcp_proxy_tool"]}, "has a tool mcp_proxy_tool: that name is taken"),
+        ({"tools": ["final_answer"]}, "has a tool final_answer: that name is taken"),
         ({"tools": [add], "limits": Limits(call_seconds=20)}, "may take 30 s: that must be less"),
         ({"limits": Limits(call_seconds=700)}, "call_seconds (700) must be less than max_seconds"),
         ({"limits": Limits(max_steps=0)}, "max_steps must be more than 0"),

@@ -16,15 +16,15 @@ import pytest
 from stack import ROOT, wait_until
 
 from opscore.agentkit import Completed, Context, Failed, call
-from opscore.agentkit.llm import Limits, LLMAgent, Permissions
-from opscore.agentkit.mcp import MAX_TOOLS, PROXY
+from opscore.agentkit.llm import PROXY, Limits, LLMAgent, Permissions
+from opscore.agentkit.mcp import MAX_TOOLS
 from opscore.agentkit.mcp_config import Server, load_servers
 from opscore.agentkit.model import Reply, Request, ToolSpec
 from opscore.agentkit.model import Result as ToolResult
 from opscore.agentkit.running import Attempt, Means, check_means
 from opscore.agentkit.scripted import calls, replies, script
 from opscore.agentkit.steps import Asked, Began, Decided, InMemory
-from opscore.agentkit.tools import MAX_RESULT_BYTES
+from opscore.agentkit.tools import MAX_RESULT_BYTES, tool
 from opscore.errors import ConfigurationError
 
 SERVER = mcp_server.__file__
@@ -392,6 +392,14 @@ def test_of_a_once_tool_that_gave_no_answer_nobody_knows_whether_it_happened(
     assert results[0].content.endswith("It is not known whether this call had its effect.")
 
 
+def test_of_a_once_tool_whose_server_is_gone_after_a_crash_nobody_knows_either() -> None:
+    record = InMemory([calls(("liar__ask", {})), Began("call-1")])
+    server = Server(name="liar", command=("no-such-command",), once=("ask",))
+    _, results, _ = run([server], record=record)
+    assert results[0].is_error
+    assert results[0].content.endswith("It is not known whether this call had its effect.")
+
+
 # --- Nothing is left -----------------------------------------------------------------------------
 
 
@@ -436,6 +444,34 @@ def test_no_process_survives_an_attempt_in_a_thread_that_is_not_the_main_one(
     thread.join(20)
     assert came[0][0] == Completed("done")
     all_gone(tmp_path / "pids")
+
+
+@tool
+async def block(seconds: float) -> None:
+    """Block the whole event loop."""
+    threading.Event().wait(seconds)
+
+
+def test_no_process_survives_an_attempt_that_only_an_alarm_ends(tmp_path: Path) -> None:
+    path = tmp_path / "pids"
+    server = Server(name="docs", command=(sys.executable, SERVER))
+    record = InMemory()
+    turns = (calls(("docs__pids", {"path": str(path)})), calls(("block", {"seconds": 30})))
+    ANSWERS["main"] = replies(*turns)
+    attempt = Attempt(agent("docs", tools=[block]), record, Means(servers={"docs": server}))
+    came = call(attempt.as_function, {"goal": "g"}, Context.for_testing(), 6)
+    assert isinstance(came, Failed) and came.code == "timeout"
+    assert isinstance(record.steps[-1], Reply), "the alarm rang in the midst of `block`"
+    all_gone(path)
+
+
+def test_a_server_behind_a_url_that_never_answers_holds_nobody_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/mcp"
+        server = Server(name="web", url=url, seconds=0.5)
+        came, _, tools = run([server], seconds=5)
+    assert came == Completed("done")
+    assert "did not answer within 0.5 s" in tools[PROXY].description
 
 
 HOLDER = """

@@ -42,6 +42,8 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
 FINAL_ANSWER = "final_answer"
 """The tool by which an agent with an output schema answers."""
 INSTALL = "pip install 'opscore[agents]'"
+PROXY = "mcp_proxy_tool"
+"""The tool by which a model calls any tool of any MCP server."""
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -194,7 +196,9 @@ class LLMAgent:
     def _tool_faults(self) -> Iterator[str]:
         for name in map(_tool_name, self.tools):
             known = TOOLS.get(name) or BUILT_IN.get(name)
-            if known is None:
+            if name in (FINAL_ANSWER, PROXY):
+                yield f"has a tool {name}: that name is taken, give it another"
+            elif known is None:
                 there = ", ".join(sorted({*TOOLS, *BUILT_IN}))
                 yield f"has an unknown tool {name!r}: there are {there}"
             elif known.seconds >= self.limits.call_seconds:

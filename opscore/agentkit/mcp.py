@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from opscore import logs
 from opscore.agentkit.context import Context, storable_text
-from opscore.agentkit.llm import LLMAgent, Permissions
+from opscore.agentkit.llm import PROXY, LLMAgent, Permissions
 from opscore.agentkit.mcp_config import Server
 from opscore.agentkit.model import ToolSpec
 from opscore.agentkit.redaction import redacted
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 log = logs.get(__name__)
 
-PROXY = "mcp_proxy_tool"
-"""The tool by which a model calls any tool of any server."""
 MAX_TOOLS = 64
 """Of one server that the model sees as tools of their own; it can call all others by the proxy."""
 MAX_SPEC_BYTES = 64 * 1024
