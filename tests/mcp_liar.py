@@ -77,12 +77,18 @@ def say(message: dict[str, Any]) -> None:
     os.write(1, json.dumps(message).encode() + b"\n")
 
 
+def stay() -> None:
+    """Mind no SIGTERM, and start a process that has left the group."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    stray = subprocess.Popen(["sleep", "300"], start_new_session=True)
+    with open(sys.argv[2], "w") as file:
+        file.write(f"{os.getpid()} {stray.pid}")
+
+
 def main() -> None:
+    if HOW in ("deaf", "stubborn"):
+        stay()
     if HOW == "deaf":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        stray = subprocess.Popen(["sleep", "300"], start_new_session=True)
-        with open(sys.argv[2], "w") as file:
-            file.write(f"{os.getpid()} {stray.pid}")
         time.sleep(600)
     if HOW == "greets":
         print("Welcome to the server!\n{}", flush=True)

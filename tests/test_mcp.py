@@ -39,7 +39,7 @@ def answer(request: Request) -> Reply | str:
     return ANSWERS["main"](request)
 
 
-def liar(how: str, *more: str, seconds: float = 5, **values: Any) -> Server:
+def liar(how: str, *more: str, seconds: float = 10, **values: Any) -> Server:
     command = (sys.executable, "-S", LIAR, how, *more)
     return Server(name="liar", command=command, seconds=seconds, **values)
 
@@ -309,8 +309,8 @@ def test_a_lying_server_behind_a_url_costs_its_tools_only(
     ("how", "said"),
     [
         ("ends", "liar/ask failed: it has ended, with status 4."),
-        ("silent", "liar/ask did not answer within 2 s."),
-        ("flood", "liar/ask did not answer within 2 s."),
+        ("silent", "liar/ask did not answer within 3 s."),
+        ("flood", "liar/ask did not answer within 3 s."),
         ("endless-line", "liar/ask failed: Connection closed."),
         ("no-result", "liar/ask failed: its answer is none: content: "),
         ("input", "liar/ask failed: "),
@@ -320,7 +320,7 @@ def test_a_lying_server_behind_a_url_costs_its_tools_only(
     ],
 )
 def test_a_server_that_fails_in_a_call_is_a_tools_error(how: str, said: str) -> None:
-    came, results, _ = run([liar(how, seconds=2)], ("liar__ask", {}))
+    came, results, _ = run([liar(how, seconds=3)], ("liar__ask", {}))
     assert came == Completed("done")
     assert results[0].content.startswith(said)
     assert results[0].is_error == (how not in ("parts", "schema-trap", "greets"))
@@ -387,7 +387,7 @@ def test_of_a_once_tool_that_gave_no_answer_nobody_knows_whether_it_happened(
     wanted: tuple[str, Any], how: str
 ) -> None:
     record = InMemory()
-    _, results, _ = run([liar(how, once=("ask",), seconds=1)], wanted, record=record)
+    _, results, _ = run([liar(how, once=("ask",), seconds=2)], wanted, record=record)
     assert Began("call-1") in record.steps
     assert results[0].content.endswith("It is not known whether this call had its effect.")
 
@@ -424,12 +424,12 @@ def test_no_process_survives_an_attempt_that_succeeds(tmp_path: Path) -> None:
     all_gone(tmp_path / "pids")
 
 
-@pytest.mark.parametrize("server_seconds", [1.0, 20.0], ids=["opening fails", "agent times out"])
+@pytest.mark.parametrize("server_seconds", [2.0, 20.0], ids=["opening fails", "agent times out"])
 def test_no_process_survives_a_server_that_ignores_everything(
     tmp_path: Path, server_seconds: float
 ) -> None:
     server = liar("deaf", str(tmp_path / "pids"), seconds=server_seconds)
-    came, _, _ = run([server], seconds=2.5)
+    came, _, _ = run([server], seconds=3.5)
     assert isinstance(came, Failed if server_seconds > 2 else Completed)
     all_gone(tmp_path / "pids")
 
@@ -437,7 +437,7 @@ def test_no_process_survives_a_server_that_ignores_everything(
 def test_no_process_survives_an_attempt_in_a_thread_that_is_not_the_main_one(
     tmp_path: Path,
 ) -> None:
-    server = liar("deaf", str(tmp_path / "pids"), seconds=1)
+    server = liar("deaf", str(tmp_path / "pids"), seconds=2)
     came: list[Any] = []
     thread = threading.Thread(target=lambda: came.append(run([server])))
     thread.start()
@@ -454,12 +454,10 @@ async def block(seconds: float) -> None:
 
 def test_no_process_survives_an_attempt_that_only_an_alarm_ends(tmp_path: Path) -> None:
     path = tmp_path / "pids"
-    server = Server(name="docs", command=(sys.executable, SERVER))
+    server = liar("stubborn", str(path))
     record = InMemory()
-    turns = (calls(("docs__pids", {"path": str(path)})), calls(("block", {"seconds": 30})))
-    ANSWERS["main"] = replies(*turns)
-    attempt = Attempt(agent("docs", tools=[block]), record, Means(servers={"docs": server}))
-    came = call(attempt.as_function, {"goal": "g"}, Context.for_testing(), 6)
+    wanted = ("block", {"seconds": 30})
+    came, _, _ = run([server], wanted, record=record, seconds=4, tools=[block])
     assert isinstance(came, Failed) and came.code == "timeout"
     assert isinstance(record.steps[-1], Reply), "the alarm rang in the midst of `block`"
     all_gone(path)
