@@ -85,13 +85,18 @@ def stay() -> None:
         file.write(f"{os.getpid()} {stray.pid}")
 
 
-def main() -> None:
+def begin() -> None:
+    """Do what a server does before it hears anything."""
     if HOW in ("deaf", "stubborn"):
         stay()
     if HOW == "deaf":
         time.sleep(600)
     if HOW == "greets":
         print("Welcome to the server!\n{}", flush=True)
+
+
+def main() -> None:
+    begin()
     for line in sys.stdin:
         asked = json.loads(line)
         if "id" not in asked:
