@@ -25,8 +25,10 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/opscore /opt/opscore
 ENV PATH=/opt/opscore/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-# Agents' modules are looked for here. Nothing is written but in /tmp.
+# Agents' modules are looked for here. Nothing is written but in /tmp and /files.
 WORKDIR /app
+# A volume here belongs to the one who writes to it.
+RUN install --directory --owner=10001 --group=10001 /files
 # A number, so that Kubernetes sees that it is not root.
 USER 10001:10001
 EXPOSE 8000 5555

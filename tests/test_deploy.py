@@ -221,18 +221,21 @@ def test_compose_has_every_service_with_what_each_needs() -> None:
         *("web", "flower", "worker-agents", "worker-io")
     }
     mounted = {v.split(":")[0] for s in servers for v in SERVICES[s]["volumes"]}
-    assert mounted == set(COMPOSE["volumes"])
+    assert mounted == set(COMPOSE["volumes"]) - {"files"}
 
 
-def test_our_containers_can_write_to_nothing_but_tmp() -> None:
+def test_our_containers_can_write_to_nothing_but_tmp_and_the_files_of_agents() -> None:
+    made = "install --directory --owner=10001 --group=10001 /files"
+    assert ("RUN", made) in FINAL and one("USER") == "10001:10001"
     for name in OURS:
         service = SERVICES[name]
         assert service["read_only"] is True and service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert [mount.split(":")[0] for mount in service["tmpfs"]] == ["/tmp"]
         for volume in service.get("volumes", []):
-            source, target, mode = filled(volume).split(":")
-            assert mode == "ro" and target == one("WORKDIR") and (ROOT / source).is_dir()
+            if volume != "files:/files":
+                source, target, mode = filled(volume).split(":")
+                assert mode == "ro" and target == one("WORKDIR") and (ROOT / source).is_dir()
 
 
 def test_everything_waits_for_the_tables() -> None:
