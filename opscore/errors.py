@@ -8,8 +8,8 @@
     │   ├── InvalidDefinition
     │   ├── InvalidInput
     │   └── InvalidRequest
-    ├── NotFound                AgentNotFound, RunNotFound, ScheduleNotFound, TaskNotFound,
-    │                           WorkflowNotFound
+    ├── NotFound                AgentNotFound, MemoryNotFound, RunNotFound, ScheduleNotFound,
+    │                           TaskNotFound, WorkflowNotFound
     ├── Conflict                KeyReused, WorkflowArchived, ScheduleExists, RunFinished, RunEnding,
     │                           RunNotPaused, RunNotFailed, NothingToRetry, ApprovalRefused,
     │                           ReportRefused, StaleNotice
@@ -101,6 +101,12 @@ class AgentNotFound(NotFound):
     """There is no agent {agent_id!r}; GET /v1/opscore/agents lists those there are."""
 
     code = "agent_not_found"
+
+
+class MemoryNotFound(NotFound):
+    """The agent has no memory {memory_id}."""
+
+    code = "memory_not_found"
 
 
 class RunNotFound(NotFound):

@@ -29,7 +29,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSONB, TSVECTOR
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from opscore.config import AGENTS_QUEUE
@@ -586,6 +586,37 @@ class AgentStep(Base):
 
     __table_args__ = (
         Index("ix_agent_steps_replies", "run_id", postgresql_where=text("kind = 'reply'")),
+    )
+
+
+class AgentMemory(Base):
+    """A text that an LLM agent keeps beyond its task: see `memories`."""
+
+    __tablename__ = "agent_memories"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, server_default=func.gen_random_uuid())
+    agent_id: Mapped[str]
+    """No foreign key: what an agent remembers outlives its registration, and can be deleted."""
+    namespace: Mapped[str]
+    digest: Mapped[str]
+    """SHA-256 of the text: the same one again is the same row."""
+    text: Mapped[str]
+    words: Mapped[Any] = mapped_column(TSVECTOR)
+    """As `agentkit.memory` has them, and where they stand: ` agent` and ` agent/namespace`."""
+    added_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    """When it was added last."""
+    expires_at: Mapped[datetime | None] = mapped_column()
+    """It is not found after that, and is deleted."""
+
+    __table_args__ = (
+        Index("uq_agent_memories_text", "agent_id", "namespace", "digest", unique=True),
+        Index("ix_agent_memories_added", "agent_id", "namespace", "added_at"),
+        Index("ix_agent_memories_words", "words", postgresql_using="gin"),
+        Index(
+            "ix_agent_memories_expires",
+            "expires_at",
+            postgresql_where=expires_at.is_not(None),
+        ),
     )
 
 

@@ -29,6 +29,7 @@ from sqlalchemy import (
     func,
     literal,
     literal_column,
+    null,
     or_,
     select,
     text,
@@ -39,6 +40,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB, aggregate_order_by, distinct_on
 from sqlalchemy.orm import aliased
 
+from opscore import memories
 from opscore.agentkit.redaction import redacted
 from opscore.db import Tx
 from opscore.engine.clauses import FOR_CAPABILITY, ORDER, is_open, still
@@ -53,6 +55,7 @@ from opscore.models import (
     IN_LINE,
     RUN_STATUS,
     Agent,
+    AgentMemory,
     AgentReport,
     AgentStep,
     ArchivedWorkflow,
@@ -1110,6 +1113,60 @@ def list_reports(tx: Tx, agent_id: str, *, after: Key | None, limit: int) -> Pag
         statement = statement.where(tuple_(AgentReport.at, AgentReport.id) < after)
     statement = statement.order_by(AgentReport.at.desc(), AgentReport.id.desc())
     return _page(tx, statement, limit, "timestamp", "id")
+
+
+_MEMORY = (
+    AgentMemory.id.label("memory_id"),
+    AgentMemory.namespace,
+    AgentMemory.text,
+    null().label("score"),
+    AgentMemory.added_at,
+    AgentMemory.expires_at,
+)
+
+
+def list_memories(
+    tx: Tx, agent_id: str, *, namespace: str | None = None, after: Key | None, limit: int
+) -> Page:
+    """Return a page of what an agent remembers, newest first.
+
+    Raises:
+        AgentNotFound: there never was one; one that was deregistered may have left something.
+    """
+    check_known(tx, agent_id)
+    statement = select(*_MEMORY).where(
+        AgentMemory.agent_id == agent_id,
+        AgentMemory.expires_at.is_(None) | (AgentMemory.expires_at > func.now()),
+    )
+    if namespace is not None:
+        statement = statement.where(AgentMemory.namespace == namespace)
+    if after is not None:
+        statement = statement.where(tuple_(AgentMemory.added_at, AgentMemory.id) < after)
+    statement = statement.order_by(AgentMemory.added_at.desc(), AgentMemory.id.desc())
+    return _page(tx, statement, limit, "added_at", "memory_id")
+
+
+def find_memories(
+    tx: Tx, agent_id: str, query: str, *, namespace: str | None = None, limit: int
+) -> Page:
+    """Return what an agent remembers that shares words with a query, as the agent finds it.
+
+    Raises:
+        AgentNotFound: see `list_memories`.
+    """
+    check_known(tx, agent_id)
+    found = memories.search(tx, agent_id, namespace, query, limit)
+    return Page([{**row._asdict(), "memory_id": row.id} for row in found], None)
+
+
+def check_known(tx: Tx, agent_id: str) -> None:
+    """Make sure that there is such an agent, or was.
+
+    Raises:
+        AgentNotFound
+    """
+    if tx.execute(select(true()).where(Agent.agent_id == agent_id)).first() is None:
+        raise AgentNotFound(agent_id=agent_id)
 
 
 def _with_work(tx: Tx, agents: Sequence[Row]) -> list[dict[str, Any]]:

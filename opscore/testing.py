@@ -9,7 +9,9 @@ run, such as pausing it, is not played.
 """
 
 import inspect
+import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,8 +24,9 @@ from typing import Any
 from opscore import agentkit
 from opscore.agentkit import Context, FunctionAgent, Outcome
 from opscore.agentkit.function import AgentFunction
+from opscore.agentkit.llm import LLMAgent
 from opscore.definition import Approval, Definition, check_children, id_of, parse, read_document
-from opscore.errors import Invalid, InvalidDefinition
+from opscore.errors import GiveUp, Invalid, InvalidDefinition
 from opscore.simulation import Agent, Decision, NotFaked, Run, Simulation, Task
 
 __all__ = ["NotFaked", "Run", "Task", "after", "approve", "fake", "reject", "simulate"]
@@ -50,7 +53,7 @@ class After:
     answer: Any
 
 
-Stand = Fake | FunctionAgent | AgentFunction
+Stand = Fake | FunctionAgent | AgentFunction | LLMAgent
 """Who stands for an agent."""
 Document = Path | Mapping[str, Any] | str
 """A file in JSON or YAML, a document, or the text of one in YAML."""
@@ -117,7 +120,8 @@ def simulate(
         workflow: what is run.
         input: its input; without one it is `{}`.
         agents: id or capability -> `fake(...)`, or a function `(parameters, context)`; if that is
-            one below `@agent`, its capabilities and its capacity count.
+            one below `@agent`, its capabilities and its capacity count. An `LLMAgent` works with
+            its model and its tools, and remembers until the end; give it a scripted model.
         approvals: task -> `approve()` or `reject()`; of others nobody says anything.
         workflows: id -> a sub-workflow, in whatever version; a `fake` is called with its input.
         agent_id: the agent it is triggered for.
@@ -171,6 +175,8 @@ def _check_approvals(names: Iterable[str], documents: Iterable[Definition]) -> N
 
 
 def _player(id: str, stand: Stand) -> Agent:
+    if isinstance(stand, LLMAgent):
+        stand = Fake([_worker(stand)], stand.capabilities, stand.capacity)
     if not isinstance(stand, Fake):
         declared = stand if isinstance(stand, FunctionAgent) else agentkit.declared(stand)
         if declared is not None:
@@ -181,6 +187,23 @@ def _player(id: str, stand: Stand) -> Agent:
             raise TypeError(f"agents[{id!r}] must be fake(...) or a function, not {stand!r}.")
     offers = frozenset({id, *stand.capabilities})
     return Agent(id, _Caller(id, stand.answers), offers, stand.capacity, stand.away)
+
+
+def _worker(agent: LLMAgent) -> AgentFunction:
+    """Return a function that works as the agent does, and goes on where an attempt before ended."""
+    from opscore.agentkit.running import Attempt, Means  # with asyncio, for who has such agents
+    from opscore.agentkit.steps import InMemory
+
+    means, records = Means(environment=os.environ), defaultdict[str, InMemory](InMemory)
+
+    async def work(parameters: Mapping[str, Any], context: Context) -> Any:
+        attempt = Attempt(agent, records[context.task_id], means)
+        output = await attempt.as_function.function(parameters, context)
+        if attempt.needs_approval:
+            raise GiveUp("It asks whether it may call a tool; approvals of calls are not played.")
+        return output
+
+    return work
 
 
 class _Caller:

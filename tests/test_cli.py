@@ -566,6 +566,34 @@ def test_agents_are_listed_shown_and_steered(desk: Desk) -> None:
     assert triggered.is_fine().endswith("well, then\n")
 
 
+def test_what_an_agent_remembers_is_shown_found_and_forgotten(desk: Desk) -> None:
+    for goal in ("the cat is grey", f"the dog is brown {HOSTILE}", "the cow is away"):
+        given = ("task", "submit", json.dumps({"goal": goal}), "--agent", "diarist", "--wait")
+        assert "kept" in desk.run(*given).is_fine()
+    listed = desk.run("agent", "memories", "diarist").is_fine().splitlines()
+    assert [line.split("diary")[1].strip()[:7] for line in listed[1:]] == [
+        *("the cow", "the dog", "the cat")
+    ]
+    assert "\x1b" not in "".join(listed)
+    found = desk.run("agent", "memories", "diarist", "--query", "which cat").is_fine()
+    assert re.search(r"0\.\d\d +diary +the cat is grey$", found, re.MULTILINE)
+    assert "no such thing" in desk.run("agent", "memories", "diarist", "--query", "owl").is_fine()
+    first, *_ = ids = desk.run("agent", "memories", "diarist", "-q").is_fine().split()
+    assert desk.run("agent", "forget", "diarist", first).is_fine() == "Forgotten: 1.\n"
+    said = desk.run("agent", "forget", "diarist", first)
+    assert said.code == 1 and "has no memory" in said.err and "agent memories" in said.err
+    for wrong in ([], [first, "--all"], [first, "--namespace", "diary"]):
+        assert desk.run("agent", "forget", "diarist", *wrong).code == 2
+    assert desk.run("agent", "forget", "diarist", "--all", "--namespace", "x", "--json").json() == {
+        "forgotten": 0
+    }
+    assert desk.run("agent", "forget", "diarist", "--all", "--json").json() == {
+        "forgotten": len(ids) - 1
+    }
+    assert "no such thing" in desk.run("agent", "memories", "diarist").is_fine()
+    assert desk.run("agent", "memories", "nobody").code == 1
+
+
 def test_what_waits_is_listed_by_what_it_waits_for(desk: Desk) -> None:
     run_id = desk.run("run", "submit", "asking", "-q").is_fine().strip()
     task = desk.asked(run_id)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,7 +23,11 @@ import yaml
 from stack import Servers, Stack, running_stack, wait_until
 
 from opscore import definition, engine, remote, remote_call
-from opscore.agentkit import Completed, Context
+from opscore.agentkit import Completed, Context, call
+from opscore.agentkit.llm import Limits
+from opscore.agentkit.mcp_config import load_servers
+from opscore.agentkit.running import Attempt, Means
+from opscore.agentkit.steps import InMemory
 from opscore.config import Settings
 from opscore.errors import AgentBusy, GiveUp
 from opscore.states import Reason
@@ -62,8 +66,8 @@ def settings_declared() -> set[str]:
 
 def make_targets(text: str) -> set[str]:
     """Return the make targets that a text names. All of them must be there."""
-    named = set(re.findall(r"(?:`|^ {4})make ([a-z]+)", text, re.M))
-    there = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", text, re.M))
+    there = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert named <= there
     return named
 
@@ -248,6 +252,40 @@ def test_the_task_they_show_is_what_an_agent_behind_http_gets() -> None:
     assert json.loads(remote_call._body(order)) == task
     answer = next(f.text for f in fences(PAGES["agents.md"]) if '"result"' in f.text)
     assert remote.read_report(json.loads(answer)) == Completed({"summary": "The parameters."})
+
+
+def test_the_llm_agent_they_show_works_with_the_script_they_show() -> None:
+    page = "llm-agents.md"
+    names: dict[str, Any] = {"__name__": "my_models"}
+    exec(one_program(page, "# my_models.py"), names)
+    exec(one_program(page, "@script"), names)
+    clerk = replace(names["CLERK"], model="scripted:clerk", fallback_models=())
+    assert len(names["CLERK"].missing_keys({})) == 2
+    attempt = Attempt(clerk, InMemory(), Means())
+    parameters = {"goal": "Ada wants her money back."}
+    answer = call(attempt.as_function, parameters, Context.for_testing(), 20)
+    order = '[{"id": "o-1", "customer": "ada", "total": 30}]'
+    assert answer == Completed({"done": True, "note": order})
+
+
+def test_the_limits_they_list_have_these_defaults() -> None:
+    table = PAGES["llm-agents.md"].split("| Limit | Default | |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in row.split("|")[1:3]] for row in table.splitlines()[2:]]
+    told = {name.strip("` "): default for names, default in rows for name in names.split(",")}
+    limits = asdict(Limits())
+    of_one = {name: told[name] for name in limits if told[name]}
+    assert set(told) == set(limits)
+    said = {"none": None, **{f"{v:,g}": v for v in limits.values() if v is not None}}
+    assert {name: said[default] for name, default in of_one.items()} == limits
+
+
+def test_the_file_of_mcp_servers_they_show_is_one(tmp_path: Path) -> None:
+    (shown,) = [f.text for f in fences(PAGES["llm-agents.md"]) if f.language == "yaml"]
+    (tmp_path / "mcp.yaml").write_text(shown)
+    given = {"DOCS_TOKEN": "one", "WEB_TOKEN": "two"}
+    servers = load_servers(str(tmp_path / "mcp.yaml"), given)
+    assert servers["docs"].environment == {"TOKEN": "one"}
+    assert servers["web"].headers == {"Authorization": "Bearer two"}
 
 
 def test_the_agents_they_show_run_as_pasted() -> None:

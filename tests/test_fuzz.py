@@ -28,7 +28,7 @@ from sqlalchemy import text
 from stack import API_KEY, Servers, new_redis_url, stack_environment
 from test_engine import Desk, task
 
-from opscore import canvas, engine, logs
+from opscore import canvas, engine, logs, memories
 from opscore.config import IO_QUEUE, Settings
 from opscore.remote import AGENT_PREFIX, sign
 from opscore.states import Reason, RunStatus, TaskStatus
@@ -46,6 +46,8 @@ KNOWN = 0.8
 """How many of the ids in requests are of something that is there."""
 SHELVED = "shelved"
 """The workflow that may be archived: with the other one nothing could be started any more."""
+DIARIST = "diarist"
+"""The agent whose memories are forgotten one by one: another's are forgotten all at once."""
 JUDGED = ["2xx", "400", "401", "404", "409", "422"]
 """What may become of a body or a cursor that fits its schema. No schema tells what an expression
 means, which URLs are allowed, what a function agent has, or of which list a cursor is (422); nor
@@ -83,6 +85,8 @@ def fill(client: Client) -> dict[str, list[Any]]:
         "tasks_approve taskId": asked,
         "tasks_reject taskId": asked[::-1],
         "agentId": agents,
+        "memoryId": _memories(client),
+        "agents_forget_memory agentId": [DIARIST],
         "workflowId": ["report"],
         "workflows_archive workflowId": [SHELVED],
         "number": [1],
@@ -124,6 +128,13 @@ def _schedules(client: Client) -> list[str]:
         assert client.post("/schedules", wanted).status_code == 201
         assert client.post(f"/schedules/{name}/trigger").status_code == 202
     return names
+
+
+def _memories(client: Client) -> list[str]:
+    """Have an agent remember things."""
+    with client.database.transaction() as tx:
+        add_agent(tx, DIARIST, kind="llm")
+        return [memories.add(tx, DIARIST, "notes", f"note {n}") for n in range(EACH)]
 
 
 def open_attempts(client: Client) -> Iterator[tuple[str, str]]:
@@ -279,6 +290,10 @@ def configuration(
                 {
                     "include-operation-id": ["workflows_archive"],
                     "parameters": {"path.workflowId": known["workflows_archive workflowId"]},
+                },
+                {
+                    "include-operation-id": ["agents_forget_memory"],
+                    "parameters": {"path.agentId": known["agents_forget_memory agentId"]},
                 },
                 {
                     "include-path": shadowed(document),

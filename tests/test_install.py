@@ -40,7 +40,8 @@ IMPORT_ALL = """
 import opscore, opscore.cli, opscore.sdk
 for package in (opscore.cli, opscore.sdk, opscore.agentkit):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        __import__(module.name)
+        if not module.name.endswith(".mcp_stdio"):  # of the extra `agents`, and imported with it
+            __import__(module.name)
 opscore.sdk.AgentServer
 """
 COMMAND = "from opscore.__main__ import main; main()"

@@ -78,6 +78,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         "INSERT INTO agent_steps (task_id, number, run_id, attempt, kind, data)"
         f" VALUES ('{TASK}', 0, '{RUN}', 1, 'reply', '{{}}')",
     ),
+    "0014": (
+        "INSERT INTO agent_memories (id, agent_id, namespace, text, digest, words)"
+        " VALUES (gen_random_uuid(), 'model', 'n', 't', 'd', '')",
+    ),
 }
 """Revision -> rows as its version wrote them. Whoever adds a table adds a row of it."""
 

@@ -34,7 +34,7 @@ from stack import (
 )
 from test_fuzz import ask_for_approvals, fail_runs, open_attempts
 
-from opscore import sdk
+from opscore import memories, sdk
 from opscore.config import Settings
 from opscore.sdk import OpsCoreClientAsync, OpsCoreClientSync, async_client, errors, sync_client
 from web.api.tasks import TOKEN
@@ -227,7 +227,7 @@ class Office:
     """The API in this process, nobody at work, and things to call each operation with."""
 
     def __init__(self, http: Client) -> None:
-        self.app = http.app
+        self.app, self.database = http.app, http.database
         self.operations = {
             operation["operationId"]
             for path in http.get("/openapi.json").json["paths"].values()
@@ -248,6 +248,12 @@ class Office:
 
     def failed_run(self) -> str:
         return next(self._failed)[1]
+
+    def memory(self) -> tuple[str, str]:
+        """Have the writer remember something; return its id and its text."""
+        text = self.name()
+        with self.database.autocommit() as tx:
+            return memories.add(tx, "writer", "notes", text), text
 
     def tried_task(self) -> str:
         return next(self._failed)[0]
@@ -342,6 +348,15 @@ CALLS: dict[str, Callable[[Any, Office], Any]] = {
     "agents.update_state": lambda client, _: client.agents.update_state("abroad", "idle"),
     "agents.get_state": lambda client, _: client.agents.get_state("abroad"),
     "agents.history": lambda client, _: client.agents.history("abroad"),
+    "agents.memories": lambda client, office: client.agents.memories(
+        "writer", query=office.memory()[1]
+    ),
+    "agents.forget_memory": lambda client, office: client.agents.forget_memory(
+        "writer", office.memory()[0]
+    ),
+    "agents.forget_memories": lambda client, _: client.agents.forget_memories(
+        "writer", namespace="notes"
+    ),
     "schedules.create": lambda client, office: client.schedules.create(
         {"name": office.name(), "workflowId": "report", "cron": "*/90 * * * *"}
     ),

@@ -14,7 +14,10 @@ import pytest
 
 from examples import support_triage
 from opscore import AgentBusy, Context, GiveUp, RetryLater, agent
-from opscore.agentkit import Registry, load_agents
+from opscore.agentkit import Registry, load_agents, scripted
+from opscore.agentkit.llm import LLMAgent
+from opscore.agentkit.model import ModelBusy, Reply, Request
+from opscore.agentkit.tools import TOOLS, tool
 from opscore.errors import InvalidDefinition, InvalidInput, InvalidRequest
 from opscore.testing import NotFaked, after, approve, fake, reject, simulate
 
@@ -229,6 +232,64 @@ def test_what_the_declaration_of_an_agent_says_counts() -> None:
     run = simulate(document, agents=registry)
     assert (run.output, run.seconds) == ([1, 2, 3], 30)
     assert simulate(document, agents={"cooking": cook}).seconds == 10  # not of `@agent`: no limit
+
+
+@pytest.fixture
+def effects() -> list[str]:
+    """What the tool of `clerk` did."""
+    return []
+
+
+@pytest.fixture
+def clerk(effects: list[str], monkeypatch: pytest.MonkeyPatch) -> LLMAgent:
+    """An LLM agent that files something, is rate limited once, then says how that went."""
+    monkeypatch.setattr(TOOLS, "_tools", {})
+    monkeypatch.setattr(scripted, "_scripts", {})
+    monkeypatch.setattr("opscore.agentkit.llm.SCRIPTS", scripted._scripts)
+    monkeypatch.setattr("opscore.agentkit.running.SCRIPTS", scripted._scripts)
+
+    @tool
+    def file_it(text: str) -> str:
+        """File something."""
+        effects.append(text)
+        return "filed"
+
+    @tool(approval=True)
+    def burn_it(text: str) -> str:
+        """Burn something."""
+        return "burnt"
+
+    limits = [ModelBusy("429", retry_after=60)]
+
+    @scripted.script("clerk")
+    def work(request: Request) -> Reply | str:
+        goal = getattr(request.messages[0], "text", "")
+        if len(request.messages) == 1:
+            return scripted.calls(("burn_it" if "burn" in goal else "file_it", {"text": goal}))
+        if limits:
+            raise limits.pop()
+        return f"{goal}: {getattr(request.messages[-1], 'content', '')}"
+
+    return LLMAgent(
+        agent_id="any", model="scripted:clerk", tools=[file_it, burn_it], capabilities=["clerk"]
+    )
+
+
+def test_an_llm_agent_goes_on_where_it_was_rate_limited(
+    clerk: LLMAgent, effects: list[str]
+) -> None:
+    one = {"taskId": "t", "agentCapability": "clerk", "parameters": {"goal": "A 7"}}
+    run = simulate(flow(one), agents={"clerk-1": clerk})
+    assert (run.status, run.output, run.seconds) == ("completed", "A 7: filed", 60)
+    assert effects == ["A 7"] and run.tasks["t"].agent_id == "clerk-1"
+
+
+def test_an_llm_agent_that_asks_for_an_approval_fails_and_says_that_this_is_not_played(
+    clerk: LLMAgent,
+) -> None:
+    one = task("t", "clerk-1", parameters={"goal": "burn it"})
+    run = simulate(flow(one), agents={"clerk-1": clerk})
+    assert run.status == "failed" and "approvals of calls are not played" in str(run.error)
 
 
 def test_the_agents_of_modules_are_given_as_they_were_loaded_and_overridden() -> None:

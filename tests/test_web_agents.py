@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 from http_client import Client, open_client, problem
 from rows import add_agent
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
+from werkzeug.test import TestResponse
 
+from opscore import memories
 from opscore.config import Settings
-from opscore.models import Run, Workflow
+from opscore.models import Agent, Run, Workflow
 
 UNBOUND = {"id": "report", "tasks": [{"taskId": "a"}, {"taskId": "b"}]}
 
@@ -57,6 +59,87 @@ def test_agents_are_listed_and_got(client: Client) -> None:
     }
     assert client.get("/agents?capability=read").json["items"] == []
     problem(client.get("/agents/nobody"), 404, "agent_not_found")
+
+
+# --- What they remember ---------------------------------------------------------------------------
+
+MEMORIES = "/agents/writer/memories"
+
+
+@pytest.fixture
+def remembering(client: Client) -> Client:
+    with client.database.transaction() as tx:
+        add_agent(tx, "other", kind="llm")
+    for agent_id, namespace, text in [
+        ("writer", "notes", "the cat is grey"),
+        ("writer", "notes", "the dog is brown"),
+        ("writer", "old", "a cat and a dog"),
+        ("other", "notes", "the cat is white"),
+    ]:
+        with client.database.autocommit() as tx:
+            memories.add(tx, agent_id, namespace, text, 3600 if namespace == "old" else None)
+    return client
+
+
+def told(client: Client, query: str = "") -> list[str]:
+    return [one["text"] for one in client.get(MEMORIES + query).json["items"]]
+
+
+def forget(client: Client, path: str) -> TestResponse:
+    return client.send("DELETE", path)
+
+
+def test_what_an_agent_remembers_is_listed_newest_first_and_in_pages(remembering: Client) -> None:
+    assert told(remembering) == ["a cat and a dog", "the dog is brown", "the cat is grey"]
+    assert told(remembering, "?namespace=notes") == ["the dog is brown", "the cat is grey"]
+    page = remembering.get(f"{MEMORIES}?limit=2").json
+    rest = remembering.get(f"{MEMORIES}?limit=2&cursor={page['nextCursor']}").json
+    assert [one["text"] for one in rest["items"]] == ["the cat is grey"]
+    assert rest["nextCursor"] is None
+    (newest, *_) = page["items"]
+    assert set(newest) == {"memoryId", "namespace", "text", "score", "addedAt", "expiresAt"}
+    assert (newest["score"], newest["namespace"]) == (None, "old")
+    assert newest["expiresAt"].endswith("Z") and page["items"][1]["expiresAt"] is None
+
+
+def test_what_an_agent_remembers_is_found_as_it_finds_it(remembering: Client) -> None:
+    assert told(remembering, "?query=grey+cat") == ["the cat is grey", "a cat and a dog"]
+    assert told(remembering, "?query=cat&namespace=notes") == ["the cat is grey"]
+    assert told(remembering, "?query=owl") == []
+    assert told(remembering, "?query=&limit=1") == ["a cat and a dog"]
+    (found,) = remembering.get(f"{MEMORIES}?query=grey").json["items"]
+    assert found["score"] == 1
+    cursor = remembering.get(f"{MEMORIES}?limit=1").json["nextCursor"]
+    refused = problem(
+        remembering.get(f"{MEMORIES}?query=a&cursor={cursor}"), 422, "invalid_request"
+    )
+    assert list(refused["errors"]) == ["/cursor"]
+
+
+def test_an_agent_forgets_one_memory_those_of_a_namespace_or_all(remembering: Client) -> None:
+    first = remembering.get(f"{MEMORIES}?query=grey").json["items"][0]["memoryId"]
+    problem(forget(remembering, f"/agents/other/memories/{first}"), 404, "memory_not_found")
+    assert forget(remembering, f"{MEMORIES}/{first}").status_code == 204
+    problem(forget(remembering, f"{MEMORIES}/{first}"), 404, "memory_not_found")
+    problem(forget(remembering, f"{MEMORIES}/none"), 404, "memory_not_found")
+    assert forget(remembering, f"{MEMORIES}?namespace=old").json == {"forgotten": 1}
+    assert told(remembering) == ["the dog is brown"]
+    assert [forget(remembering, MEMORIES).json["forgotten"] for _ in "ab"] == [1, 0]
+    assert len(remembering.get("/agents/other/memories").json["items"]) == 1
+    for method in ("GET", "DELETE"):
+        problem(remembering.send(method, "/agents/nobody/memories"), 404, "agent_not_found")
+
+
+def test_what_a_deregistered_agent_remembers_can_be_looked_at_and_forgotten(
+    remembering: Client,
+) -> None:
+    with remembering.database.transaction() as tx:
+        tx.execute(update(Agent).values(deregistered_at=func.now()))
+    assert told(remembering, "?query=grey") == ["the cat is grey"]
+    assert forget(remembering, MEMORIES).json == {"forgotten": 3}
+
+
+# --- The older way to start a workflow ------------------------------------------------------------
 
 
 def test_a_workflow_is_triggered_by_its_id(client: Client) -> None:

@@ -6,7 +6,7 @@ from uuid import UUID
 from werkzeug.exceptions import NotFound as NothingHere
 from werkzeug.routing import BaseConverter
 
-from opscore.errors import NotFound, RunNotFound, TaskNotFound
+from opscore.errors import MemoryNotFound, NotFound, RunNotFound, TaskNotFound
 
 
 class _Id(BaseConverter):
@@ -28,6 +28,12 @@ class RunId(_Id):
     """`<run:run_id>`"""
 
     error, name = RunNotFound, "run_id"
+
+
+class MemoryId(_Id):
+    """`<memory:memory_id>`"""
+
+    error, name = MemoryNotFound, "memory_id"
 
 
 class TaskId(_Id):

@@ -24,7 +24,7 @@ from opscore.config import installed_version
 from opscore.remote import AGENT_PREFIX
 from web.bodies import JSON, YAML, Parser, read_definition
 from web.errors import PROBLEM
-from web.ids import RunId, TaskId
+from web.ids import MemoryId, RunId, TaskId
 from web.schemas import STEP, STEP_NAME, KeyHeader, Problem, WorkflowDefinition, camel
 from web.starting import REPLAYED_HEADER
 from web.streams import EVENT_STREAM
@@ -246,7 +246,7 @@ def _problems(
 
 def make_api(app: Flask) -> Api:
     """Attach the description to `app`."""
-    app.url_map.converters.update(run=RunId, task=TaskId)
+    app.url_map.converters.update(memory=MemoryId, run=RunId, task=TaskId)
     api = Api(
         app,
         spec_kwargs={
@@ -265,7 +265,7 @@ def make_api(app: Flask) -> Api:
         scheme = {"type": "apiKey", "in": "header", "name": header, "description": about}
         api.spec.components.security_scheme(name, scheme)
     api.spec.components.schema(STEP_NAME, dict(STEP))
-    for converter in (RunId, TaskId):
+    for converter in (MemoryId, RunId, TaskId):
         api.register_converter(converter, lambda _: {"type": "string", "format": "uuid"})
     app.register_blueprint(_docs(api))
     return api

@@ -1314,6 +1314,36 @@ class AgentChange(Arguments):
     require_token = Flag("false: its id is proof enough of a result. Of remote agents.")
 
 
+class Memory(Answer):
+    """A text that an LLM agent remembers beyond its tasks."""
+
+    memory_id = _uuid("Its own.")
+    namespace = _text("Of the agent's memory.", example="research")
+    text = _text(example="The invoices of Meyer come in March.")
+    score = fields.Float(
+        allow_none=True,
+        metadata=_about("Of a search: 1 has all words of the query. Null where nothing was asked."),
+    )
+    added_at = Moment("When it was added, or added again.")
+    expires_at = Moment("When it is forgotten by itself.", null=True)
+
+
+MEMORY_FILTERS: Mapping[str, fields.Field[Any]] = {
+    "query": _text("Those that share words with this only, the best first, on one page."),
+    "namespace": _text("Those of this namespace only."),
+}
+
+
+class MemoryScope(Arguments):
+    """Which of an agent's memories."""
+
+    namespace = _text("Those of this namespace only.")
+
+
+class Forgotten(Answer):
+    forgotten = fields.Integer(metadata=_about("How many memories that were."))
+
+
 class AgentDetails(Arguments):
     """What an agent behind HTTP says of itself; to deregister, its `agentId` is enough."""
 

@@ -17,7 +17,7 @@ from celery import bootsteps
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from opscore import alive, engine, idempotency, logs, presence, schedules
+from opscore import alive, engine, idempotency, logs, memories, presence, schedules
 from opscore.config import Settings, installed_version
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
@@ -154,13 +154,14 @@ class Round:
         self.has_more |= self.dispatcher.rescue(LIMIT)
 
     def tidy(self) -> None:
-        """Forget keys of which nobody may ask again, old firings, and workers that died."""
+        """Forget what is over: keys, old firings, expired memories, workers that died."""
         days = self.settings.firing_days
         with self.database.autocommit() as tx:
             presence.forget(tx)
             forgotten = (
                 idempotency.forget_keys(tx, LIMIT),
                 schedules.forget_events(tx, days, LIMIT),
+                memories.forget_expired(tx, LIMIT),
             )
             self.tidied = schedules.forget_firings(tx, days, LIMIT, self.tidied or "")
         self.is_untidy = max(forgotten) >= LIMIT or self.tidied is not None

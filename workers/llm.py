@@ -1,10 +1,11 @@
 """An attempt of an LLM agent in a worker: the loop, with its record in PostgreSQL."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from opscore import agentkit, records
+from opscore import agentkit, memories, records
 from opscore.agentkit import Completed, Context, Outcome
 from opscore.agentkit.llm import LLMAgent
 from opscore.agentkit.model import Call, Reply, Result
@@ -82,6 +83,7 @@ def call(
     means: Means,
 ) -> Outcome | Undecided:
     """Have the agent go on with its task, and return what came of it."""
+    means = replace(means, memory=partial(memories.Stored, insist))
     attempt = Attempt(agent, Stored(claimed, insist, means.secrets), means)
     outcome = agentkit.call(attempt.as_function, parameters, context, claimed.timeout_seconds)
     if attempt.needs_approval and isinstance(outcome, Completed):

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opscore.agentkit.context import Context
-from opscore.agentkit.tools import Tool, ToolFault
+from opscore.agentkit.memory import Memory, recall_tool, remember_tool
+from opscore.agentkit.tools import TOOL_SECONDS, Tool, ToolFault
 
 if TYPE_CHECKING:
     from opscore.agentkit.llm import LLMAgent
@@ -275,9 +276,33 @@ def _tool(function: Callable[..., Any], seconds: float = FILE_SECONDS) -> Tool:
     return Tool(name, words, function, seconds, max_bytes=MAX_PAGE_BYTES)
 
 
+# --- Memory --------------------------------------------------------------------------------------
+
+
+def _memory(agent: "LLMAgent", means: "Means") -> Memory:
+    assert agent.memory is not None  # or its declaration was refused
+    return means.memory(agent.agent_id, agent.memory)
+
+
+def _remember(agent: "LLMAgent", _context: Context, means: "Means") -> Tool:
+    return remember_tool(_memory(agent, means))
+
+
+def _recall(agent: "LLMAgent", _context: Context, means: "Means") -> Tool:
+    return recall_tool(_memory(agent, means))
+
+
+def _no_fault(_agent: "LLMAgent", _means: "Means") -> None:
+    """It needs nothing that a worker might not have."""
+
+
+OF_MEMORY = ("remember", "recall")
+
 BUILT_IN: Mapping[str, BuiltIn] = {
     "http_get": BuiltIn(_http_get, _http_fault, HTTP_SECONDS),
     "read_file": BuiltIn(_read_file, _files_fault, FILE_SECONDS),
     "write_file": BuiltIn(_write_file, _files_fault, FILE_SECONDS),
     "list_files": BuiltIn(_list_files, _files_fault, FILE_SECONDS),
+    "remember": BuiltIn(_remember, _no_fault, TOOL_SECONDS),
+    "recall": BuiltIn(_recall, _no_fault, TOOL_SECONDS),
 }

@@ -13,7 +13,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from opscore.agentkit.builtin import BUILT_IN
+from opscore.agentkit.builtin import BUILT_IN, OF_MEMORY
 from opscore.agentkit.scripted import SCRIPTS
 from opscore.agentkit.tools import TOOLS, Tool
 from opscore.errors import ConfigurationError
@@ -111,11 +111,12 @@ class LLMAgent:
         fallback_models: asked in this order when the one before gives no answer.
         instructions: what it is told before every task.
         tools: its tools, by name or as the functions that `@tool` stands above; built in are
-            `http_get` (of hosts in `permissions.hosts`), and `read_file`, `write_file` and
-            `list_files` in a folder of the run.
+            `http_get` (of hosts in `permissions.hosts`), `read_file`, `write_file` and `list_files`
+            in a folder of the run, `remember` and `recall`.
         mcp_servers: MCP servers, by their names in the file that `OPSCORE_MCP_CONFIG` names; which
             of their tools it may call is said in `permissions.mcp`.
-        memory: the namespace of what it remembers; None: it has no memory.
+        memory: the namespace of what it remembers (the name of one, as ids are); None: it has no
+            memory. It is used by the tools `remember` and `recall` alone.
         output_schema: JSON Schema of its answers; None: they are text.
         capabilities, capacity, version, name: as of a function agent.
 
@@ -186,6 +187,7 @@ class LLMAgent:
         for model in self.models:
             yield from _model_faults(model)
         yield from self._tool_faults()
+        yield from self._memory_faults()
         yield from self.limits.faults()
         yield from self._schema_faults()
         if self.permissions.mcp and not self.mcp_servers:
@@ -201,11 +203,22 @@ class LLMAgent:
             elif known is None:
                 there = ", ".join(sorted({*TOOLS, *BUILT_IN}))
                 yield f"has an unknown tool {name!r}: there are {there}"
+            elif name in TOOLS and name in BUILT_IN:
+                yield f"has a tool {name}, as one is called that is built in: rename it"
             elif known.seconds >= self.limits.call_seconds:
                 yield (
                     f"has the tool {name}, which may take {known.seconds:g} s: that must be "
                     f"less than limits.call_seconds ({self.limits.call_seconds:g})"
                 )
+
+    def _memory_faults(self) -> Iterator[str]:
+        tools = [name for name in OF_MEMORY if name in self.built_in]
+        if self.memory is None and tools:
+            yield f"has the tool {tools[0]}, and no memory: name its namespace"
+        if self.memory is not None and not tools:
+            yield f"has a memory, and no tool to use it: list {' or '.join(OF_MEMORY)}"
+        if self.memory is not None and not _ID.fullmatch(self.memory):
+            yield "has a bad memory: its namespace must be 1 to 64 letters, digits, '_', '.' or '-'"
 
     def _schema_faults(self) -> Iterator[str]:
         if self.output_schema is None:

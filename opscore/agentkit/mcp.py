@@ -8,12 +8,12 @@ connection lives in a task of its own, in the attempt's event loop, and is close
 import asyncio
 import hashlib
 import json
+import logging
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from opscore import logs
 from opscore.agentkit.context import Context, storable_text
 from opscore.agentkit.llm import PROXY, LLMAgent, Permissions
 from opscore.agentkit.mcp_config import Server
@@ -24,7 +24,7 @@ from opscore.agentkit.tools import MAX_RESULT_BYTES, AnyTool, TimedOut, ToolFaul
 if TYPE_CHECKING:
     from mcp import Client
 
-log = logs.get(__name__)
+log = logging.getLogger(__name__)  # opscore's own lines need what agents do without
 
 MAX_TOOLS = 64
 """Of one server that the model sees as tools of their own; it can call all others by the proxy."""
@@ -160,12 +160,12 @@ class _Line:
 
     def _complain(self) -> None:
         said = self._child.said.decode(errors="replace") if self._child else ""
-        log.warning(
-            "mcp.server_failed",
-            server=self.server.name,
-            reason=redacted(self.fault, self.server.secrets),
-            stderr=redacted(said[-400:], self.server.secrets),
-        )
+        told = {
+            "server": self.server.name,
+            "reason": redacted(self.fault, self.server.secrets),
+            "stderr": redacted(said[-400:], self.server.secrets),
+        }
+        log.warning("mcp.server_failed", extra=told)
 
     def ending(self) -> asyncio.Task[None] | None:
         """Begin to close it, and return what will have ended then."""

@@ -1,6 +1,6 @@
 """Running an LLM agent as if it were a function: what it needs is put together for one attempt."""
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,6 +13,7 @@ from opscore.agentkit.function import FunctionAgent
 from opscore.agentkit.llm import KEYS, LLMAgent
 from opscore.agentkit.loop import Job, NeedsApproval, goal_of, work
 from opscore.agentkit.mcp_config import Server, server_faults
+from opscore.agentkit.memory import Memory, Shelf
 from opscore.agentkit.model import Model
 from opscore.agentkit.providers import Hosted
 from opscore.agentkit.providers import model_of as hosted
@@ -34,6 +35,8 @@ class Means:
     """Where runs have their folders."""
     fetch: Fetch | None = None
     """Gets what a URL leads to."""
+    memory: Callable[[str, str], Memory] = field(default_factory=Shelf)
+    """Gives an agent's memory, by the agent's id and the namespace; in this process by default."""
 
     @property
     def secrets(self) -> Sequence[str]:

@@ -133,6 +133,65 @@ def set_capacity(session: Session, agent_id: str, capacity: int) -> None:
     _changed(session, session.client.agents.change(agent_id, {"capacity": capacity}))
 
 
+@agent.command(
+    examples=(
+        "opscore agent memories researcher",
+        'opscore agent memories researcher --query "invoices of Meyer"',
+    )
+)
+@click.argument("agent_id")
+@click.option("--query", help="What it finds with these words only, the best first.")
+@click.option("--namespace", help="Those of this namespace only.")
+@limited
+@quiet("memoryId")
+@asks
+def memories(
+    session: Session, agent_id: str, query: str | None, namespace: str | None, limit: int | None
+) -> None:
+    """List what an LLM agent remembers, newest first."""
+    columns: Sequence[output.Column] = (
+        ("MEMORY", lambda m: m["memoryId"]),
+        ("ADDED", lambda m: output.age(m["addedAt"])),
+        *((("SCORE", lambda m: f"{m['score']:.2f}"),) if query is not None else ()),
+        ("NAMESPACE", lambda m: m["namespace"]),
+        ("TEXT", lambda m: m["text"]),
+    )
+    session.show_list(
+        session.client.agents.memories(agent_id, query=query, namespace=namespace),
+        limit,
+        lambda found: output.table(found, columns, "It remembers no such thing."),
+    )
+
+
+@agent.command(
+    examples=(
+        "opscore agent forget researcher 0197b5a0-0000-4000-8000-000000000000",
+        "opscore agent forget researcher --all --namespace customers",
+    )
+)
+@click.argument("agent_id")
+@click.argument("memory_ids", nargs=-1)
+@click.option("--all", "is_all", is_flag=True, help="All it remembers, instead of those named.")
+@click.option("--namespace", help="With --all: all of this namespace only.")
+@asks
+def forget(
+    session: Session,
+    agent_id: str,
+    memory_ids: Sequence[str],
+    is_all: bool,
+    namespace: str | None,
+) -> None:
+    """Have an LLM agent forget memories, for good."""
+    if is_all == bool(memory_ids) or (namespace is not None and not is_all):
+        raise click.UsageError("Name memories, or give --all, perhaps with --namespace.")
+    agents, count = session.client.agents, len(memory_ids)
+    if is_all:
+        count = agents.forget_memories(agent_id, namespace=namespace)
+    for memory_id in memory_ids:
+        agents.forget_memory(agent_id, memory_id)
+    session.show({"forgotten": count}, lambda: output.say(f"Forgotten: {count}."))
+
+
 def _changed(session: Session, found: Mapping[str, Any]) -> None:
     said = f"{found['agentId']}: takes work: {_takes_work(found)}; running {_running(found)}."
     session.show(found, lambda: output.say(said))

@@ -38,6 +38,7 @@ NO_API = (
 )
 HINTS: Mapping[str, str] = {
     "agent_not_found": "`opscore agent list` shows those there are.",
+    "memory_not_found": "`opscore agent memories AGENT` shows what it remembers.",
     "run_not_found": "`opscore run list` shows those there are.",
     "schedule_not_found": "`opscore schedule list` shows those there are.",
     "task_not_found": "`opscore run show RUN` shows a run's tasks.",

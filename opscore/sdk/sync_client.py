@@ -703,6 +703,23 @@ class Agents(_Resource):
         """Yield what an agent reported of its state, newest first."""
         return self._client.pages(path("agents", agent_id, "state", "history"))
 
+    def memories(
+        self, agent_id: str, *, query: str | None = None, namespace: str | None = None
+    ) -> Iterator[types.Memory]:
+        """Yield what an LLM agent remembers, newest first; or what it finds with a query."""
+        where = path("agents", agent_id, "memories")
+        return self._client.pages(where, query=query, namespace=namespace)
+
+    def forget_memory(self, agent_id: str, memory_id: str) -> None:
+        """Have an agent forget a memory."""
+        self._client.send(Call("DELETE", path("agents", agent_id, "memories", memory_id)))
+
+    def forget_memories(self, agent_id: str, *, namespace: str | None = None) -> int:
+        """Have an agent forget all, or all of a namespace; return how many those were."""
+        query = given(namespace=namespace)
+        call = Call("DELETE", path("agents", agent_id, "memories"), query=query)
+        return cast(types.Forgotten, self._client.send(call))["forgotten"]
+
     def get_state(self, agent_id: str) -> types.StateOfAgent:
         """Return the state an agent reported last."""
         call = Call.get(path("agent", agent_id, "state"))

@@ -245,6 +245,10 @@ class ForEachDefinition(TypedDict):
     tolerate: NotRequired[int | str]
 
 
+class Forgotten(TypedDict):
+    forgotten: int
+
+
 class GraphTask(TypedDict):
     taskId: str
     type: Literal["agent", "approval", "delay", "workflow"]
@@ -289,6 +293,20 @@ class KeeperStatus(TypedDict):
     holder: str | None
     renewedAt: str | None
     lateSeconds: float | None
+
+
+class Memory(TypedDict):
+    memoryId: str
+    namespace: str
+    text: str
+    score: float | None
+    addedAt: str
+    expiresAt: str | None
+
+
+class MemoryPage(TypedDict):
+    items: list[Memory]
+    nextCursor: str | None
 
 
 class Notice(TypedDict):

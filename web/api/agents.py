@@ -4,13 +4,15 @@ start a workflow for one.
 
 from collections.abc import Callable
 from typing import Any
+from uuid import UUID
 
 from flask import url_for
 
-from opscore import agents, queries, reports
+from opscore import agents, logs, memories, queries, reports
 from opscore.db import Tx
 from opscore.definition import id_of, parse
 from opscore.engine import Plan, Submission, submit_run
+from opscore.errors import InvalidRequest
 from opscore.reports import Accepted, Reporter
 from opscore.workflows import StoredWorkflow, create_workflow, find_workflow
 from web import pages
@@ -21,8 +23,12 @@ from web.openapi import PREFIX, Answers, Blueprint
 from web.requests import request_id
 from web.schemas import (
     AGENT_FILTERS,
+    MEMORY_FILTERS,
     Agent,
     AgentChange,
+    Forgotten,
+    Memory,
+    MemoryScope,
     StateOfAgent,
     StateReport,
     StateReported,
@@ -32,6 +38,7 @@ from web.schemas import (
 )
 from web.starting import Started, start
 
+log = logs.get("opscore.web")
 blueprint = Blueprint(
     "agents", __name__, url_prefix=PREFIX, description="Providers of capabilities."
 )
@@ -41,6 +48,8 @@ AGENTS = pages.page_arguments(pages.moment, pages.name, **AGENT_FILTERS)
 STATE = "/agent/<agent_id>/state"
 REPORTS = pages.page_arguments(pages.moment, pages.seq)
 HISTORY = Answers(schema=pages.page_of(StateReported))
+MEMORIES = pages.page_arguments(pages.moment, pages.uuid, **MEMORY_FILTERS)
+FORGOTTEN = Answers(schema=None, status=204, about="It is gone, also from what the agent finds.")
 REPORTED = Answers(
     schema=Success,
     status=202,
@@ -115,6 +124,41 @@ def get_history(wanted: dict[str, Any], agent_id: str) -> Any:
     after = wanted.pop("cursor", None)
     with database().autocommit() as tx:
         return pages.answer(queries.list_reports(tx, agent_id, after=after, **wanted))
+
+
+@blueprint.operation(
+    "GET", "/agents/<agent_id>/memories", Answers(schema=pages.page_of(Memory)), query=MEMORIES
+)
+def get_memories(wanted: dict[str, Any], agent_id: str) -> Any:
+    """List what an LLM agent remembers, newest first; or what it would find."""
+    after, query = wanted.pop("cursor", None), wanted.pop("query", None)
+    if query is not None and after is not None:
+        raise InvalidRequest({"/cursor": ["What is found is on one page; leave out one of both."]})
+    with database().autocommit() as tx:
+        if query is None:
+            return pages.answer(queries.list_memories(tx, agent_id, after=after, **wanted))
+        return pages.answer(queries.find_memories(tx, agent_id, query, **wanted))
+
+
+@blueprint.operation("DELETE", "/agents/<agent_id>/memories/<memory:memory_id>", FORGOTTEN)
+def forget_memory(agent_id: str, memory_id: UUID) -> Any:
+    """Have an agent forget a memory."""
+    with database().transaction() as tx:
+        memories.forget_one(tx, agent_id, memory_id)
+    log.info("memories.forgotten", agent_id=agent_id, count=1, by=principal())
+
+
+@blueprint.operation(
+    "DELETE", "/agents/<agent_id>/memories", Answers(schema=Forgotten), query=MemoryScope
+)
+def forget_memories(wanted: dict[str, Any], agent_id: str) -> Any:
+    """Have an agent forget all it remembers, or all of a namespace."""
+    with database().transaction() as tx:
+        count = memories.forget(tx, agent_id, wanted.get("namespace"))
+        if not count:
+            queries.check_known(tx, agent_id)
+    log.info("memories.forgotten", agent_id=agent_id, count=count, by=principal())
+    return {"forgotten": count}
 
 
 def _check_same(named: str | None, agent_id: str) -> None:
