@@ -5,8 +5,8 @@
 The same is measured in turn on two databases of one server, with N finished runs of 5 tasks and
 with a fiftieth of them: machines get faster and slower by the minute. In both some hundred open
 runs wait, so that the partial indexes are not empty. Ends with status 1 if something on a task's
-way, the search for lost visits or a read costs more than `LIMIT` times as much, or if a plan reads
-a big table whole.
+way, the search for lost visits or a read costs more than `LIMIT` times as much, if a plan reads a
+big table whole, or if a scrape of the metrics takes longer than `SCRAPE_MS`.
 """
 
 import itertools
@@ -40,7 +40,7 @@ from bench.contenders import ROOT, BenchError, OpsCore, Servers
 from bench.drives import drive
 from bench.measure import connect
 from bench.workloads import WORKLOADS, Workload
-from opscore import engine, migrations, presence, queries, slots, status, workflows
+from opscore import engine, metrics, migrations, presence, queries, slots, status, workflows
 from opscore.agentkit import load_agents
 from opscore.agents import register_functions
 from opscore.config import QUEUES
@@ -52,11 +52,14 @@ from opscore.presence import Presence
 from opscore.queries import RunFilter, TaskFilter
 from opscore.servers import PostgresServer, RedisServer
 from opscore.workflows import StoredWorkflow
+from web.api.metrics import render
 
 LIMIT = 1.2
 """What may cost so many times as much on large tables as on small ones."""
 NOISE_MS = 0.1
 """A statement that takes no longer than this above the limit has not grown, it was disturbed."""
+SCRAPE_MS = 100
+"""At the 99th percentile, on large tables: all of `GET /metrics` but Redis and HTTP."""
 SMALLER = 50
 """The small database has one finished run where the large one has so many."""
 PASSES = 12
@@ -105,6 +108,7 @@ class State:
     """Medians."""
     statements: Figures
     """Name -> median in ms."""
+    scrape_p99_ms: float
     plans: list["Explained"]
 
 
@@ -196,7 +200,7 @@ def _measure(sites: Sequence[_Site], rounds: int, quiet: float | None) -> list[S
             for name, value in _run(site, workload, number).items():
                 measured[workload.name][name].append(value)
     return [
-        State(measured.medians(), watch.medians(), explain_all(site.url))
+        State(measured.medians(), watch.medians(), watch.p99("scrape"), explain_all(site.url))
         for site, measured, watch in zip(sites, figures, watches, strict=True)
     ]
 
@@ -358,6 +362,10 @@ class _Stopwatch:
         """Return ms by name."""
         return {name: median(took) * 1000 for name, took in self._took.items()}
 
+    def p99(self, name: str) -> float:
+        """Return the 99th percentile in ms."""
+        return sorted(self._took[name])[int(len(self._took[name]) * 0.99)] * 1000
+
 
 def time_statements(url: str, watch: _Stopwatch) -> None:
     """Execute opscore's own functions by themselves."""
@@ -435,6 +443,7 @@ def _reads(finished: Sequence[UUID]) -> dict[str, Callable[[Tx], Any]]:
         "list_events": _each(finished, queries.list_events, after=0, limit=100),
         **{f"find_tasks, {name}": _find(wanted) for name, wanted in _task_filters().items()},
         "status": lambda tx: status.read(tx, {queue: Depth(0, 0) for queue in QUEUES}),
+        "scrape": lambda tx: render(metrics.read(tx, {q: Depth(0, 0, ()) for q in QUEUES})),
     }
 
 
@@ -810,11 +819,17 @@ def judge(small: State, large: State) -> list[str]:
         before, after = small.statements[name], large.statements[name]
         if after > before * LIMIT + NOISE_MS:
             complaints.append(f"{name}: grew from {before:.2f} to {after:.2f} ms.")
-    for size, state in zip(SIZES, (small, large), strict=True):
-        for one in state.plans:
-            for scan in one.scans():
-                complaints.append(f"{one.statement}: on {size} tables it reads all of {scan}.")
-    return complaints
+    if large.scrape_p99_ms > SCRAPE_MS:
+        complaints.append(f"A scrape takes {large.scrape_p99_ms:.0f} ms at p99.")
+    return complaints + _scans("small", small) + _scans("large", large)
+
+
+def _scans(size: str, state: State) -> list[str]:
+    return [
+        f"{one.statement}: on {size} tables it reads all of {scan}."
+        for one in state.plans
+        for scan in one.scans()
+    ]
 
 
 def unbounded(state: State) -> list[str]:
@@ -831,6 +846,7 @@ def unbounded(state: State) -> list[str]:
 def _as_json(small: State, large: State) -> dict[str, Any]:
     return {
         "workloads": dict(zip(SIZES, (small.workloads, large.workloads), strict=True)),
+        "scrape_p99_ms": dict(zip(SIZES, (small.scrape_p99_ms, large.scrape_p99_ms), strict=True)),
         "statements_ms": dict(zip(SIZES, (small.statements, large.statements), strict=True)),
         "plans": {one.statement: list(map(str, one.accesses)) for one in large.plans},
     }
@@ -857,6 +873,7 @@ def _ratios(small: State, large: State) -> Iterator[list[str]]:
     for workload, figures in large.workloads.items():
         for name, after in figures.items():
             yield _ratio(f"{workload} {name}", small.workloads[workload][name], after)
+    yield _ratio("scrape, p99 ms", small.scrape_p99_ms, large.scrape_p99_ms)
     for name, after in large.statements.items():
         yield _ratio(f"{name}, ms", small.statements[name], after)
 

@@ -202,6 +202,12 @@ class Settings:
         "1 MiB comes in.",
         MAX_TEXT_BYTES,
     )
+    metrics_token: str | None = _setting(
+        "OPSCORE_METRICS_TOKEN",
+        _secret(),
+        "Opens `GET /metrics`, as `Authorization: Bearer`, and nothing else; the key does, too.",
+        None,
+    )
     webhook_secret: str | None = _setting(
         "OPSCORE_WEBHOOK_SECRET",
         _secret(),

@@ -18,8 +18,11 @@ from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import QueuePool
 
-from opscore import logs
+from opscore import logs, tally
+from opscore.tally import POOL_TIMEOUTS, Entry, Tally
 
 Tx = Connection
 
@@ -33,6 +36,12 @@ class Database:
     """A pool of connections to one PostgreSQL database, for one process."""
 
     def __init__(self, url: str, *, pool_size: int = 5, application: str = "opscore") -> None:
+        self.tally = Tally()
+        """What was counted by its transactions, and by whoever it belongs to."""
+        self.pool_size = pool_size
+        self.process = application.removeprefix("opscore-")
+        """What kind of process it belongs to."""
+        self._most_used = 0
         self._engine = create_engine(
             driver_url(url),
             pool_size=pool_size,
@@ -65,9 +74,11 @@ class Database:
     def transaction(self) -> Iterator[Tx]:
         """Commit everything done with the yielded `Tx`, or nothing when an exception leaves."""
         lines: list[Callable[[], None]] = []
-        with _known_errors(), self._engine.begin() as tx:
+        with _known_errors(), self._connect() as tx, tx.begin():
             tx.info[_LINES] = lines
+            counted = self._begin(tx)
             yield tx
+        self._count(counted)
         for write in lines:
             write()
 
@@ -77,15 +88,38 @@ class Database:
 
         SQLAlchemy's own way to this sends a SET with every use.
         """
-        with _known_errors(), self._engine.connect() as tx:
+        with _known_errors(), self._connect() as tx:
             connection: Any = tx.connection.dbapi_connection
             connection.autocommit = True
             tx.info[_LINES] = None
+            counted = self._begin(tx)
             try:
                 yield tx
             finally:
+                self._count(counted)
                 if not connection.closed:
                     connection.autocommit = False
+
+    def _connect(self) -> Tx:
+        try:
+            return self._engine.connect()
+        except PoolTimeout:
+            self.tally.add(POOL_TIMEOUTS, self.process)
+            raise
+
+    def _begin(self, tx: Tx) -> list[Entry]:
+        assert isinstance(self._engine.pool, QueuePool)
+        self._most_used = max(self._most_used, self._engine.pool.checkedout())
+        return tally.begin(tx)
+
+    def _count(self, counted: list[Entry]) -> None:
+        if counted:
+            self.tally.add_all(counted)
+
+    def take_most_used(self) -> int:
+        """Return how many connections were in use at once, at most, since this was last asked."""
+        used, self._most_used = self._most_used, 0
+        return used
 
     def close(self) -> None:
         """Close every pooled connection."""
@@ -113,11 +147,11 @@ def tell(tx: Tx, event: str, *, is_warning: bool = False, **fields: Any) -> None
 
 @contextmanager
 def savepoint(tx: Tx) -> Iterator[None]:
-    """Keep what the block does, or nothing of it when an exception leaves; nor its lines."""
+    """Keep what the block does, or nothing of it when an exception leaves: no line, no count."""
     lines = tx.info[_LINES]
     told = len(lines)
     try:
-        with tx.begin_nested():
+        with tally.kept(tx), tx.begin_nested():
             yield
     except BaseException:
         del lines[told:]

@@ -22,7 +22,7 @@ from kombu.exceptions import KombuError, OperationalError
 from redis import Redis
 from redis.exceptions import RedisError
 
-from opscore import canvas, engine, graph, logs, tracing
+from opscore import canvas, engine, graph, logs, tally, tracing
 from opscore.config import FIRST, QUEUES, SERVED_FIRST, TAKEN, Settings, lists_of
 from opscore.db import Database, Tx
 from opscore.engine import Finished, Left, Plan, Woken
@@ -43,6 +43,8 @@ HEAD = 200
 MOST_FIRST = 5000
 """Entries looked at to learn who is served first; there are as many as workers are behind."""
 
+HEAD_SHOWN = 20
+"""Entries looked at to tell people the same."""
 MOST_TAKEN = 500
 """Messages looked at to learn which queue each was taken from; workers hold a few each."""
 LINES = (Reason.AGENT_BUSY, Reason.AGENT_UNAVAILABLE)
@@ -72,6 +74,8 @@ class Depth:
     """That no worker has taken."""
     taken: int | None
     """That workers have, or died with; None: there are very many."""
+    head: tuple[UUID, ...] | None = None
+    """The tasks next in line; None: what lies there is unknown."""
 
 
 class Dispatcher:
@@ -278,9 +282,11 @@ class Dispatcher:
             runs = engine.unvisited_runs(tx, left, after, limit)
             woken = engine.wake_lost(tx, left, after, limit)
         has_more = limit in (len(runs), len(woken))
+        self.database.tally.add_all([(tally.RESCUES, (tally.WAKE,), 1.0)] * len(woken))
         messages: list[Signature | dict[str, Any]] = []
         for run_id, generation in runs:
             if plan := self._plan_again(run_id, generation):
+                self.database.tally.add(tally.RESCUES, tally.RUN)
                 more, beyond = self._messages(plan)
                 messages += more
                 woken += beyond
@@ -345,18 +351,23 @@ class Dispatcher:
         """
         try:
             with self._redis() as redis, redis.pipeline(transaction=False) as pipe:
-                for name in chain.from_iterable(map(lists_of, QUEUES)):
+                lists = list(chain.from_iterable(map(lists_of, QUEUES)))
+                for name in lists:
                     pipe.llen(name)
+                for name in lists:
+                    pipe.lrange(name, -HEAD_SHOWN, -1)
                 pipe.hlen(TAKEN)
-                *lengths, number = pipe.execute()
+                *answers, number = pipe.execute()
+                lengths, heads = answers[: len(lists)], answers[len(lists) :]
                 entries = redis.hvals(TAKEN) if number <= MOST_TAKEN else None
         except RedisError as error:
             raise Unavailable("Redis does not answer.") from error
-        ready = map(sum, zip(lengths[::2], lengths[1::2], strict=True))
         taken = None if entries is None else _taken_from(entries)
+        # Each queue has two lists.
+        pairs = zip(QUEUES, lengths[::2], lengths[1::2], heads[::2], heads[1::2], strict=True)
         return {
-            name: Depth(number, None if taken is None else taken[name])
-            for name, number in zip(QUEUES, ready, strict=True)
+            name: Depth(plain + first, None if taken is None else taken[name], _head(*entries))
+            for name, plain, first, *entries in pairs
         }
 
     def is_reachable(self) -> bool:
@@ -488,6 +499,11 @@ def _taken_from(entries: Iterable[bytes | str]) -> Counter[str]:
         with suppress(ValueError, TypeError, KeyError, IndexError):
             taken[str(json.loads(entry)[2])] += 1
     return taken
+
+
+def _head(*lists: Sequence[bytes]) -> tuple[UUID, ...] | None:
+    visited = _visited(list(chain(*lists)))
+    return None if visited is None else tuple(visited)
 
 
 def _visited(entries: Sequence[bytes]) -> list[UUID] | None:

@@ -758,6 +758,36 @@ class Worker(Base):
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
+class Process(Base):
+    """A process that tells what it counted: see `metrics`."""
+
+    __tablename__ = "processes"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    """`web`, `worker` (a child of a pool, or a worker with threads), `keeper` or `beat`."""
+    batch: Mapped[int]
+    """The newest counts it told: the same again, after a lost answer, change nothing."""
+    pool_size: Mapped[int]
+    pool_used: Mapped[int]
+    """The most connections it used at once, since it told the last time."""
+    seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Metric(Base):
+    """What all processes counted of one thing, ever."""
+
+    __tablename__ = "metrics"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    labels: Mapped[list[str]] = mapped_column(primary_key=True)
+    """Their values, in the order of their declaration in `tally`."""
+    value: Mapped[float]
+    """Of a histogram the sum of seconds."""
+    buckets: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
+    """How many fell into each, from the lowest to that without an end; empty if it is none."""
+
+
 class Lease(Base):
     """A role only one process may act in at a time, such as the keeper's."""
 

@@ -21,7 +21,7 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from uuid6 import uuid7
 
-from opscore import engine, logs
+from opscore import engine, logs, tally
 from opscore.db import Prepared, Tx, savepoint, tell
 from opscore.engine import Plan, Submission
 from opscore.errors import (
@@ -193,6 +193,7 @@ def trigger(tx: Tx, name: str, *, by: str, request_id: str | None = None) -> Pla
     moment = _now(tx)
     plan = _submit(tx, row, moment, uuid7(), by=by, request_id=request_id)
     _write(tx, name, moment, FiringStatus.STARTED, by=by, run_id=plan.run_id)
+    tally.count(tx, tally.FIRINGS, FiringStatus.STARTED)
     told = {"moment": _iso(moment), "runId": str(plan.run_id)}
     _tell(tx, [_event("triggered", name, by, **told)])
     return plan
@@ -444,7 +445,7 @@ def _decide(tx: Tx, row: Mapping[str, Any], fired: Fired, now: datetime) -> None
     decided, window = row["decided_at"], row["catch_up_window_seconds"]
     due = missed(recurrence, decided, until, row["catch_up"], window, MOST_AT_ONCE)
     for number, moment in enumerate(due.moments, 1):
-        _fire(tx, row, moment, fired)
+        _fire(tx, row, moment, fired, until)
         if fired.is_late() and number < len(due.moments):
             due = Due(due.moments[:number], due.moments[number])
             break
@@ -459,7 +460,7 @@ def _give_up(tx: Tx, row: Mapping[str, Any], error: OpsCoreError, fired: Fired) 
     """Record that a schedule's times cannot be read any more; it fires again once it is changed."""
     name, moment = row["name"], row["next_at"]
     _write(tx, name, moment, FiringStatus.FAILED, error=_told(error))
-    _not_fired(name, moment, error, fired)
+    _not_fired(tx, name, moment, error, fired)
     _decided(tx, row, row["decided_at"], None)
 
 
@@ -469,8 +470,8 @@ def _decided(
     _DECIDED(tx, {"name": row["name"], "decided_at": decided_at, "next_at": next_at})
 
 
-def _fire(tx: Tx, row: Mapping[str, Any], moment: datetime, fired: Fired) -> None:
-    """Decide one moment, by what the schedule's runs before do."""
+def _fire(tx: Tx, row: Mapping[str, Any], moment: datetime, fired: Fired, until: datetime) -> None:
+    """Decide one moment, by what the schedule's runs before do; those up to `until` are due."""
     name, overlap = row["name"], row["overlap"]
     before = [] if overlap == Overlap.ALLOW else _open_runs(tx, name)
     if overlap == Overlap.SKIP and before:
@@ -481,6 +482,8 @@ def _fire(tx: Tx, row: Mapping[str, Any], moment: datetime, fired: Fired) -> Non
         run_id = uuid7()
         is_new = _write(tx, name, moment, FiringStatus.STARTED, run_id=run_id)
         if is_new and _start(tx, row, moment, run_id, fired):
+            late = (until - moment).total_seconds() + time.monotonic() - fired.began
+            tally.count(tx, tally.LATENESS, value=late)
             _cancel(tx, name, before, fired)
 
 
@@ -490,12 +493,14 @@ def _queue(tx: Tx, name: str, moment: datetime, fired: Fired) -> None:
         sentence = f"{LONGEST_QUEUE} firings wait already."
         _skip(tx, name, moment, "queue_full", sentence, fired)
     elif _write(tx, name, moment, FiringStatus.WAITING):
+        tally.count(tx, tally.FIRINGS, FiringStatus.WAITING)
         fired.told.append(_decision("queued", name, moment, waiting=waiting + 1))
 
 
 def _skip(tx: Tx, name: str, moment: datetime, code: str, sentence: str, fired: Fired) -> None:
     error = {"code": code, "message": sentence}
     if _write(tx, name, moment, FiringStatus.SKIPPED, error=error):
+        tally.count(tx, tally.FIRINGS, FiringStatus.SKIPPED)
         fired.told.append(_decision("skipped", name, moment, reason=code))
 
 
@@ -530,16 +535,18 @@ def _start(tx: Tx, row: Mapping[str, Any], moment: datetime, run_id: UUID, fired
     try:
         fired.plans.append(_submit(tx, row, moment, run_id, by=_beat(name)))
     except OpsCoreError as error:
-        _not_fired(name, moment, error, fired)
+        _not_fired(tx, name, moment, error, fired)
         where = (Firing.schedule == name, Firing.moment == moment)
         values = {"status": FiringStatus.FAILED, "error": _told(error), "run_id": None}
         tx.execute(update(Firing).where(*where).values(**values))
         return False
+    tally.count(tx, tally.FIRINGS, FiringStatus.STARTED)
     fired.told.append(_decision("fired", name, moment, runId=str(run_id)))
     return True
 
 
-def _not_fired(name: str, moment: datetime, error: OpsCoreError, fired: Fired) -> None:
+def _not_fired(tx: Tx, name: str, moment: datetime, error: OpsCoreError, fired: Fired) -> None:
+    tally.count(tx, tally.FIRINGS, FiringStatus.FAILED)
     fired.told.append(_decision("not_fired", name, moment, error=_told(error)))
 
 

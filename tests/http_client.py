@@ -12,7 +12,7 @@ from opscore.db import Database
 from web.app import create_app
 
 PREFIX = "/v1/opscore"
-OUTSIDE = ("/health", "/ready", "/docs", "/openapi.json")
+OUTSIDE = ("/health", "/ready", "/metrics", "/docs", "/openapi.json")
 
 
 class Client:

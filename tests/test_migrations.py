@@ -82,6 +82,11 @@ ROWS: dict[str, tuple[str, ...]] = {
         "INSERT INTO agent_memories (id, agent_id, namespace, text, digest, words)"
         " VALUES (gen_random_uuid(), 'model', 'n', 't', 'd', '')",
     ),
+    "0015": (
+        "INSERT INTO metrics (name, labels, value, buckets) VALUES ('m', '{}', 1, '{}')",
+        "INSERT INTO processes (id, kind, batch, pool_size, pool_used)"
+        " VALUES (gen_random_uuid(), 'web', 1, 1, 1)",
+    ),
 }
 """Revision -> rows as its version wrote them. Whoever adds a table adds a row of it."""
 

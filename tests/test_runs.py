@@ -379,6 +379,8 @@ def test_a_worker_that_must_stop_hands_back_what_does_not_end_in_time(
         first = stack.tasks(run_id)[0]
         assert (first.status, first.reason, first.lost, first.tries) == ("waiting", "retry", 0, 0)
         assert not stack.rows("SELECT FROM slots WHERE holder IS NOT NULL")
+        (counted,) = stack.rows("SELECT labels, value FROM metrics WHERE name = 'opscore_attempts'")
+        assert tuple(counted) == (["handed_back"], 1), "it ended at once, and told of it before"
         stack.start_worker(pool=pool)
         assert stack.finished(run_id, seconds=15).status == "completed", "no lease was waited for"
         attempts = stack.rows("SELECT status, error FROM attempts ORDER BY number, started_at")

@@ -388,8 +388,8 @@ CALLS: dict[str, Callable[[Any, Office], Any]] = {
     "ready": lambda client, _: client.ready(),
 }
 """Every method that stands for an operation, and a call of it that succeeds."""
-NOT_FOR_CLIENTS = {"webhook_notify"}
-"""What agents behind HTTP call, with a signature instead of a key."""
+NOT_FOR_CLIENTS = {"webhook_notify", "metrics_get_metrics"}
+"""What agents behind HTTP call, with a signature instead of a key; and what Prometheus reads."""
 
 
 def test_every_operation_is_reached_by_a_method_that_answers_what_its_types_say(

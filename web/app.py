@@ -4,6 +4,7 @@ Nothing is read from the environment at import. gunicorn calls `app_from_env` in
 the fork, so that no connection crosses it.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -19,12 +20,14 @@ from opscore.config import Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
 from opscore.errors import OpsCoreError
+from opscore.metrics import Teller
 from web import auth, errors, requests
 from web.api import BLUEPRINTS
 from web.current import Parts, attach
 from web.openapi import make_api
 from web.polls import LongPolls
 from web.ready import Readiness
+from web.scrapes import Scrapes
 from web.streams import Streams
 
 GUNICORN_BOOT_ERROR = 3
@@ -45,9 +48,10 @@ def create_app(settings: Settings) -> Flask:
     # A path with // in it names nothing; the default redirects, with a page, to one without.
     app.url_map.merge_slashes = False
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    attach(app, _make_parts(settings))
-    requests.register(app)
-    auth.register(app, settings.api_key)
+    parts = _make_parts(settings)
+    attach(app, parts)
+    requests.register(app, parts.database.tally)
+    auth.register(app, settings.api_key, settings.metrics_token)
     errors.register(app)
     api = make_api(app)
     for blueprint in BLUEPRINTS:
@@ -66,6 +70,7 @@ def app_from_env() -> Flask:
         print(error, file=sys.stderr)
         sys.exit(GUNICORN_BOOT_ERROR)
     _stop_waiting_on_signals(app)
+    atexit.register(app.extensions["opscore"].teller.stop)
     return app
 
 
@@ -75,13 +80,16 @@ def _make_parts(settings: Settings) -> Parts:
     dispatcher = Dispatcher(make_app(settings), database, settings)
     # Half the threads at most, so that the other half is free for short requests.
     places = threading.BoundedSemaphore(settings.web_threads // 2)
+    readiness = Readiness(settings, dispatcher)
     return Parts(
         settings=settings,
         database=database,
         dispatcher=dispatcher,
         polls=LongPolls(places),
         streams=Streams(database, places),
-        readiness=Readiness(settings, dispatcher),
+        readiness=readiness,
+        teller=Teller(database),
+        scrapes=Scrapes(settings, readiness),
     )
 
 

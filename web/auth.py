@@ -1,10 +1,13 @@
 """Who may ask: whoever sends the key as `Authorization: Bearer <key>`.
 
+Prometheus may have a token of its own, which opens `/metrics` and nothing else.
+
 Everything wants it but the health checks, the documentation, and the agents' webhook, which wants a
 signature instead. What is wrong is said, never what the key is or how much of it was right.
 """
 
 import hmac
+from collections.abc import Sequence
 from hashlib import sha256
 
 from flask import Flask, current_app, g, request
@@ -24,16 +27,21 @@ OPEN_ENDPOINTS = frozenset(
     }
 )
 """Flask endpoints that want no key."""
+METRICS = "metrics.get_metrics"
+"""The one that the token for metrics opens, too."""
 
 
-def register(app: Flask, api_key: str) -> None:
+def register(app: Flask, api_key: str, metrics_token: str | None = None) -> None:
     """Refuse requests without the key with 401."""
     expected = _digest(api_key)
+    of_metrics = (expected, *([] if metrics_token is None else [_digest(metrics_token)]))
     name = f"key:{expected.hex()[:8]}"
 
     def check_key() -> None:
-        if _endpoint() not in OPEN_ENDPOINTS:
-            _check(request.headers.get("Authorization"), expected)
+        endpoint = _endpoint()
+        if endpoint not in OPEN_ENDPOINTS:
+            accepted = of_metrics if endpoint == METRICS else (expected,)
+            _check(request.headers.get("Authorization"), accepted)
             g.principal = name
 
     app.before_request(check_key)
@@ -56,13 +64,14 @@ def _endpoint() -> str | None:
     return str(urls.match(method=next(iter(error.valid_methods)))[0])
 
 
-def _check(header: str | None, expected: bytes) -> None:
+def _check(header: str | None, accepted: Sequence[bytes]) -> None:
     if header is None:
         raise _unauthorized("The Authorization header is missing; send `Bearer <key>` in it.")
     scheme, _, key = header.partition(" ")
     if scheme.lower() != "bearer":
         raise _unauthorized("The Authorization header must be of the form `Bearer <key>`.")
-    if not hmac.compare_digest(_digest(key.strip()), expected):
+    given = _digest(key.strip())
+    if not any([hmac.compare_digest(given, one) for one in accepted]):
         raise _unauthorized("The key is wrong; it must be the OPSCORE_API_KEY of the server.")
 
 

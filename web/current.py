@@ -7,8 +7,10 @@ from flask import Flask, current_app
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
+from opscore.metrics import Teller
 from web.polls import LongPolls
 from web.ready import Readiness
+from web.scrapes import Scrapes
 from web.streams import Streams
 
 _KEY = "opscore"
@@ -24,6 +26,8 @@ class Parts:
     polls: LongPolls
     streams: Streams
     readiness: Readiness
+    teller: Teller
+    scrapes: Scrapes
 
     def stop_waiting(self) -> None:
         """Answer all who wait, now and from now on. May be called from a signal handler."""
@@ -34,6 +38,8 @@ class Parts:
         """End what was started for the process."""
         self.stop_waiting()
         self.streams.close()
+        self.teller.stop()
+        self.scrapes.close()
         self.readiness.close()
         self.database.close()
 

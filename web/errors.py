@@ -25,6 +25,7 @@ from opscore.errors import (
     NotFound,
     OpsCoreError,
     Unavailable,
+    UpgradeFailed,
 )
 from web.requests import request_id
 
@@ -40,6 +41,7 @@ STATUSES: Mapping[type[OpsCoreError], int] = {
     Conflict: 409,
     Unavailable: 503,
     ConfigurationError: 500,
+    UpgradeFailed: 500,
     AgentSignal: 500,
     OpsCoreError: 500,
 }

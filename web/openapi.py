@@ -34,6 +34,7 @@ View = TypeVar("View", bound=Callable[..., Any])
 PREFIX = "/v1/opscore"
 STATIC = Path(__file__).parent / "static" / "swagger"
 KEY_SCHEME = "key"
+TEXT = "text/plain"
 SIGNATURE_SCHEMES: Mapping[str, tuple[str, str]] = {
     "signature": (
         f"{AGENT_PREFIX}-Signature",
@@ -119,6 +120,8 @@ class Answers:
     has_location: bool = False
     also: Mapping[int, tuple[type[Schema] | None, str]] = field(default_factory=dict)
     """Other statuses, with a body of their own or none, and what they mean."""
+    text_example: str | None = None
+    """Of an operation that answers with plain text: some of it."""
     stream_example: str | None = None
     """Of an operation that also answers with a stream of events: how one begins."""
 
@@ -191,11 +194,13 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
                 description=answers.about,
                 example=answers.stream_example,
             )(view)
+        text = answers.text_example
         return self.response(
             answers.status,
-            answers.schema,
+            answers.schema if text is None else {"type": "string"},
+            content_type=None if text is None else TEXT,
             description=answers.about,
-            example=answers.example,
+            example=answers.example if text is None else text,
             headers=(LOCATION if answers.has_location else {}) | (REPLAYED if starts else {}),
         )(view)
 

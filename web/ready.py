@@ -43,9 +43,9 @@ class Probe(Generic[T]):
                 self._running.start()
             return self._running
 
-    def answer(self, running: threading.Thread) -> T:
-        """Wait for the answer for at most `TIMEOUT_SECONDS`."""
-        running.join(TIMEOUT_SECONDS)
+    def answer(self, running: threading.Thread, seconds: float = TIMEOUT_SECONDS) -> T:
+        """Wait for the answer for at most so long."""
+        running.join(seconds)
         return self._silent if running.is_alive() else self._answer
 
     def _run(self) -> None:

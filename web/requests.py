@@ -5,6 +5,9 @@ The body is never read beyond the limit, and never logged.
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
@@ -13,13 +16,13 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import NotFound, RequestEntityTooLarge
 
 from opscore import logs, tracing
+from opscore.tally import HTTP, Tally
 
 log = logs.get("opscore.web")
 
 HEADER = "X-Request-ID"
 UNTRACED = ("/health", "/ready", "/metrics")
 """Asked every few seconds, by machines."""
-_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -31,12 +34,26 @@ def request_id() -> str:
     return str(g.request_id)
 
 
-def register(app: Flask) -> None:
-    """Watch over every request of `app`; must come before what may refuse one."""
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+"""Any word can come as a method; metrics and traces know these."""
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Leave the block out of how long the request took: its client asked to wait."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        g.waited = time.monotonic() - began
+
+
+def register(app: Flask, tally: Tally) -> None:
+    """Watch over every request of `app`, and count it; must come before what may refuse one."""
     app.before_request(_begin)
     app.before_request(_check_length)
     app.before_request(_check_path)
-    app.after_request(_end)
+    app.after_request(partial(_end, tally))
     app.teardown_request(_forget)
 
 
@@ -51,7 +68,7 @@ def _begin() -> None:
 def _span() -> tracing.Span:
     """Return the request's span, below the client's; named after the route, not the path."""
     route = _route()
-    method = request.method if request.method in _METHODS else "HTTP"
+    method = request.method if request.method in METHODS else "HTTP"
     about = {
         "http.request.method": method if method != "HTTP" else "_OTHER",
         "http.route": route,
@@ -81,22 +98,27 @@ def _check_path() -> None:
         raise NotFound
 
 
-def _end(response: Response) -> Response:
+def _end(tally: Tally, response: Response) -> Response:
     response.headers[HEADER] = request_id()
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers.setdefault("Cache-Control", "no-store")
     response.headers.setdefault("Referrer-Policy", "no-referrer")
+    route = _route()
+    seconds = time.monotonic() - g.get("began", time.monotonic())
     log.info(
         "request",
         method=request.method,
-        route=_route(),
+        route=route,
         status=response.status_code,
-        ms=round((time.monotonic() - g.get("began", time.monotonic())) * 1000, 1),
+        ms=round(seconds * 1000, 1),
     )
     if "span" in g:
         g.span.set(http__response__status_code=response.status_code)
         if response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
             g.span.fail(str(response.status_code))
+    method = request.method if request.method in METHODS else "other"
+    labels = (method, route or "", str(response.status_code))
+    tally.add(HTTP, *labels, value=seconds - g.get("waited", 0.0))
     return response
 
 

@@ -28,6 +28,7 @@ from opscore.config import Settings
 from opscore.db import Database, Tx
 from opscore.definition import Definition
 from opscore.dispatch import Dispatcher
+from opscore.metrics import Teller
 from opscore.remote import UrlPolicy
 from workers.keeper import Keeper
 from workers.leases import Ending, Leases
@@ -51,6 +52,7 @@ class Process:
     def __init__(self, celery: Celery) -> None:
         self.celery = celery
         self.ending = Ending()
+        self.teller: Teller | None = None
         self._definitions: dict[tuple[str, int], Definition] = {}
 
     @cached_property
@@ -59,9 +61,11 @@ class Process:
 
     @cached_property
     def database(self) -> Database:
-        return Database(
+        database = Database(
             self.settings.database_url, pool_size=self.settings.database_pool, application="worker"
         )
+        self.teller = Teller(database)
+        return database
 
     @cached_property
     def dispatcher(self) -> Dispatcher:
@@ -77,7 +81,7 @@ class Process:
 
     @cached_property
     def leases(self) -> Leases:
-        return Leases(self.database, self.settings, self.ending)
+        return Leases(self.database, self.settings, self.ending, self._tell)
 
     @cached_property
     def events(self) -> Events:
@@ -121,8 +125,20 @@ class Process:
             _mention_long_tasks(workflow_id, found)
         return found
 
+    def _tell(self) -> None:
+        if self.teller is not None:
+            self.teller.tell()
+
+    def tell_the_last(self) -> None:
+        """Tell what waits to be told with others: events, and what was counted."""
+        if "events" in vars(self):
+            self.events.flush()
+        if self.teller is not None:
+            self.teller.stop()
+
     def after_fork(self) -> None:
         """Start anew in a child: sockets and threads of the parent are not ours."""
+        self.teller = None
         for name in ("database", "dispatcher", "caller", "leases", "events", "patience"):
             self.__dict__.pop(name, None)
 
@@ -204,7 +220,6 @@ def start_child(**_: Any) -> None:
 @signals.worker_process_shutdown.connect
 @signals.worker_shutdown.connect
 def tell_the_last(**_: Any) -> None:
-    """Send the events, and the spans, that wait to be sent with others."""
-    if "events" in vars(process):
-        process.events.flush()
+    """Send the events and the spans that wait to be sent with others; tell the last counts."""
+    process.tell_the_last()
     tracing.stop()

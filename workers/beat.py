@@ -18,6 +18,7 @@ from opscore import alive, logs, migrations, schedules, tracing
 from opscore.config import Settings
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
+from opscore.metrics import Teller
 
 log = logs.get(__name__)
 
@@ -35,8 +36,9 @@ class Beat(Scheduler):
         settings = Settings.from_env(os.environ)
         migrations.check(settings.database_url)
         self.alive_file = settings.alive_file
-        self.database = Database(settings.database_url, pool_size=2, application="beat")
+        self.database = Database(settings.database_url, pool_size=3, application="beat")
         self.dispatcher = Dispatcher(self.app, self.database, settings)
+        self.teller = Teller(self.database, is_steady=True)
         tracing.start("opscore-beat")
 
     def tick(self, *_: Any, **__: Any) -> float:
@@ -62,7 +64,8 @@ class Beat(Scheduler):
         return fired.has_more
 
     def close(self) -> None:
-        """Let go of the database; there is nothing to be written."""
+        """Tell what was counted last, and let go of the database."""
+        self.teller.stop()
         self.database.close()
         tracing.stop()
 

@@ -17,10 +17,11 @@ from celery import bootsteps
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from opscore import alive, engine, idempotency, logs, memories, presence, schedules
+from opscore import alive, engine, idempotency, logs, memories, metrics, presence, schedules
 from opscore.config import Settings, installed_version
 from opscore.db import Database
 from opscore.dispatch import Dispatcher
+from opscore.metrics import Teller
 from opscore.presence import KEEPER_LEASE_SECONDS, Presence
 
 log = logs.get(__name__)
@@ -158,6 +159,7 @@ class Round:
         days = self.settings.firing_days
         with self.database.autocommit() as tx:
             presence.forget(tx)
+            metrics.forget(tx)
             forgotten = (
                 idempotency.forget_keys(tx, LIMIT),
                 schedules.forget_events(tx, days, LIMIT),
@@ -226,9 +228,10 @@ class Keeper(bootsteps.StartStopStep):
 
     def _loop(self, app: Any, worker: Presence) -> None:
         settings = Settings.from_env(os.environ)
-        database = Database(settings.database_url, pool_size=2, application="keeper")
+        database = Database(settings.database_url, pool_size=3, application="keeper")
         rounds = Round(database, Dispatcher(app, database, settings), settings)
         sign = Sign(database, worker)
+        teller = Teller(database, is_steady=True)
         while not self.ended.is_set():
             for act in (rounds.run, sign.give):
                 # Before each: a server that is frozen holds both up.
@@ -236,6 +239,8 @@ class Keeper(bootsteps.StartStopStep):
                 self._try(act)
             self.ended.wait(0 if rounds.has_more else settings.keeper_seconds)
         self._end(rounds, sign)
+        teller.stop()
+        database.close()
 
     @staticmethod
     def _try(act: Callable[[], Any]) -> None:
@@ -254,4 +259,3 @@ class Keeper(bootsteps.StartStopStep):
             sign.take_back()
         except SQLAlchemyError:
             log.info("keeper.lease_left_to_expire")
-        rounds.database.close()

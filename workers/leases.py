@@ -8,7 +8,7 @@ that is asked to stop cannot end in time is handed back.
 import mmap
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -63,8 +63,16 @@ class _Held:
 class Leases:
     """The attempts of this process."""
 
-    def __init__(self, database: Database, settings: Settings, ending: Ending) -> None:
+    def __init__(
+        self,
+        database: Database,
+        settings: Settings,
+        ending: Ending,
+        tell: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`tell` is called once something was handed back: the process ends soon."""
         self._database = database
+        self._tell = tell
         self._settings = settings
         self._ending = ending
         self._held: dict[UUID, _Held] = {}
@@ -124,13 +132,18 @@ class Leases:
         """Give up what is still running; should it end after all, its outcome is refused."""
         with self._lock:
             held = dict(self._held)
+        any_back = False
         for task_id, one in held.items():
             one.context.cancel()
             try:
                 with self._database.transaction() as tx:
-                    engine.hand_back(tx, task_id, UUID(one.context.run_id), one.attempt)
+                    is_back = engine.hand_back(tx, task_id, UUID(one.context.run_id), one.attempt)
             except SQLAlchemyError as error:
                 log.warning("attempt.left_to_its_lease", error=repr(error)[:300])
+                continue
+            any_back |= is_back
+        if any_back:
+            self._tell()
 
     def _renew(self, held: dict[UUID, _Held]) -> None:
         """Renew all leases at once; a lost or cancelled attempt's agent is told to stop."""

@@ -26,7 +26,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celeryconfig import app
-from opscore import agentkit, agents, engine, logs, remote, tracing, work
+from opscore import agentkit, agents, engine, logs, remote, tally, tracing, work
 from opscore.agentkit import Busy, Completed, Context, Failed
 from opscore.agentkit.llm import LLMAgent
 from opscore.canvas import RECALL, RECALL_SECONDS, REQUEST_HEADER, RUN_TASK
@@ -122,13 +122,19 @@ def _outcome(trip: Trip) -> Outcome:
 def _visit(trip: Trip) -> None:
     """Claim, and do what the answer says; ask again while others move the task meanwhile."""
     while True:
-        answer = trip.claimed or _insist(lambda tx: _claim(tx, trip))
+        answer = trip.claimed or _claimed(trip)
         if isinstance(answer, Claimed):
             return _run(trip, answer)
         if answer is not None and _is_done_with(trip, answer):
             return None
         # Others move the task at this moment; whoever would agree with nobody must not spin.
         time.sleep(random.uniform(0, 0.1))
+
+
+def _claimed(trip: Trip) -> engine.Answer | None:
+    answer = _insist(lambda tx: _claim(tx, trip))
+    trip.claimed_at = time.monotonic()
+    return answer
 
 
 def _is_done_with(trip: Trip, answer: engine.Answer) -> bool:
@@ -343,6 +349,7 @@ def _call(trip: Trip, claimed: Claimed, parameters: dict[str, Any]) -> Result:
         request_id=claimed.request_id,
         traceparent=tracing.current(),
     )
+    process.database.tally.add(tally.CLAIM_TO_START, value=time.monotonic() - trip.claimed_at)
     with process.leases.hold(claimed.task_id, context), trip.patience():
         if isinstance(agent, LLMAgent):
             return llm.call(agent, claimed, parameters, context, _insist, process.means)
@@ -467,6 +474,7 @@ def _complete(trip: Trip, claimed: Claimed, output: Any) -> None:
         )
     )
     if isinstance(finished, Finished):
+        trip.claimed_at = time.monotonic()
         if take is not None and finished.next is not None and finished.next_message is not None:
             trip.go_on_with(finished.next, finished.next_message, take.token)
         else:

@@ -93,6 +93,8 @@ class Trip:
         """The next task, if the present one took it along."""
         self.span = tracing.Span()
         """Of the present attempt."""
+        self.claimed_at = monotonic()
+        """When the newest claim was answered."""
         self.owes: tuple[Finished, Claimed] | None = None
         """Whose successors were not woken yet."""
         self._dispatcher, self._events, self._patience = dispatcher, events, patience

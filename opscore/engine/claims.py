@@ -7,7 +7,7 @@ from uuid import UUID
 
 from sqlalchemy import Row
 
-from opscore import models
+from opscore import models, tally
 from opscore.db import Prepared, Tx, tell
 from opscore.engine.clauses import (
     DEADLINE_GRACE_SECONDS,
@@ -121,6 +121,7 @@ def simple_claim(
     fits: str = _UNCOUNTED,
     state: str = _WAITED_FOR_NOTHING,
     generation: str = _BY_MESSAGE,
+    freed: str = "NULL",
 ) -> str:
     """Return the part of a statement that claims `task` if that is simple, as `next`.
 
@@ -137,7 +138,8 @@ def simple_claim(
               t.deadline_at, t.lease_expires_at, now() AS started_at, t.reads, t.overrides,
               r.workflow_id,
               r.version, r.generation, r.request_id, r.traceparent,
-              r.agent_id IS NOT NULL AND t.position = 0 AS merges_input
+              r.agent_id IS NOT NULL AND t.position = 0 AS merges_input,
+              cast({freed} AS float) AS freed_seconds
 ), begun AS (
     INSERT INTO attempts (task_id, number, agent_id, worker, status)
     SELECT task_id, attempt, agent_id, :worker, 'running' FROM next
@@ -159,12 +161,19 @@ def read_by(claimed: str, but: str = "NULL") -> str:
                   AND d.id IS DISTINCT FROM {but}) END AS tasks"""
 
 
+def _freed_ago(freed_at: str) -> str:
+    """Return how long ago a slot was given back, if the task stood in line by then; in SQL."""
+    return f"""CASE WHEN {freed_at} >= t.waiting_since
+                   THEN extract(epoch FROM now() - {freed_at}) END"""
+
+
 def _first_claim(
     *,
     before: str = "",
     agent: str = "agents",
     fits: str = _UNCOUNTED,
     state: str = _WAITED_FOR_NOTHING,
+    freed: str = "NULL",
     after: str = "",
 ) -> str:
     """Return the statement that claims a task if that is simple, and starts its run if it waits."""
@@ -184,6 +193,7 @@ WITH {before} starting AS (
             agent=agent,
             fits=fits,
             state=state,
+            freed=freed,
         )
     } {after}, told AS (
     INSERT INTO events (run_id, task_id, type, data)
@@ -198,7 +208,11 @@ _CLAIM_SIMPLY = Prepared(_first_claim())
 _CLAIM_KEPT = Prepared(
     _first_claim(
         before=f"""kept AS (
-    SELECT s.pool AS agent_id, s.number FROM slots s JOIN agents a ON a.agent_id = s.pool
+    SELECT s.pool AS agent_id, s.number,
+           -- Whom the agent itself had sent away did not wait for the slot.
+           CASE WHEN (SELECT not_before FROM tasks WHERE id = :task_id) IS NULL
+                THEN s.freed_at END AS freed_at
+    FROM slots s JOIN agents a ON a.agent_id = s.pool
     WHERE s.reserved_for = :task_id AND s.reserved_until > now() AND s.holder IS NULL
       AND NOT s.closed AND {is_open()} AND {is_ready()}
     LIMIT 1 FOR UPDATE OF s SKIP LOCKED
@@ -206,6 +220,7 @@ _CLAIM_KEPT = Prepared(
         agent="kept",
         fits="true",
         state=IS_IN_LINE,
+        freed=_freed_ago("a.freed_at"),
         after=""", held AS (
     UPDATE slots s
     SET holder = next.task_id, attempt = next.attempt, lease_expires_at = next.lease_expires_at,
@@ -268,7 +283,7 @@ WITH t AS MATERIALIZED (
 ), slot AS (
     -- A free slot, unless somebody older waits for it who has none kept for him; of several agents
     -- that of who does least, then of who rested longest.
-    SELECT s.pool AS agent_id, s.number
+    SELECT s.pool AS agent_id, s.number, s.freed_at
     FROM able c JOIN slots s ON s.pool = c.agent_id
     WHERE NOT s.closed AND s.holder IS NULL
       AND (s.reserved_for = :task_id AND s.reserved_until > now() OR {FREE} AND c.is_turn)
@@ -277,12 +292,12 @@ WITH t AS MATERIALIZED (
     LIMIT 1
     FOR UPDATE OF s SKIP LOCKED
 ), unlimited AS (
-    SELECT agent_id, NULL::int AS number FROM candidate
+    SELECT agent_id, NULL::int AS number, NULL::timestamptz AS freed_at FROM candidate
     WHERE capacity IS NULL ORDER BY preferred DESC, place, agent_id LIMIT 1
 ), chosen AS (
     SELECT * FROM slot
     UNION ALL SELECT * FROM unlimited WHERE NOT EXISTS (SELECT FROM slot)
-    UNION ALL SELECT NULL, NULL FROM ready WHERE kind <> 'agent'
+    UNION ALL SELECT NULL, NULL, NULL FROM ready WHERE kind <> 'agent'
 ), starting AS (
     UPDATE runs r SET status = 'running', started_at = now()
     FROM ready, chosen
@@ -300,7 +315,7 @@ WITH t AS MATERIALIZED (
       -- A pause holds up all others, but what waited for something else starts with its run.
       AND (ready.run_status <> 'queued' OR ready.items IS NULL OR starting.id IS NOT NULL)
     RETURNING t.id, t.run_id, t.attempt, t.kind, t.agent_id, t.lease_expires_at, t.deadline_at,
-              chosen.number
+              chosen.number, chosen.freed_at
 ), held AS (
     UPDATE slots s
     SET holder = claimed.id, attempt = claimed.attempt, lease_expires_at = claimed.lease_expires_at,
@@ -337,6 +352,8 @@ SELECT t.id AS task_id, t.run_id, t.kind, t.definition_id, t.parent_id, t.index 
        coalesce(claimed.agent_id, t.agent_id) AS agent_id,
        coalesce(claimed.deadline_at, t.deadline_at) AS deadline_at,
        claimed.number IS NOT NULL OR mine.held AND t.kind = 'agent' AS has_slot,
+       CASE WHEN t.reason IN {models.IN_LINE} AND t.not_before IS NULL
+            THEN cast({_freed_ago("claimed.freed_at")} AS float) END AS freed_seconds,
        EXISTS (SELECT FROM ready) AS ready,
        EXISTS (SELECT FROM chosen) AS chosen,
        (SELECT agent_id FROM candidate
@@ -373,6 +390,7 @@ def claim_task(tx: Tx, visit: Visit, *, worker: str, lease_seconds: float) -> An
     }
     statement = _CLAIM_KEPT if visit.has_slot else _CLAIM_SIMPLY
     if simple := statement(tx, parameters).first():
+        _note_freed(tx, simple.freed_seconds)
         claimed = simply_claimed(simple, simple.input, simple.tasks, has_slot=visit.has_slot)
         tell_start(tx, claimed, simple.starts_run)
         return claimed
@@ -380,6 +398,7 @@ def claim_task(tx: Tx, visit: Visit, *, worker: str, lease_seconds: float) -> An
     if row is None:
         return Void()
     if row.claimed:
+        _note_freed(tx, row.freed_seconds)
         claimed = Claimed(**{name: getattr(row, name) for name in Claimed.__slots__})
         tell_start(tx, claimed, row.starts_run)
         return claimed
@@ -392,6 +411,11 @@ def claim_task(tx: Tx, visit: Visit, *, worker: str, lease_seconds: float) -> An
     if row.undecided and row.dependencies and row.status != "running":
         return Undecided(**{name: getattr(row, name) for name in Undecided.__slots__})
     return Elsewhere() if row.visit_generation > visit.generation else _refused(row)
+
+
+def _note_freed(tx: Tx, seconds: float | None) -> None:
+    if seconds is not None:
+        tally.count(tx, tally.FREED_TO_NEXT, value=seconds)
 
 
 def simply_claimed(

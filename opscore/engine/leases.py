@@ -6,6 +6,7 @@ from uuid import UUID
 
 from sqlalchemy import select, text
 
+from opscore import tally
 from opscore.db import Prepared, Tx, tell
 from opscore.engine.clauses import ATTEMPTED, IS_ABROAD, backoff, still
 from opscore.engine.outcomes import Gone, end_task, leave, lock_run
@@ -86,7 +87,7 @@ _LOSE = Prepared(
 )
 _EXPIRED = Prepared(
     f"""
-SELECT t.run_id, t.parent_id, t.attempt, t.lost, t.deadline_at < now() AS timed_out,
+SELECT t.run_id, t.parent_id, t.kind, t.attempt, t.lost, t.deadline_at < now() AS timed_out,
        t.status = 'waiting' AS is_remote, t.timeout_seconds
 FROM tasks t WHERE t.id = :task_id AND {ATTEMPTED} AND t.lease_expires_at < now()
 FOR NO KEY UPDATE
@@ -117,6 +118,9 @@ def lose_attempt(tx: Tx, task_id: UUID, max_lost: int) -> Gone | None:
         ids = {name: getattr(back, name) for name in ("run_id", "task", "attempt", "agent_id")}
         more = {"request_id": back.request_id, "code": why.code, "wake_at": back.wake_at}
         tell(tx, "task.lost", is_warning=True, task_id=task_id, **ids, **more)
+        if row.kind == "agent":
+            is_lost = why.code == "worker_lost"
+            tally.count(tx, tally.ATTEMPTS, tally.LOST if is_lost else tally.FAILED)
         return Gone(back.run_id, back.parent_id, None)
     if why.code == "worker_lost":
         message = f"Its worker went silent {row.lost + 1} times; the task may be what kills it."

@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import Row, select
 from uuid6 import uuid7
 
-from opscore import models, work
+from opscore import models, tally, work
 from opscore.db import Prepared, Tx, tell
 from opscore.engine.claims import (
     BY_SAVED,
@@ -297,6 +297,15 @@ _FINISH_AND_CLAIM = {
 }
 
 
+def _note_end(tx: Tx, kind: str, outcome: str) -> None:
+    """Count an attempt that ended; tasks of other kinds have none.
+
+    One whose answer was lost on the way is not counted.
+    """
+    if kind == "agent":
+        tally.count(tx, tally.ATTEMPTS, outcome)
+
+
 def complete_attempt(
     tx: Tx,
     claimed: Claimed,
@@ -327,11 +336,14 @@ def complete_attempt(
         error = None if run_error is None else as_error(run_error)
         ending = {"run_id": claimed.run_id, "run_output": run_output, "run_error": error}
         row = _FINISH_LAST[claimed.has_slot](tx, parameters | ending).first()
+        if row is not None and row.run_status is not None:
+            tally.count(tx, tally.RUNS_ENDED, row.run_status)
     else:
         row = _FINISH[claimed.has_slot](tx, parameters).first()
     if row is None:
         return _repeated(tx, claimed, take)
     _tell_end(tx, claimed, row.run_status if claimed.is_sink else None)
+    _note_end(tx, claimed.kind, tally.COMPLETED)
     if not claimed.has_slot:
         return Finished(
             row.run_generation,
@@ -344,6 +356,7 @@ def complete_attempt(
     if row.task_id is not None:
         following = simply_claimed(row, row.input, row.tasks, has_slot=True)
         tell_start(tx, following, row.starts_run)
+        tally.count(tx, tally.FREED_TO_NEXT, value=0.0)
     return Finished(
         row.run_generation,
         row.ends_run,
@@ -387,6 +400,7 @@ def complete_and_claim(
     if row is None:
         return _repeated(tx, claimed)
     _tell_end(tx, claimed, None)
+    _note_end(tx, claimed.kind, tally.COMPLETED)
     following = None if row.task_id is None else _following(claimed, row)
     if following is not None:
         tell_start(tx, following, False)
@@ -515,6 +529,7 @@ def fail_attempt(
     }
     if failure.retryable and (row := _RETRY(tx, parameters).first()) is not None:
         tell(tx, "task.retrying", **claimed.ids, code=failure.code, wake_at=row.wake_at)
+        _note_end(tx, claimed.kind, tally.FAILED)
         return Parked()
     ended = end_task(tx, claimed.task_id, claimed.run_id, error, attempt=claimed.attempt)
     return ended or _repeated(tx, claimed)
@@ -616,10 +631,18 @@ def end_task(
         ids = {"run_id": run_id, "task_id": task_id, "task": row.definition_id}
         ids |= {"attempt": attempt, "agent_id": row.agent_id, "request_id": row.request_id}
         tell(tx, TASK_ENDS[row.status], **ids, code=code, reason=row.reason)
+    if attempt is not None:
+        _note_end(tx, row.kind, _outcome_of(error))
     failed_run = row.status == "failed" and not (row.goes_on and _is_tolerated(tx, row))
     if failed_run and row.run_alive and error is not None:
         _fail_run(tx, row, error)
     return Finished(row.generation, row.ends_run or failed_run, failed_run, row.message)
+
+
+def _outcome_of(error: dict[str, Any] | None) -> str:
+    if error is None:
+        return tally.CANCELLED
+    return tally.LOST if error["code"] == "worker_lost" else tally.FAILED
 
 
 _EXCEEDED = Prepared(
@@ -678,6 +701,7 @@ WITH closing AS (
     FROM closing
     WHERE closing.status = 'cancelled' AND a.task_id = closing.id AND a.number = closing.attempt
       AND a.status = 'running'
+    RETURNING a.task_id
 ), freed AS (
     UPDATE slots s SET {_LET_GO} FROM closing
     WHERE closing.status = 'cancelled' AND s.pool = closing.agent_id AND s.holder = closing.id
@@ -690,7 +714,8 @@ WITH closing AS (
     SELECT run_id, id, 'task.cancelled', jsonb_build_object('reason', cast(:reason AS text))
     FROM closing WHERE status = 'cancelled' AND kind <> 'end'
 )
-SELECT status = 'cancelled' AND kind <> 'end' AS is_cancelled FROM closing
+SELECT status = 'cancelled' AND kind <> 'end' AS is_cancelled,
+       id IN (SELECT task_id FROM closed) AS had_attempt FROM closing
 """,
 )
 
@@ -716,7 +741,9 @@ def close_tasks(tx: Tx, run_id: UUID, reason: str) -> None:
     """
     count = 0
     while closed := _CLOSE(tx, {"run_id": run_id, "reason": reason}):
-        count += sum(closed.scalars())
+        count += sum(row.is_cancelled for row in closed)
+        if cancelled := sum(row.had_attempt for row in closed):
+            tally.count(tx, tally.ATTEMPTS, tally.CANCELLED, value=cancelled)
     if count:
         tell(tx, "task.cancelled", run_id=run_id, tasks=count, reason=reason)
     for child in _OPEN_CHILDREN(tx, {"run_id": run_id}).scalars():
@@ -806,6 +833,8 @@ def release_attempt(
     }
     if (row := _RELEASE(tx, parameters).first()) is not None:
         tell(tx, "task.waiting", **claimed.ids, reason=reason, wake_at=row.wake_at)
+        is_busy = reason == Reason.AGENT_BUSY
+        _note_end(tx, claimed.kind, tally.BUSY if is_busy else tally.UNAVAILABLE)
         return Parked()
     return abandon_attempt(tx, claimed)
 
@@ -835,6 +864,7 @@ def ask_approval(
     given = {"task_id": claimed.task_id, "attempt": claimed.attempt, "message": message}
     if _ASK(tx, given).first() is not None:
         tell(tx, "task.waiting", **claimed.ids, reason=Reason.APPROVAL)
+        _note_end(tx, claimed.kind, tally.UNDECIDED)
         return Parked()
     return abandon_attempt(tx, claimed)
 
@@ -882,6 +912,7 @@ def hand_back(
     if (row := _HAND_BACK(tx, given | said).first()) is not None:
         ids = {"run_id": run_id, "task_id": task_id, "attempt": attempt, **row._asdict()}
         tell(tx, "task.waiting", **ids, reason="retry", code=why.code)
+        tally.count(tx, tally.ATTEMPTS, tally.HANDED_BACK)
         return True
     return end_task(tx, task_id, run_id, None, attempt=attempt) is not None
 

@@ -9,7 +9,7 @@ from uuid import UUID
 from sqlalchemy import Row, select
 from uuid6 import uuid7
 
-from opscore import tracing
+from opscore import tally, tracing
 from opscore.config import AGENTS_QUEUE, CONTROL_QUEUE, IO_QUEUE
 from opscore.db import Prepared, Tx, tell
 from opscore.definition import Definition, TaskSpec
@@ -203,6 +203,7 @@ def submit_run(
         by=submission.by,
         request_id=submission.request_id,
     )
+    tally.count(tx, tally.RUNS_SUBMITTED)
     nodes = _sent_abroad(nodes, abroad.scalars())
     limited = None if definition.max_concurrent_runs is None else stored.workflow_id
     is_due = submission.start_at is None
@@ -456,6 +457,7 @@ def settle_run(tx: Tx, run_id: UUID) -> Ended | None:
     if row is None:
         return None
     tell(tx, RUN_ENDS[row.status], run_id=run_id, code=row.code, request_id=row.request_id)
+    tally.count(tx, tally.RUNS_ENDED, row.status)
     return Ended(row.parent_task_id, row.frees)
 
 

@@ -1,6 +1,6 @@
 """The resources, one file each."""
 
-from web.api import agents, health, runs, schedules, status, tasks, webhook, workflows
+from web.api import agents, health, metrics, runs, schedules, status, tasks, webhook, workflows
 from web.openapi import Blueprint
 
 BLUEPRINTS: tuple[Blueprint, ...] = (
@@ -12,4 +12,5 @@ BLUEPRINTS: tuple[Blueprint, ...] = (
     webhook.blueprint,
     status.blueprint,
     health.blueprint,
+    metrics.blueprint,
 )

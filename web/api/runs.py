@@ -14,7 +14,7 @@ from web import pages, streams
 from web.auth import principal
 from web.current import database, dispatcher, parts
 from web.openapi import PREFIX, Answers, Blueprint
-from web.requests import request_id
+from web.requests import request_id, waiting
 from web.schemas import (
     RUN_FILTERS,
     TASK_FILTERS,
@@ -90,7 +90,8 @@ def get_one(wanted: dict[str, Any], run_id: UUID) -> Any:
     """Get a run with its tasks, if wanted as soon as it is over."""
     seconds, waited = wanted["wait_seconds"], True
     if seconds > 0:
-        waited = parts().polls.wait_for_run(database(), run_id, seconds)
+        with waiting():
+            waited = parts().polls.wait_for_run(database(), run_id, seconds)
     with database().autocommit() as tx:
         run = queries.get_run_detail(tx, run_id)
     return run, {} if waited else {"Retry-After": str(NO_PLACE_RETRY_SECONDS)}
