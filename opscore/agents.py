@@ -5,18 +5,19 @@ free them. Nothing an agent reports frees or keeps a slot: it only says whether 
 asked.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-from sqlalchemy import func, insert, literal_column, select, update
+from sqlalchemy import func, insert, literal_column, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from opscore import engine, slots
-from opscore.db import Prepared, Tx, tell
+from opscore.db import Prepared, Tx, dump_json, tell
 from opscore.errors import AgentNotFound, ConfigurationError, InvalidRequest, StaleNotice
-from opscore.models import Agent, AgentReport
+from opscore.models import Agent, AgentDefinition, AgentReport
 from opscore.states import AgentState
 
 REMOTE_CAPACITY = 1
@@ -46,35 +47,43 @@ def register_functions(tx: Tx, agents: Iterable[Declared]) -> None:
     """Write the agents a worker offers; a known one gets the newest declaration.
 
     Raises:
-        ConfigurationError: an agent behind HTTP is registered under one of their ids.
+        ConfigurationError: one of their ids is that of an agent behind HTTP, or of one that was
+            defined over the API.
     """
     declared = sorted(agents, key=lambda agent: agent.agent_id)
+    ids = [agent.agent_id for agent in declared]
     abroad = select(Agent.agent_id).where(
-        Agent.agent_id.in_([agent.agent_id for agent in declared]),
-        Agent.kind == "remote",
-        Agent.deregistered_at.is_(None),
+        Agent.agent_id.in_(ids), Agent.kind == "remote", Agent.deregistered_at.is_(None)
     )
-    if taken := list(tx.execute(abroad).scalars()):
-        raise ConfigurationError(
-            [
-                f"agent {agent_id!r} is registered as one behind HTTP: rename the function agent,"
-                " or deregister the other"
-                for agent_id in sorted(taken)
-            ]
-        )
+    faults = [
+        f"agent {agent_id!r} is registered as one behind HTTP: rename the function agent,"
+        " or deregister the other"
+        for agent_id in sorted(tx.execute(abroad).scalars())
+    ]
+    defined = select(AgentDefinition.agent_id).where(AgentDefinition.agent_id.in_(ids)).distinct()
+    faults += [
+        f"agent {agent_id!r} was defined over the API: give the one that is declared another id"
+        for agent_id in sorted(tx.execute(defined).scalars())
+    ]
+    if faults:
+        raise ConfigurationError(faults)
     for agent in declared:
-        values = {
-            "kind": agent.kind,
-            "name": agent.name,
-            "version": agent.version,
-            "capabilities": list(agent.capabilities),
-            "capacity": agent.capacity,
-            "contact_endpoint": None,
-            "heartbeat_seconds": None,
-        }
-        _upsert(tx, agent.agent_id, values)
-        slots.set_capacity(tx, agent.agent_id, agent.capacity or 0)
+        _offer(tx, agent)
     tell(tx, "agent.registered", agents=[agent.agent_id for agent in declared])
+
+
+def _offer(tx: Tx, agent: Declared) -> None:
+    values = {
+        "kind": agent.kind,
+        "name": agent.name,
+        "version": agent.version,
+        "capabilities": list(agent.capabilities),
+        "capacity": agent.capacity,
+        "contact_endpoint": None,
+        "heartbeat_seconds": None,
+    }
+    _upsert(tx, agent.agent_id, values)
+    slots.set_capacity(tx, agent.agent_id, agent.capacity or 0)
 
 
 def _upsert(tx: Tx, agent_id: str, values: Mapping[str, Any], **if_new: Any) -> bool:
@@ -89,6 +98,78 @@ def _upsert(tx: Tx, agent_id: str, values: Mapping[str, Any], **if_new: Any) -> 
         .returning(literal_column("xmax = 0"))
     )
     return bool(tx.execute(statement).scalar())
+
+
+# --- Defined over the API ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Defined:
+    """An LLM agent that was defined over the API, as `agents` keeps it."""
+
+    agent_id: str
+    name: str
+    version: str
+    capabilities: Sequence[str]
+    capacity: int | None
+    kind: str = "llm"
+
+
+def define(tx: Tx, values: Mapping[str, Any], by: str) -> tuple[int, bool]:
+    """Write a version of an LLM agent, and offer it; return the version, and whether it is new.
+
+    `values` are the fields of `agentkit.llm.LLMAgent`, judged by whoever calls. The same as the
+    newest version is no new one.
+
+    Raises:
+        InvalidRequest: another kind of agent has its id, or a worker declares it.
+    """
+    agent_id = values["agent_id"]
+    tx.execute(_TURN, {"key": f"agent:{agent_id}"})
+    newest = find_definition(tx, agent_id)
+    _check_free(tx, agent_id, is_ours=newest is not None)
+    digest = hashlib.sha256(dump_json(_sorted(values)).encode()).hexdigest()
+    version = newest.version if newest is not None else 0
+    is_new = newest is None or newest.digest != digest
+    if is_new:
+        version += 1
+        row = {"agent_id": agent_id, "version": version, "definition": dict(values)}
+        tx.execute(insert(AgentDefinition).values(**row, digest=digest, by=by))
+    offered = (values["capabilities"], values["capacity"])
+    _offer(tx, Defined(agent_id, values["name"] or agent_id, str(version), *offered))
+    tell(tx, "agent.defined", agent_id=agent_id, version=version, by=by)
+    engine.hurry(tx, agent_id)
+    return version, is_new
+
+
+_TURN = text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))")
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _sorted(value[name]) for name in sorted(value)}
+    return [_sorted(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _check_free(tx: Tx, agent_id: str, *, is_ours: bool) -> None:
+    known = select(Agent.kind).where(Agent.agent_id == agent_id, Agent.deregistered_at.is_(None))
+    kind = tx.execute(known.with_for_update()).scalar()
+    if kind is not None and not is_ours:
+        whose = "an agent behind HTTP" if kind == "remote" else "an agent that workers declare"
+        raise InvalidRequest({"/agentId": [f"This is the id of {whose}; choose another one."]})
+
+
+def find_definition(tx: Tx, agent_id: str, version: int | None = None) -> Any | None:
+    """Return `version`, `definition` and `digest` of an LLM agent defined over the API; the newest
+    by default. None if there is none.
+    """
+    query = select(AgentDefinition).where(AgentDefinition.agent_id == agent_id)
+    if version is not None:
+        query = query.where(AgentDefinition.version == version)
+    return tx.execute(query.order_by(AgentDefinition.version.desc()).limit(1)).one_or_none()
+
+
+# --- Behind HTTP ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,10 +352,19 @@ def _write_report(
     tx.execute(insert(AgentReport).values(**values))
 
 
-def endpoint(tx: Tx, agent_id: str | None) -> str | None:
-    """Return where an agent behind HTTP takes work; None if it is no such agent."""
-    query = select(Agent.contact_endpoint).where(
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """An agent that no module of a worker declares."""
+
+    kind: str
+    contact_endpoint: str | None
+    """Where one behind HTTP takes work."""
+
+
+def find(tx: Tx, agent_id: str | None) -> Elsewhere | None:
+    """Return what is known of an agent; None if it is not there."""
+    query = select(Agent.kind, Agent.contact_endpoint).where(
         Agent.agent_id == agent_id, Agent.deregistered_at.is_(None)
     )
-    found: str | None = tx.execute(query).scalar()
-    return found
+    row = tx.execute(query).one_or_none()
+    return None if row is None else Elsewhere(*row)

@@ -589,6 +589,21 @@ class AgentStep(Base):
     )
 
 
+class AgentDefinition(Base):
+    """One version of an LLM agent that was defined over the API; never changed once written."""
+
+    __tablename__ = "agent_definitions"
+
+    agent_id: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    definition: Mapped[dict[str, Any]]
+    """The fields of `agentkit.llm.LLMAgent`."""
+    digest: Mapped[str]
+    """SHA-256 of it: the same again is the same version."""
+    by: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
 class AgentMemory(Base):
     """A text that an LLM agent keeps beyond its task: see `memories`."""
 
@@ -754,6 +769,8 @@ class Worker(Base):
     concurrency: Mapped[int]
     queues: Mapped[list[str]]
     version: Mapped[str | None]
+    offer: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
+    """What it has for LLM agents: see `agentkit.llm.Offer`."""
     started_at: Mapped[datetime] = mapped_column(server_default=func.now())
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
 

@@ -4,8 +4,8 @@ A worker that is asked over Celery does not answer while it is busy or frozen; a
 tells that. Nothing else goes by these rows: who may do what is decided by leases.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from uuid import UUID
 
@@ -26,13 +26,22 @@ KEEPER_LEASE_SECONDS = 5
 
 _SAY = text(
     """
-INSERT INTO workers (id, name, host, pid, pool, concurrency, queues, version)
-VALUES (:id, :name, :host, :pid, :pool, :concurrency, :queues, :version)
+INSERT INTO workers (id, name, host, pid, pool, concurrency, queues, version, offer)
+VALUES (:id, :name, :host, :pid, :pool, :concurrency, :queues, :version, :offer)
 ON CONFLICT (id) DO UPDATE SET seen_at = now()
 """
-).bindparams(bindparam("queues", type_=Worker.queues.type))
+).bindparams(
+    bindparam("queues", type_=Worker.queues.type), bindparam("offer", type_=Worker.offer.type)
+)
 _LEAVE = text("DELETE FROM workers WHERE id = :id")
 _FORGET = text("DELETE FROM workers WHERE seen_at < now() - make_interval(secs => :seconds)")
+_OFFERS = text(
+    """
+SELECT DISTINCT offer FROM workers
+WHERE seen_at > now() - make_interval(secs => :seconds) AND :queue = ANY (queues)
+  AND offer <> '{}'
+"""
+).columns(offer=Worker.offer.type)
 _LIVE = text(
     """
 SELECT name, host, pid, pool, concurrency, queues, version, started_at, seen_at FROM workers
@@ -57,6 +66,8 @@ class Presence:
     queues: Sequence[str]
     version: str | None
     """Of opscore, if known."""
+    offer: Mapping[str, Any] = field(default_factory=dict)
+    """What it has for LLM agents: the fields of `agentkit.llm.Offer`."""
 
 
 def say(tx: Tx, worker: Presence) -> None:
@@ -77,3 +88,9 @@ def forget(tx: Tx) -> None:
 def live(tx: Tx) -> list[dict[str, Any]]:
     """Return the workers that live, with `started_at` and `seen_at`, by name."""
     return [row._asdict() for row in tx.execute(_LIVE, {"seconds": DEAD_SECONDS})]
+
+
+def offers(tx: Tx, queue: str) -> list[Mapping[str, Any]]:
+    """Return what the workers that live and take from a queue have for LLM agents."""
+    given = {"seconds": DEAD_SECONDS, "queue": queue}
+    return [row.offer for row in tx.execute(_OFFERS, given)]

@@ -55,6 +55,7 @@ from opscore.models import (
     IN_LINE,
     RUN_STATUS,
     Agent,
+    AgentDefinition,
     AgentMemory,
     AgentReport,
     AgentStep,
@@ -1061,6 +1062,25 @@ def check_agent(tx: Tx, agent_id: str) -> None:
     """
     if tx.execute(select(true()).where(Agent.agent_id == agent_id, _IS_THERE)).first() is None:
         raise AgentNotFound(agent_id=agent_id)
+
+
+def list_agent_versions(tx: Tx, agent_id: str, *, after: Key | None, limit: int) -> Page:
+    """Return a page of the versions of an LLM agent that was defined over the API.
+
+    Raises:
+        AgentNotFound: none was.
+    """
+    columns = [getattr(AgentDefinition, name) for name in _AGENT_VERSION]
+    statement = select(*columns).where(AgentDefinition.agent_id == agent_id)
+    if after is not None:
+        statement = statement.where(AgentDefinition.version < after[0])
+    page = _page(tx, statement.order_by(AgentDefinition.version.desc()), limit, "version")
+    if not page.items and after is None:
+        raise AgentNotFound(agent_id=agent_id)
+    return page
+
+
+_AGENT_VERSION = ("agent_id", "version", "definition", "by", "created_at")
 
 
 def get_state(tx: Tx, agent_id: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import insert
+from sqlalchemy import insert, text
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from opscore.db import Tx
@@ -13,6 +13,16 @@ from opscore.models import Agent, Attempt, AttemptLog, Event, Run, Slot, Task, W
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 ENDED = ("completed", "failed", "cancelled", "skipped")
 FAULT = {"code": "agent_failed", "message": "no"}
+
+
+WORKER = text(
+    """
+INSERT INTO workers (id, name, host, pid, pool, concurrency, queues, offer, seen_at)
+VALUES (gen_random_uuid(), 'w@h', 'h', 1, 'prefork', 1, '{opscore.agents}', cast(:offer AS jsonb),
+        now() + interval '1 day')
+"""
+).bindparams(offer='{"tools": {}, "scripts": ["echo"], "providers": ["scripted"]}')
+"""One that lives for longer than the fuzz, and has a model."""
 
 
 def add_workflow(tx: Tx, workflow_id: str = "report", version: int = 1, **values: Any) -> None:

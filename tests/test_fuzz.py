@@ -19,7 +19,17 @@ from uuid import UUID
 
 import pytest
 from http_client import Client, open_client
-from rows import FAULT, add_agent, add_attempt, add_event, add_items, add_log, add_run, add_task
+from rows import (
+    FAULT,
+    WORKER,
+    add_agent,
+    add_attempt,
+    add_event,
+    add_items,
+    add_log,
+    add_run,
+    add_task,
+)
 from schemathesis import Config, openapi
 from schemathesis.engine import events, from_schema
 from schemathesis.engine.statistic import Statistic
@@ -87,6 +97,8 @@ def fill(client: Client) -> dict[str, list[Any]]:
         "agentId": agents,
         "memoryId": _memories(client),
         "agents_forget_memory agentId": [DIARIST],
+        "agents_get_versions agentId": [_defined(client)],
+        "model": [MODEL],
         "workflowId": ["report"],
         "workflows_archive workflowId": [SHELVED],
         "number": [1],
@@ -107,6 +119,7 @@ def _rows(client: Client) -> tuple[list[str], list[str]]:
             kind="remote",
             contact_endpoint="https://a.example/",
         )
+        tx.execute(WORKER)
         tx.execute(text("INSERT INTO leases VALUES ('keeper', 'w', now() + interval '1 day')"))
         for status in RunStatus:
             runs.append(add_run(tx, status, labels={"team": "support"}))
@@ -118,6 +131,16 @@ def _rows(client: Client) -> tuple[list[str], list[str]]:
                 add_event(tx, runs[-1], f"task.{kind}", tasks[-1], attempt=1)
             add_items(tx, runs[-1], tasks[-1], ["completed", "pending"])
     return [str(run) for run in runs], [str(task) for task in tasks]
+
+
+MODEL = "scripted:echo"
+
+
+def _defined(client: Client) -> str:
+    """Define an LLM agent."""
+    answer = client.post("/agents", {"agentId": "defined", "model": MODEL})
+    assert answer.status_code == 201, answer.json
+    return "defined"
 
 
 def _schedules(client: Client) -> list[str]:
@@ -228,6 +251,10 @@ def _with_example(
     return {**parameter, "example": next(known)}
 
 
+OF_THEIR_OWN = {"agents_define", "runs_retry"}
+"""Operations that are told more than the others."""
+
+
 def judging(document: dict[str, Any]) -> list[str]:
     """Return the operations that judge more than the form of what they are sent."""
     return [
@@ -284,7 +311,9 @@ def configuration(
                     "parameters": {"path.runId": known["runs_retry runId"]},
                 },
                 {
-                    "include-operation-id": sorted({*judging(document)} - {"runs_retry"}),
+                    "include-operation-id": sorted(
+                        {*judging(document)} - {"agents_define", "runs_retry"}
+                    ),
                     "checks": judged,
                 },
                 {
@@ -294,6 +323,15 @@ def configuration(
                 {
                     "include-operation-id": ["agents_forget_memory"],
                     "parameters": {"path.agentId": known["agents_forget_memory agentId"]},
+                },
+                {
+                    "include-operation-id": ["agents_get_versions"],
+                    "parameters": {"path.agentId": known["agents_get_versions agentId"]},
+                },
+                {
+                    "include-operation-id": ["agents_define"],
+                    "checks": judged,
+                    "parameters": {"body.model": known["model"]},
                 },
                 {
                     "include-path": shadowed(document),

@@ -87,6 +87,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         "INSERT INTO processes (id, kind, batch, pool_size, pool_used)"
         " VALUES (gen_random_uuid(), 'web', 1, 1, 1)",
     ),
+    "0016": (
+        "INSERT INTO agent_definitions (agent_id, version, definition, digest, by)"
+        " VALUES ('model', 1, '{}', 'd', 'key:x')",
+    ),
 }
 """Revision -> rows as its version wrote them. Whoever adds a table adds a row of it."""
 

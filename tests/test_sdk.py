@@ -22,7 +22,7 @@ from uuid import uuid4
 import pytest
 import sdk_source
 from http_client import Client, open_client
-from rows import add_agent
+from rows import WORKER, add_agent
 from sdk_clients import KINDS, Site, answering, open_sdk, open_site, scripted
 from stack import (
     API_KEY,
@@ -241,7 +241,9 @@ class Office:
             add_agent(tx, "writer", "write", capacity=2)
             remote = {"kind": "remote", "contact_endpoint": "https://a.example/"}
             add_agent(tx, "abroad", "fetch", capacity=40, **remote)
+            tx.execute(WORKER)
         http.post("/agent/abroad/state", {"state": "idle"})
+        http.post("/agents", {"agentId": "clerk", "model": "scripted:echo"})
 
     def name(self) -> str:
         return f"name-{next(self._numbers)}"
@@ -341,6 +343,10 @@ CALLS: dict[str, Callable[[Any, Office], Any]] = {
     "tasks.heartbeat": lambda client, office: client.tasks.heartbeat(office.open_task(), TOKEN),
     "agents.list": lambda client, _: client.agents.list(capability="write"),
     "agents.get": lambda client, _: client.agents.get("abroad"),
+    "agents.define": lambda client, _: client.agents.define(
+        {"agentId": "clerk", "model": "scripted:echo"}
+    ),
+    "agents.versions": lambda client, _: client.agents.versions("clerk"),
     "agents.change": lambda client, _: client.agents.change("abroad", {"capacity": 50}),
     "agents.pause": lambda client, _: client.agents.pause("writer"),
     "agents.drain": lambda client, _: client.agents.drain("writer"),

@@ -600,6 +600,8 @@ def _labels(**more: Any) -> fields.Dict:
 
 
 MOST_TOKENS = 2**53
+LONGEST_TEXT = 256
+LONGEST_INSTRUCTIONS = 100_000
 MOST_USD = 1e9
 _COST = validate.Range(0, MOST_USD, error="Must be from {min} to {max}.")
 
@@ -1293,6 +1295,71 @@ class Agent(Answer):
     line = fields.List(fields.Nested(Waiter), metadata=_about("The first 20 of them."))
     registered_at = Moment("When it was first registered.")
     updated_at = Moment("When it was last registered.")
+
+
+def _words_list(text: str, longest: int, most: int, **more: Any) -> fields.List[Any]:
+    bounds = validate.Length(max=most, error="At most {max} of them.")
+    of = _words("", longest)
+    return fields.List(of, load_default=list, validate=bounds, metadata=_about(text), **more)
+
+
+class LLMPermissions(Arguments):
+    """What an agent may reach beyond its own tools, as patterns; else nothing."""
+
+    mcp = _words_list("Tools of MCP servers, as `docs/*`.", LONGEST_TEXT, 100)
+    hosts = _words_list("Hosts of `http_get`, as `*.example.com`.", LONGEST_TEXT, 100)
+
+
+class LLMLimits(Arguments):
+    """How much an agent may do at one task."""
+
+    max_steps = _whole("Replies of models.", low=1, high=10_000, load_default=20)
+    max_tokens = _whole("Over all attempts.", null=True, high=MOST_TOKENS, load_default=None)
+    max_cost_usd = Number(
+        allow_none=True, load_default=None, validate=_COST, metadata=_about("Over all attempts.")
+    )
+    max_seconds = Seconds("Of one attempt.", MAX_SECONDS, load_default=600.0)
+    call_seconds = Seconds("Of one question to a model.", MAX_SECONDS, load_default=120.0)
+    window_tokens = _whole("Sent at most.", low=1, high=10**8, load_default=100_000)
+    corrections = _whole("Of an answer that is none.", high=100, load_default=2)
+
+
+class LLMDefinition(Arguments):
+    """A language model with instructions and tools, as an agent."""
+
+    agent_id = _id("As in a workflow's `agentId`.", required=True)
+    name = fields.String(
+        load_default="",
+        validate=validate.Length(max=LONGEST_TEXT, error="At most {max} characters."),
+        metadata=_about("For people; the id if left out."),
+    )
+    model = _words("`provider:model`.", LONGEST_TEXT, required=True)
+    fallback_models = _words_list("Asked in order while the one before does not.", LONGEST_TEXT, 10)
+    instructions = fields.String(
+        load_default="",
+        validate=validate.Length(max=LONGEST_INSTRUCTIONS, error="At most {max} characters."),
+        metadata=_about("What it is told before every task."),
+    )
+    tools = _words_list("Of the workers' tools, by name.", 64, 100)
+    mcp_servers = _words_list("Of the workers' MCP servers, by name.", 64, 100)
+    memory = _words("The namespace of what it remembers.", 64, allow_none=True, load_default=None)
+    output_schema = fields.Dict(
+        allow_none=True, load_default=None, metadata=_about("JSON Schema of its answers.")
+    )
+    permissions = fields.Nested(LLMPermissions, load_default=lambda: LLMPermissions().load({}))
+    limits = fields.Nested(LLMLimits, load_default=lambda: LLMLimits().load({}))
+    capabilities = fields.List(_id(""), load_default=list, metadata=_about("What it can do."))
+    capacity = _whole("Tasks at once; no limit if null.", null=True, low=1, load_default=None)
+
+
+class AgentVersion(Answer):
+    """One version of an LLM agent that was defined here; it never changes."""
+
+    agent_id = _text(example="clerk")
+    version = fields.Integer(metadata=_about("1, 2, 3 ...", example=1))
+    definition = fields.Nested(LLMDefinition)
+    by = _text("Who defined it.")
+    created_at = Moment("When this version was defined.")
 
 
 AGENT_FILTERS: Mapping[str, fields.Field[Any]] = {

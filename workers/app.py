@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +21,18 @@ from celeryconfig import VISIBILITY_TIMEOUT_SECONDS, app
 from opscore import logs, migrations, tracing, workflows
 from opscore.agentkit import Registry, load_agents
 from opscore.agentkit.builtin import Page
-from opscore.agentkit.llm import check_keys
+from opscore.agentkit.llm import LLMAgent, agent_of, check_keys
 from opscore.agentkit.mcp_config import load_servers
-from opscore.agentkit.running import Means, check_means
-from opscore.agents import register_functions
+from opscore.agentkit.running import Means, check_means, offer_of
+from opscore.agents import find_definition, register_functions
 from opscore.config import Settings
 from opscore.db import Database, Tx
 from opscore.definition import Definition
 from opscore.dispatch import Dispatcher
+from opscore.errors import ConfigurationError
 from opscore.metrics import Teller
 from opscore.remote import UrlPolicy
-from workers.keeper import Keeper
+from workers.keeper import OFFER, Keeper
 from workers.leases import Ending, Leases
 from workers.trips import Events, Patience
 
@@ -54,6 +56,7 @@ class Process:
         self.ending = Ending()
         self.teller: Teller | None = None
         self._definitions: dict[tuple[str, int], Definition] = {}
+        self._defined: dict[str, LLMAgent] = {}
 
     @cached_property
     def settings(self) -> Settings:
@@ -94,6 +97,26 @@ class Process:
     @cached_property
     def agents(self) -> Registry:
         return load_agents(self.settings.agents)
+
+    def defined_agent(self, agent_id: str, read: Callable[[Callable[[Tx], Any]], Any]) -> Any:
+        """Return the newest version of an LLM agent that was defined over the API; None if there is
+        none, or this worker has not all that it needs.
+        """
+        found = read(lambda tx: find_definition(tx, agent_id))
+        if found is None:
+            return None
+        known = self._defined.get(agent_id)
+        if known is not None and known.version == str(found.version):
+            return known
+        try:
+            agent = agent_of(found.definition, found.version)
+            check_keys([agent], os.environ)
+            check_means([agent], self.means)
+        except ConfigurationError as error:
+            log.warning("agent.not_usable", agent_id=agent_id, faults=list(error.faults))
+            return None
+        self._defined[agent_id] = agent
+        return agent
 
     @cached_property
     def means(self) -> Means:
@@ -180,6 +203,7 @@ class Offer(bootsteps.Step):
         agents = process.agents
         check_keys(agents.values(), os.environ)
         check_means(agents.values(), process.means)
+        setattr(worker, OFFER, asdict(offer_of(process.means)))
         migrations.check(process.settings.database_url)
         with process.database.transaction() as tx:
             register_functions(tx, agents.values())

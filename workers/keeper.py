@@ -191,6 +191,10 @@ class Sign:
             presence.leave(tx, self.worker.id)
 
 
+OFFER = "opscore_offer"
+"""Under which a worker's first step leaves what it has for LLM agents."""
+
+
 def introduce(worker: Any) -> Presence:
     """Return what there is to say of one of Celery's workers."""
     pool = worker.pool_cls.__module__.rpartition(".")[2]
@@ -203,6 +207,7 @@ def introduce(worker: Any) -> Presence:
         concurrency=worker.concurrency,
         queues=sorted(worker.app.amqp.queues.consume_from),
         version=installed_version(),
+        offer=getattr(worker, OFFER, {}),
     )
 
 

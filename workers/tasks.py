@@ -28,6 +28,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from celeryconfig import app
 from opscore import agentkit, agents, engine, logs, remote, tally, tracing, work
 from opscore.agentkit import Busy, Completed, Context, Failed
+from opscore.agentkit.function import Agent
 from opscore.agentkit.llm import LLMAgent
 from opscore.canvas import RECALL, RECALL_SECONDS, REQUEST_HEADER, RUN_TASK
 from opscore.config import FIRST
@@ -333,12 +334,8 @@ def _gathered(claimed: Claimed, spec: TaskSpec) -> Completed | Failed:
 
 def _call(trip: Trip, claimed: Claimed, parameters: dict[str, Any]) -> Result:
     """Call the agent under the lease, outside any transaction; None if it is not loaded here."""
-    agent = process.agents.get(claimed.agent_id or "")
-    if agent is None and process.settings.webhook_secret is None:
-        log.warning("agent.not_loaded")
-        return None
-    endpoint = _insist(lambda tx: agents.endpoint(tx, claimed.agent_id)) if agent is None else None
-    if agent is None and endpoint is None:
+    agent, url = _agent(claimed.agent_id or "")
+    if agent is None and url is None:
         log.warning("agent.not_loaded")
         return None
     context = Context(
@@ -351,20 +348,35 @@ def _call(trip: Trip, claimed: Claimed, parameters: dict[str, Any]) -> Result:
     )
     process.database.tally.add(tally.CLAIM_TO_START, value=time.monotonic() - trip.claimed_at)
     with process.leases.hold(claimed.task_id, context), trip.patience():
-        if isinstance(agent, LLMAgent):
-            return llm.call(agent, claimed, parameters, context, _insist, process.means)
         if agent is not None:
             return _call_here(agent, parameters, context, claimed)
-        return process.caller.call(_order(trip, claimed, endpoint or "", parameters))
+        return process.caller.call(_order(trip, claimed, url or "", parameters))
+
+
+def _agent(agent_id: str) -> tuple[Agent | None, str | None]:
+    """Return the agent, if it works in here, or where one behind HTTP takes work."""
+    agent = process.agents.get(agent_id)
+    if agent is not None:
+        return agent, None
+    known = _insist(lambda tx: agents.find(tx, agent_id))
+    if known is not None and known.kind == "llm":
+        return process.defined_agent(agent_id, _insist), None
+    # Without a secret nothing that is sent could be signed.
+    can_call = known is not None and process.settings.webhook_secret is not None
+    return None, known.contact_endpoint if known is not None and can_call else None
 
 
 def _call_here(
-    agent: agentkit.FunctionAgent, parameters: dict[str, Any], context: Context, claimed: Claimed
-) -> agentkit.Outcome:
+    agent: Agent, parameters: dict[str, Any], context: Context, claimed: Claimed
+) -> agentkit.Outcome | llm.Undecided:
     with tracing.part(f"call {claimed.agent_id}") as span:
         span.set(opscore__agent_id=claimed.agent_id)
-        outcome = agentkit.call(agent, parameters, context, claimed.timeout_seconds)
-        span.came_to(outcome)
+        if isinstance(agent, LLMAgent):
+            outcome = llm.call(agent, claimed, parameters, context, _insist, process.means)
+        else:
+            outcome = agentkit.call(agent, parameters, context, claimed.timeout_seconds)
+        if not isinstance(outcome, llm.Undecided):
+            span.came_to(outcome)
     return outcome
 
 

@@ -6,12 +6,12 @@ its provider, is known to the worker that loads the agent: `check_keys`.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from opscore.agentkit.builtin import BUILT_IN, OF_MEMORY
 from opscore.agentkit.scripted import SCRIPTS
@@ -47,6 +47,28 @@ PROXY = "mcp_proxy_tool"
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
+Fault = tuple[str, str]
+"""Where a declaration is faulty, as `limits/call_seconds`, and what about it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What a process has for LLM agents. None: it is not known, and not asked."""
+
+    tools: Mapping[str, float]
+    """Name -> how many seconds it may take; those that are built in besides."""
+    scripts: Collection[str]
+    providers: Collection[str] | None = None
+    servers: Mapping[str, float] | None = None
+    """MCP servers that are enabled: name -> `timeoutSeconds`."""
+    built_in: Collection[str] = tuple(BUILT_IN)
+
+    @classmethod
+    def here(cls) -> Self:
+        """Return what was declared in this process."""
+        return cls(tools={tool.name: tool.seconds for tool in TOOLS.values()}, scripts=(*SCRIPTS,))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """How much an agent may do at one task, over all of its attempts; and for how long at a time.
@@ -67,18 +89,19 @@ class Limits:
     corrections: int = 2
     """How often an answer that is none may be given anew."""
 
-    def faults(self) -> Iterator[str]:
+    def faults(self) -> Iterator[Fault]:
         """Say what is wrong with them."""
         for name in ("max_steps", "max_seconds", "call_seconds", "window_tokens"):
             if not getattr(self, name) > 0:
-                yield f"{name} must be more than 0"
+                yield f"limits/{name}", f"{name} must be more than 0"
         for name in ("max_tokens", "max_cost_usd", "corrections"):
             if (getattr(self, name) or 0) < 0:
-                yield f"{name} must not be less than 0"
+                yield f"limits/{name}", f"{name} must not be less than 0"
         if self.call_seconds >= self.max_seconds:
             yield (
+                "limits/call_seconds",
                 f"call_seconds ({self.call_seconds:g}) must be less than "
-                f"max_seconds ({self.max_seconds:g})"
+                f"max_seconds ({self.max_seconds:g})",
             )
 
 
@@ -143,7 +166,7 @@ class LLMAgent:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.agent_id)
-        if faults := list(self._faults()):
+        if faults := [fault for _, fault in self.faults(Offer.here())]:
             raise ConfigurationError([f"LLMAgent({self.agent_id!r}) {one}" for one in faults])
 
     @property
@@ -181,38 +204,38 @@ class LLMAgent:
             and not any(environment.get(name) for name in names)
         ]
 
-    def _faults(self) -> Iterator[str]:
+    def faults(self, offer: Offer) -> Iterator[Fault]:
+        """Say what is wrong with the agent for a process that has so much."""
         if not _ID.fullmatch(self.agent_id):
-            yield "has a bad id: it must be 1 to 64 letters, digits, '_', '.' or '-'"
-        for model in self.models:
-            yield from _model_faults(model)
-        yield from self._tool_faults()
-        yield from self._memory_faults()
+            yield "agent_id", "has a bad id: it must be 1 to 64 letters, digits, '_', '.' or '-'"
+        places = ["model", *(f"fallback_models/{n}" for n in range(len(self.fallback_models)))]
+        for place, model in zip(places, self.models, strict=True):
+            yield from ((place, fault) for fault in _model_faults(model, offer))
+        for number, name in enumerate(map(_tool_name, self.tools)):
+            yield from ((f"tools/{number}", fault) for fault in self._tool_faults(name, offer))
+        yield from (("memory", fault) for fault in self._memory_faults())
         yield from self.limits.faults()
         yield from self._schema_faults()
-        if self.permissions.mcp and not self.mcp_servers:
-            yield "has permissions for MCP tools, and no mcp_servers: name them"
-        if self.mcp_servers and not self.permissions.mcp:
-            yield 'has mcp_servers none of whose tools it may call: give permissions.mcp, "docs/*"'
+        yield from self._server_faults(offer)
 
-    def _tool_faults(self) -> Iterator[str]:
-        for name in map(_tool_name, self.tools):
-            known = TOOLS.get(name) or BUILT_IN.get(name)
-            if name in (FINAL_ANSWER, PROXY):
-                yield f"has a tool {name}: that name is taken, give it another"
-            elif known is None:
-                there = ", ".join(sorted({*TOOLS, *BUILT_IN}))
-                yield f"has an unknown tool {name!r}: there are {there}"
-            elif name in TOOLS and name in BUILT_IN:
-                yield f"has a tool {name}, as one is called that is built in: rename it"
-            elif known.seconds >= self.limits.call_seconds:
-                yield (
-                    f"has the tool {name}, which may take {known.seconds:g} s: that must be "
-                    f"less than limits.call_seconds ({self.limits.call_seconds:g})"
-                )
+    def _tool_faults(self, name: str, offer: Offer) -> Iterator[str]:
+        built_in = BUILT_IN[name].seconds if name in offer.built_in else None
+        seconds = offer.tools.get(name, built_in)
+        if name in (FINAL_ANSWER, PROXY):
+            yield f"has a tool {name}: that name is taken, give it another"
+        elif seconds is None:
+            there = ", ".join(sorted({*offer.tools, *offer.built_in}))
+            yield f"has an unknown tool {name!r}: there are {there}"
+        elif name in offer.tools and name in BUILT_IN:
+            yield f"has a tool {name}, as one is called that is built in: rename it"
+        elif seconds >= self.limits.call_seconds:
+            yield (
+                f"has the tool {name}, which may take {seconds:g} s: that must be "
+                f"less than limits.call_seconds ({self.limits.call_seconds:g})"
+            )
 
     def _memory_faults(self) -> Iterator[str]:
-        tools = [name for name in OF_MEMORY if name in self.built_in]
+        tools = [name for name in map(_tool_name, self.tools) if name in OF_MEMORY]
         if self.memory is None and tools:
             yield f"has the tool {tools[0]}, and no memory: name its namespace"
         if self.memory is not None and not tools:
@@ -220,7 +243,7 @@ class LLMAgent:
         if self.memory is not None and not _ID.fullmatch(self.memory):
             yield "has a bad memory: its namespace must be 1 to 64 letters, digits, '_', '.' or '-'"
 
-    def _schema_faults(self) -> Iterator[str]:
+    def _schema_faults(self) -> Iterator[Fault]:
         if self.output_schema is None:
             return
         from opscore.input_schema import Schema
@@ -229,7 +252,59 @@ class LLMAgent:
         faults = Faults()
         Schema.compile(self.output_schema, "", faults)
         for place, sentences in faults.items():
-            yield f"has a bad output_schema, {place or 'as a whole'}: {' '.join(sentences)}"
+            told = f"has a bad output_schema, {place or 'as a whole'}: {' '.join(sentences)}"
+            yield f"output_schema{place}", told
+
+    def _server_faults(self, offer: Offer) -> Iterator[Fault]:
+        if self.permissions.mcp and not self.mcp_servers:
+            yield "permissions/mcp", "has permissions for MCP tools, and no mcp_servers: name them"
+        if self.mcp_servers and not self.permissions.mcp:
+            way = 'give permissions.mcp, "docs/*"'
+            yield "mcp_servers", f"has mcp_servers none of whose tools it may call: {way}"
+        for place, name in enumerate(self.mcp_servers if offer.servers is not None else ()):
+            seconds = (offer.servers or {}).get(name)
+            if seconds is None:
+                there = ", ".join(sorted(offer.servers or ())) or "none"
+                yield (
+                    f"mcp_servers/{place}",
+                    f"has an unknown MCP server {name!r}: there are {there}",
+                )
+            elif seconds >= self.limits.call_seconds:
+                yield (
+                    f"mcp_servers/{place}",
+                    f"has the MCP server {name}, whose timeoutSeconds ({seconds:g}) must be less "
+                    f"than limits.call_seconds ({self.limits.call_seconds:g})",
+                )
+
+
+class _Draft(LLMAgent):
+    """One that nobody has judged yet."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def faults_of(values: Mapping[str, Any], offer: Offer) -> list[Fault]:
+    """Say what is wrong with an agent of these values: see `agent_of`."""
+    return list(_Draft(**_parts(values)).faults(offer))
+
+
+def agent_of(values: Mapping[str, Any], version: int) -> LLMAgent:
+    """Return the agent of stored values: the fields of `LLMAgent`, nested ones as mappings.
+
+    Raises:
+        ConfigurationError: this process has not all that it needs.
+    """
+    return LLMAgent(**_parts(values), version=str(version))
+
+
+def _parts(values: Mapping[str, Any]) -> dict[str, Any]:
+    permissions = {name: tuple(patterns) for name, patterns in values["permissions"].items()}
+    return {
+        **values,
+        "permissions": Permissions(**permissions),
+        "limits": Limits(**values["limits"]),
+    }
 
 
 def _tool_name(tool: str | Callable[..., Any]) -> str:
@@ -239,7 +314,7 @@ def _tool_name(tool: str | Callable[..., Any]) -> str:
     return next(found, getattr(tool, "__name__", repr(tool)))
 
 
-def _model_faults(model: str) -> Iterator[str]:
+def _model_faults(model: str, offer: Offer) -> Iterator[str]:
     provider, separator, name = model.partition(":")
     if not separator or not name:
         yield f'has the model {model!r}: write "provider:model", such as "openai:gpt-5"'
@@ -247,8 +322,10 @@ def _model_faults(model: str) -> Iterator[str]:
         yield f"has an unknown provider {provider!r}: there are {', '.join(KEYS)}"
     elif provider == "openrouter" and "/" not in name:
         yield f'has the model {model!r}: OpenRouter\'s are "maker/model", such as "openai/gpt-5"'
-    elif provider == "scripted" and name not in SCRIPTS:
-        yield f"has an unknown script {name!r}: there are {', '.join(sorted(SCRIPTS))}"
+    elif provider == "scripted" and name not in offer.scripts:
+        yield f"has an unknown script {name!r}: there are {', '.join(sorted(offer.scripts))}"
+    elif offer.providers is not None and provider not in offer.providers:
+        yield f"has the model {model!r}: no worker that lives has a key for {provider}"
 
 
 def missing_package(model: str) -> str | None:

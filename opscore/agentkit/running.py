@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from opscore.agentkit.builtin import BUILT_IN, Fetch
 from opscore.agentkit.context import Context
 from opscore.agentkit.function import FunctionAgent
-from opscore.agentkit.llm import KEYS, LLMAgent
+from opscore.agentkit.llm import KEYS, LLMAgent, Offer, missing_package
 from opscore.agentkit.loop import Job, NeedsApproval, goal_of, work
 from opscore.agentkit.mcp_config import Server, server_faults
 from opscore.agentkit.memory import Memory, Shelf
@@ -63,6 +63,26 @@ def _lacks(agent: LLMAgent, means: Means) -> Iterator[str]:
     for name in agent.built_in:
         if (fault := BUILT_IN[name].fault(agent, means)) is not None:
             yield fault
+
+
+def offer_of(means: Means) -> Offer:
+    """Return all that a process with these means has for LLM agents."""
+    providers = [
+        provider
+        for provider, names in KEYS.items()
+        if (not names or any(means.environment.get(name) for name in names))
+        and missing_package(f"{provider}:") is None
+    ]
+    lacks = {
+        *(("read_file", "write_file", "list_files") if means.files is None else ()),
+        *(("http_get",) if means.fetch is None else ()),
+    }
+    return replace(
+        Offer.here(),
+        providers=providers,
+        servers={one.name: one.seconds for one in means.servers.values() if one.enabled},
+        built_in=[name for name in BUILT_IN if name not in lacks],
+    )
 
 
 class Attempt:

@@ -1,12 +1,17 @@
 """`opscore agent`: who does the work."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import click
+import yaml
 
 from opscore.cli import output
-from opscore.cli.session import Group, Json, Session, asks, limited, quiet
+from opscore.cli.session import Group, Json, Session, asks, limited, quiet, standard_input
+
+if TYPE_CHECKING:
+    from opscore.sdk import types
 
 
 @click.group(cls=Group)
@@ -38,6 +43,44 @@ def list_(session: Session, capability: str | None, limit: int | None) -> None:
         session.client.agents.list(capability=capability),
         limit,
         lambda found: output.table(found, columns, empty),
+    )
+
+
+@agent.command(examples=("opscore agent push clerk.yaml",))
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
+@quiet("agentId")
+@asks
+def push(session: Session, file: Path) -> None:
+    """Define an LLM agent, or its next version, from YAML or JSON; - reads standard input."""
+    try:
+        text = standard_input() if str(file) == "-" else file.read_text(encoding="utf-8")
+        definition = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise click.BadParameter(f"{file} cannot be read: {why}.", param_hint="FILE") from error
+    if not isinstance(definition, dict):
+        raise click.BadParameter(f"{file} is no object of an agent.", param_hint="FILE")
+    made = session.client.agents.define(cast("types.LLMDefinition", definition))
+    session.show(made, lambda: output.say(f"{made['agentId']} version {made['version']}"))
+
+
+@agent.command(examples=("opscore agent versions clerk",))
+@click.argument("agent_id")
+@limited
+@asks
+def versions(session: Session, agent_id: str, limit: int | None) -> None:
+    """List the versions of an LLM agent that was defined by `push`, newest first."""
+    columns: Sequence[output.Column] = (
+        ("VERSION", lambda a: a["version"]),
+        ("MODEL", lambda a: a["definition"]["model"]),
+        ("TOOLS", lambda a: ", ".join(a["definition"]["tools"])),
+        ("BY", lambda a: a["by"]),
+        ("DEFINED", lambda a: output.moment(a["createdAt"])),
+    )
+    session.show_list(
+        session.client.agents.versions(agent_id),
+        limit,
+        lambda found: output.table(found, columns, "No versions."),
     )
 
 

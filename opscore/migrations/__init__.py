@@ -21,7 +21,7 @@ from opscore.errors import ConfigurationError, UpgradeFailed, WrongRevision
 if TYPE_CHECKING:
     from alembic.config import Config
 
-NEWEST = "0015"
+NEWEST = "0016"
 """The revision this code knows; said here so that a start need not load Alembic to find it."""
 LOCK_TIMEOUT_SECONDS = 5
 """How long an upgrade waits for a table: as long as it waits, everybody else waits behind it."""

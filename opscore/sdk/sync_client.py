@@ -682,6 +682,15 @@ class Agents(_Resource):
         """Return an agent with who holds it and who waits for it."""
         return cast(types.Agent, self._client.send(Call.get(path("agents", agent_id))))
 
+    def define(self, definition: types.LLMDefinition) -> types.AgentVersion:
+        """Define an LLM agent, or its next version; the same again changes nothing."""
+        call = Call("POST", path("agents"), definition, repeatable=True)
+        return cast(types.AgentVersion, self._client.send(call))
+
+    def versions(self, agent_id: str) -> Iterator[types.AgentVersion]:
+        """Yield the versions of an LLM agent that was defined over the API, newest first."""
+        return self._client.pages(path("agents", agent_id, "versions"))
+
     def change(self, agent_id: str, changes: types.AgentChange) -> types.Agent:
         """Change an agent's capacity, heartbeat and so on; what is not named stays."""
         call = Call("PATCH", path("agents", agent_id), changes, repeatable=True)

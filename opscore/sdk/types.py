@@ -93,6 +93,50 @@ class AgentPage(TypedDict):
     nextCursor: str | None
 
 
+class LLMPermissions(TypedDict):
+    mcp: NotRequired[list[str]]
+    hosts: NotRequired[list[str]]
+
+
+class LLMLimits(TypedDict):
+    maxSteps: NotRequired[int]
+    maxTokens: NotRequired[int | None]
+    maxCostUsd: NotRequired[float | None]
+    maxSeconds: NotRequired[float]
+    callSeconds: NotRequired[float]
+    windowTokens: NotRequired[int]
+    corrections: NotRequired[int]
+
+
+class LLMDefinition(TypedDict):
+    agentId: str
+    name: NotRequired[str]
+    model: str
+    fallbackModels: NotRequired[list[str]]
+    instructions: NotRequired[str]
+    tools: NotRequired[list[str]]
+    mcpServers: NotRequired[list[str]]
+    memory: NotRequired[str | None]
+    outputSchema: NotRequired[dict[str, Any] | None]
+    permissions: NotRequired[LLMPermissions]
+    limits: NotRequired[LLMLimits]
+    capabilities: NotRequired[list[str]]
+    capacity: NotRequired[int | None]
+
+
+class AgentVersion(TypedDict):
+    agentId: str
+    version: int
+    definition: LLMDefinition
+    by: str
+    createdAt: str
+
+
+class AgentVersionPage(TypedDict):
+    items: list[AgentVersion]
+    nextCursor: str | None
+
+
 class ApprovalAsked(TypedDict):
     taskId: str
     runId: str

@@ -2,13 +2,15 @@
 start a workflow for one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
 from flask import url_for
 
-from opscore import agents, logs, memories, queries, reports
+from opscore import agents, logs, memories, presence, queries, reports
+from opscore.agentkit.llm import Offer, faults_of
+from opscore.config import AGENTS_QUEUE
 from opscore.db import Tx
 from opscore.definition import id_of, parse
 from opscore.engine import Plan, Submission, submit_run
@@ -26,7 +28,9 @@ from web.schemas import (
     MEMORY_FILTERS,
     Agent,
     AgentChange,
+    AgentVersion,
     Forgotten,
+    LLMDefinition,
     Memory,
     MemoryScope,
     StateOfAgent,
@@ -35,6 +39,7 @@ from web.schemas import (
     Success,
     TriggerArguments,
     Triggered,
+    camel,
 )
 from web.starting import Started, start
 
@@ -49,6 +54,24 @@ STATE = "/agent/<agent_id>/state"
 REPORTS = pages.page_arguments(pages.moment, pages.seq)
 HISTORY = Answers(schema=pages.page_of(StateReported))
 MEMORIES = pages.page_arguments(pages.moment, pages.uuid, **MEMORY_FILTERS)
+VERSIONS = pages.page_arguments(pages.number)
+NO_WORKER = (
+    "No worker lives that takes tasks of agents: start one, for it has the tools and models."
+)
+DEFINITION = {
+    "agentId": "clerk",
+    "model": "anthropic:claude-sonnet-5",
+    "instructions": "You look after orders.",
+    "tools": ["find_orders"],
+    "limits": {"maxSteps": 12, "maxCostUsd": 0.5},
+}
+DEFINED = Answers(
+    schema=AgentVersion,
+    status=201,
+    about="A new version was written; attempts that begin from now on are its.",
+    has_location=True,
+    also={200: (AgentVersion, "The newest version is this already.")},
+)
 FORGOTTEN = Answers(schema=None, status=204, about="It is gone, also from what the agent finds.")
 REPORTED = Answers(
     schema=Success,
@@ -74,6 +97,44 @@ def get_many(wanted: dict[str, Any]) -> Any:
     after = wanted.pop("cursor", None)
     with database().autocommit() as tx:
         return pages.answer(queries.list_agents(tx, after=after, **wanted))
+
+
+@blueprint.operation("POST", "/agents", DEFINED, body=LLMDefinition, example=DEFINITION)
+def define(wanted: dict[str, Any]) -> Any:
+    """Define an LLM agent, or its next version; some worker that lives must have all it needs."""
+    with database().transaction() as tx:
+        _check_definition(presence.offers(tx, AGENTS_QUEUE), wanted)
+        version, is_new = agents.define(tx, wanted, principal())
+        page = queries.list_agent_versions(tx, wanted["agent_id"], after=(version + 1,), limit=1)
+    where = url_for(".get_versions", agent_id=wanted["agent_id"])
+    return page.items[0], 201 if is_new else 200, {"Location": where}
+
+
+def _check_definition(offers: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]) -> None:
+    """Refuse an agent that no worker can run, with what the one that comes nearest lacks."""
+    if not offers:
+        raise InvalidRequest({"": [NO_WORKER]})
+    faults = min((faults_of(wanted, Offer(**offer)) for offer in offers), key=len)
+    errors: dict[str, list[str]] = {}
+    for place, sentence in faults:
+        first, *rest = place.split("/")
+        names = map(camel, rest) if first == "limits" else rest
+        errors.setdefault("/".join(["", camel(first), *names]), []).append(f"It {sentence}.")
+    if errors:
+        raise InvalidRequest(errors)
+
+
+@blueprint.operation(
+    "GET",
+    "/agents/<agent_id>/versions",
+    Answers(schema=pages.page_of(AgentVersion)),
+    query=VERSIONS,
+)
+def get_versions(wanted: dict[str, Any], agent_id: str) -> Any:
+    """List the versions of an LLM agent that was defined here, newest first."""
+    after = wanted.pop("cursor", None)
+    with database().autocommit() as tx:
+        return pages.answer(queries.list_agent_versions(tx, agent_id, after=after, **wanted))
 
 
 @blueprint.operation("GET", "/agents/<agent_id>", Answers(schema=Agent))
