@@ -152,11 +152,11 @@ def _why_refused(tx: Tx, task_id: UUID) -> OpsCoreError:
     row = tx.execute(query).one_or_none()
     if row is None:
         return TaskNotFound(task_id=task_id)
-    if row.type != "approval":
-        return ApprovalRefused(f"The task is no approval: its type is {row.type}.")
     if row.decision is not None:
         said = "approved" if row.decision["approved"] else "rejected"
         return ApprovalRefused(f"It was {said} already, by {row.decision['principal']}.")
+    if row.type != "approval" and row.reason != Reason.APPROVAL:
+        return ApprovalRefused(f"The task is no approval: its type is {row.type}.")
     if row.status in ("pending", "waiting") and row.reason != Reason.APPROVAL:
         way = "decide it once its status is waiting and its reason approval"
         return ApprovalRefused(f"It is not asked for yet; {way}.")
