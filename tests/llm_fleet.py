@@ -8,8 +8,11 @@ import json
 import os
 import signal
 from pathlib import Path
+from threading import Event
+from time import monotonic
 from typing import Any
 
+from opscore.agentkit.context import Context
 from opscore.agentkit.llm import Limits, LLMAgent
 from opscore.agentkit.model import Ask, ModelBusy, Reply, Request
 from opscore.agentkit.scripted import calls, script
@@ -108,3 +111,23 @@ DELETER = LLMAgent(agent_id="deleter", model="scripted:deletes", tools=[erase], 
 LIMITED = LLMAgent(agent_id="limited", model="scripted:limited")
 NEVER = LLMAgent(agent_id="never", model="scripted:never", tools=[note], limits=Limits(max_steps=3))
 ECHO = LLMAgent(agent_id="llm-echo", model="scripted:echo", capabilities=["echo"])
+
+
+@tool
+def linger(folder: str, context: Context) -> str:
+    """Work until nobody wants the result."""
+    write(folder, "lingering", "yes")
+    deadline, pause = monotonic() + 20, Event()
+    while not context.cancelled and monotonic() < deadline:
+        pause.wait(0.02)
+    return "left off"
+
+
+@script("lingers")
+def lingers(request: Request) -> Reply | str:
+    order = _order(request)
+    write(order["folder"], "asked", "once")
+    return calls(("linger", {"folder": order["folder"]}))
+
+
+LINGERER = LLMAgent(agent_id="lingerer", model="scripted:lingers", tools=[linger])

@@ -1,5 +1,6 @@
 """The loop of LLM agents, on scripted models: every way it may end, and where it goes on."""
 
+import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ from opscore.agentkit.steps import (
     kind_of,
     load,
 )
-from opscore.agentkit.tools import tool
+from opscore.agentkit.tools import ToolFault, tool
 from opscore.errors import ConfigurationError
 
 SEEN: list[Request] = []
@@ -103,7 +104,49 @@ def large(size: int) -> str:
     return "x" * size
 
 
+@tool
+async def broken_off() -> None:
+    """Wait for something whose connection ended."""
+    raise asyncio.CancelledError("closed")
+
+
+@tool
+def odd() -> None:
+    """Fail with a text that cannot be stored."""
+    raise ToolFault("nul \0, half \ud800")
+
+
+@tool(seconds=0.05)
+async def stubborn() -> str:
+    """Not end when it is told to."""
+    try:
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        await asyncio.sleep(1)
+    return "late"
+
+
+@tool(seconds=0.05)
+def quick() -> str:
+    """Be done at once."""
+    return "in time"
+
+
+@tool
+async def hold_up() -> None:
+    """Hold up the event loop, as a record does while its database is away."""
+    threading.Event().wait(0.2)
+
+
+@tool
+def cancel(context: Context) -> str:
+    """Hear that nobody wants the result."""
+    context.cancel()
+    return "heard"
+
+
 TOOLS = [add, fail, pay, delete, launch, sleep_long, large]
+TOOLS += [broken_off, odd, stubborn, quick, hold_up, cancel]
 
 
 @pytest.fixture(autouse=True)
@@ -185,13 +228,16 @@ def test_tools_are_called_several_at_once_and_answered_in_order() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "told"),
     [
-        ("nothing", {}, "There is no tool 'nothing'; there are: add, delete"),
+        ("nothing", {}, "There is no tool 'nothing'; there are: add, "),
         ("add", "{broken", "The arguments do not fit: arguments: "),
         ("add", {"a": "one"}, "The arguments do not fit: a: "),
         ("add", {"a": 1, "c": 2}, "The arguments do not fit: c: "),
         ("add", None, "The arguments do not fit: arguments: "),
         ("fail", {"why": "for fun"}, "ValueError: for fun"),
         ("sleep_long", {}, "sleep_long did not answer within 0.05 s."),
+        ("stubborn", {}, "stubborn did not answer within 0.05 s."),
+        ("broken_off", {}, "CancelledError: closed"),
+        ("odd", {}, "nul \N{REPLACEMENT CHARACTER}, half ?"),
     ],
 )
 def test_a_call_that_comes_to_nothing_is_told_to_the_model(
@@ -201,6 +247,18 @@ def test_a_call_that_comes_to_nothing_is_told_to_the_model(
     result = SEEN[1].messages[-1]
     assert isinstance(result, ToolResult) and result.is_error
     assert result.content.startswith(told)
+
+
+def test_a_result_counts_that_came_while_the_event_loop_was_held_up() -> None:
+    outcome(calls(("quick", {}), ("hold_up", {})), "done")
+    results = [one for one in SEEN[1].messages if isinstance(one, ToolResult)]
+    assert [one.content for one in results] == ["in time", "null"]
+
+
+def test_who_is_told_that_nobody_wants_the_result_asks_no_model_again() -> None:
+    record = InMemory()
+    assert outcome(calls(("cancel", {})), "done", record=record) == Busy(None)
+    assert len(SEEN) == 1 and kind_of(record.steps[-1]) == "result"
 
 
 def test_a_large_result_is_cut() -> None:
@@ -322,6 +380,14 @@ def test_limits_end_the_work(limits: Limits, why: str, replies_made: int) -> Non
     record = InMemory()
     assert code(spending(100, 0.1), limits=limits, record=record) == why
     assert sum(isinstance(step, Reply) for step in record.steps) == replies_made
+
+
+def test_all_tries_of_models_together_have_the_seconds_of_the_attempt() -> None:
+    def away(_: Request) -> Reply:
+        raise ModelAway("no route")
+
+    ANSWERS["main"] = away
+    assert code(limits=Limits(max_seconds=0.2, call_seconds=0.1), tools=[]) == "max_seconds"
 
 
 @pytest.mark.parametrize(
@@ -579,3 +645,12 @@ def test_a_tool_says_what_it_is_for_and_names_its_parameters() -> None:
         with pytest.raises(ConfigurationError) as refused:
             tool(function)
         assert fault in str(refused.value)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_tool_without_a_time_is_refused(seconds: float) -> None:
+    def late() -> None:
+        """Be late."""
+
+    with pytest.raises(ConfigurationError, match="that must be more than 0"):
+        tool(seconds=seconds)(late)

@@ -11,6 +11,7 @@ from llm_fleet import PLACES
 from stack import Servers, Stack, running_stack, wait_until
 
 from opscore import engine
+from opscore.errors import OpsCoreError
 
 CRISP = {"OPSCORE_LEASE_SECONDS": "1.5", "OPSCORE_RENEW_SECONDS": "0.5"}
 
@@ -113,6 +114,41 @@ def test_a_call_waits_for_approval_without_a_worker_or_a_slot(
     run = stack.finished(run_id)
     assert (run.status, run.output) == ("completed", heard)
     assert the_task(stack, run_id).tries == 0
+
+
+def refusal(stack: Stack, task_id: UUID) -> str:
+    with pytest.raises(OpsCoreError) as refused:
+        decide(stack, task_id, True)
+    return str(refused.value)
+
+
+def test_an_approval_is_decided_once_and_whoever_comes_later_is_told(stack: Stack) -> None:
+    run_id = submit(stack, "deleter", "Delete it.")
+    task = asked(stack, run_id)
+    with stack.database.transaction() as tx:
+        engine.pause_run(tx, run_id)
+    decide(stack, task.id, False)
+    assert refusal(stack, task.id) == "It was rejected already, by key:test."
+    with stack.database.transaction() as tx:
+        plans = engine.resume_run(tx, run_id)
+    for plan in plans:
+        stack.dispatcher.publish(plan)
+    assert stack.finished(run_id).output.startswith("heard: Refused")
+    assert refusal(stack, task.id) == "The task is no approval: its type is agent."
+
+
+# --- Cancelled -----------------------------------------------------------------------------------
+
+
+def test_of_a_cancelled_run_no_model_is_asked_anything_more(stack: Stack, tmp_path: Path) -> None:
+    run_id = submit(stack, "lingerer", {"folder": str(tmp_path)})
+    wait_until(lambda: (tmp_path / "lingering").exists())
+    with stack.database.transaction() as tx:
+        engine.cancel_run(tx, run_id, "key:test")
+    assert stack.finished(run_id).status == "cancelled"
+    task = the_task(stack, run_id)
+    assert (task.status, task.reason, task.error) == ("cancelled", "run_cancelled", None)
+    assert (tmp_path / "asked").read_text().split() == ["once"]
 
 
 # --- Busy and stopped ----------------------------------------------------------------------------

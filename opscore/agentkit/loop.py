@@ -29,7 +29,7 @@ from opscore.agentkit.model import (
 from opscore.agentkit.steps import Asked, Began, Decided, Record, Step, total
 from opscore.agentkit.tools import AnyTool, ToolFault, Unsure, cut
 from opscore.agentkit.window import fitted
-from opscore.errors import GiveUp
+from opscore.errors import AgentBusy, GiveUp
 
 MAX_TEXT_BYTES = 256 * 1024
 """Of a reply's text, and of the arguments of each of its calls."""
@@ -288,9 +288,16 @@ class _Worker:
                 case Answer(value):
                     return value
                 case Act(calls):
+                    self._check_wanted()
                     await self._act(calls)
                 case Question(messages):
+                    self._check_wanted()
                     await self._ask(messages)
+
+    def _check_wanted(self) -> None:
+        """Leave off where nobody wants the result: its run was cancelled, or the attempt taken."""
+        if self._job.context.cancelled:
+            raise AgentBusy  # which uses up no attempt, should it be ours still
 
     def _add(self, step: Step) -> None:
         self._job.record.add(step)
@@ -301,15 +308,26 @@ class _Worker:
     async def _ask(self, messages: Sequence[Message]) -> None:
         self._check_limits()
         limits = self._agent.limits
-        left = self._until - monotonic()
+        left = max(self._until - monotonic(), 0.1)
         request = Request(
             instructions=self._agent.instructions,
             messages=fitted(messages, limits.window_tokens, self._agent.instructions, self._specs),
             tools=self._specs,
-            timeout_seconds=max(min(limits.call_seconds, left), 0.1),
+            timeout_seconds=min(limits.call_seconds, left),
         )
-        reply = await ask(self._job.models, request)
+        try:
+            # All models and tries together; `ask` has none of its own.
+            async with asyncio.timeout(left) as limit:
+                reply = await ask(self._job.models, request)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise self._out_of_time() from None
         self._add(_bounded(reply))
+
+    def _out_of_time(self) -> Stopped:
+        sentence = f"No answer after {self._agent.limits.max_seconds:g} s (maxSeconds)."
+        return Stopped("max_seconds", sentence)
 
     def _check_limits(self) -> None:
         limits = self._agent.limits
@@ -323,7 +341,7 @@ class _Worker:
             sentence = f"No answer after {used.cost_usd or 0.0:.4f} USD (maxCostUsd)."
             raise Stopped("max_cost", sentence)
         if monotonic() >= self._until:
-            raise Stopped("max_seconds", f"No answer after {limits.max_seconds:g} s (maxSeconds).")
+            raise self._out_of_time()
         if (fault := self._job.record.budget().fault) is not None:
             raise Stopped("budget_spent", fault)
 
@@ -401,7 +419,8 @@ class _Worker:
         return f"Refused: this call was not allowed.{comment}"
 
     def _tell(self, call: Call, fault: str) -> None:
-        self._add(Result(call.id, call.tool, cut(fault, MAX_TEXT_BYTES), is_error=True))
+        text = storable_text(fault, MAX_TEXT_BYTES)
+        self._add(Result(call.id, call.tool, text, is_error=True))
 
 
 def _bounded(reply: Reply) -> Reply:

@@ -8,23 +8,29 @@ effect that must not happen twice: see `loop`.
 import contextvars
 import inspect
 import json
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from opscore.agentkit.context import Context, storable_text
 from opscore.agentkit.model import ToolSpec
 from opscore.agentkit.output import Unstorable, to_json
 from opscore.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    import asyncio
+
 MAX_RESULT_BYTES = 32 * 1024
 """Of what a model is told of one call, unless its tool says otherwise; longer results are cut."""
 TOOL_SECONDS = 30.0
 """What a tool may take, unless it says otherwise."""
+STOPPING_SECONDS = 0.5
+"""Given to an `async def` tool after that, to clean up."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """What all providers take."""
 
@@ -130,6 +136,8 @@ class Tool:
         kinds = {one.kind for one in inspect.signature(self.function).parameters.values()}
         if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
             return [f"the tool {self.name} takes *args or **kwargs: name each parameter"]
+        if not 0 < self.seconds < math.inf:
+            return [f"the tool {self.name} may take {self.seconds:g} s: that must be more than 0"]
         if not self.description:
             return [f"the tool {self.name} has no docstring, by which a model knows what it is for"]
         try:
@@ -147,17 +155,23 @@ class Tool:
         import asyncio  # a tenth of a second that a process with plain agents need not spend
 
         given = self._checked(arguments) | dict.fromkeys(self._context_names, context)
+        # Not by `asyncio.timeout`: what came while others held the event loop up came in time, a
+        # tool's own CancelledError is none of ours, and one that swallows it is not waited for.
+        answering = asyncio.ensure_future(self._answer(given))
+        answering.add_done_callback(_seen)
         try:
-            async with asyncio.timeout(self.seconds) as limit:
-                return told(await self._answer(given), self.max_bytes)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise _fault(error) from error
-            sentence = f"{self.name} did not answer within {self.seconds:g} s."
-            raise TimedOut(sentence) from None
-        except (ToolFault, asyncio.CancelledError):
+            done, _ = await asyncio.wait([answering], timeout=self.seconds)
+            if not done:
+                answering.cancel()
+                await asyncio.wait([answering], timeout=STOPPING_SECONDS)
+                raise TimedOut(f"{self.name} did not answer within {self.seconds:g} s.")
+        finally:
+            answering.cancel()
+        try:
+            return told(answering.result(), self.max_bytes)
+        except ToolFault:
             raise
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             raise _fault(error) from error
 
     def _checked(self, arguments: Any) -> dict[str, Any]:
@@ -179,7 +193,13 @@ class Tool:
         return await in_thread(lambda: self.function(**given))
 
 
-def _fault(error: Exception) -> ToolFault:
+def _seen(answering: "asyncio.Future[Any]") -> None:
+    """Keep what comes after the time from being logged as an exception that nobody retrieved."""
+    if not answering.cancelled():
+        answering.exception()
+
+
+def _fault(error: BaseException) -> ToolFault:
     return ToolFault(storable_text(f"{type(error).__name__}: {error}", MAX_RESULT_BYTES))
 
 
