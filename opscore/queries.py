@@ -541,13 +541,17 @@ def _calls_asked_about(tx: Tx, tasks: Sequence[UUID]) -> dict[UUID, Row]:
     if not tasks:
         return {}
     statement = (
-        select(AgentStep.task_id, AgentStep.data)
+        select(AgentStep.task_id, AgentStep.number, AgentStep.data)
         .where(_of_tasks(tasks), AgentStep.kind == "asked")
         .order_by(AgentStep.task_id, AgentStep.number.desc())
         .ext(distinct_on(AgentStep.task_id))
     )
     return {
-        row["task_id"]: {**row["data"], "arguments": redacted(row["data"]["arguments"])}
+        row["task_id"]: {
+            **row["data"],
+            "number": row["number"],
+            "arguments": redacted(row["data"]["arguments"]),
+        }
         for row in _rows(tx, statement)
     }
 

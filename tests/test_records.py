@@ -210,10 +210,29 @@ def test_a_task_that_waits_for_approval_shows_the_call_without_its_secrets(
     )
     task = client.get(f"/tasks/{case.task_id}").json
     arguments = {"amount": 5, "api_key": "[redacted]"}
-    assert task["call"] == {"tool": "pay", "arguments": arguments, "again": True}
+    assert task["call"] == {"number": 1, "tool": "pay", "arguments": arguments, "again": True}
     assert task["waitingFor"] == "waiting for somebody to approve or reject its call of pay"
     (listed,) = client.get("/tasks?reason=approval").json["items"]
     assert listed["call"] == task["call"]
+
+
+def test_a_decision_counts_for_the_call_that_was_meant(client: Client, case: Case) -> None:
+    asked = Asked("call-1", "pay", {"amount": 5})
+    for number, step in enumerate([REPLY, asked, Decided(True), replace(asked, call_id="call-2")]):
+        case.add(number, step)
+    case.execute(
+        "UPDATE tasks SET status = 'waiting', reason = 'approval', lease_expires_at = NULL"
+        " WHERE id = :task"
+    )
+    assert client.get(f"/tasks/{case.task_id}").json["call"]["number"] == 3
+    late = client.post(f"/tasks/{case.task_id}/approve", {"call": 1})
+    assert (
+        problem(late, 409, "approval_refused")["detail"]
+        == "It does not ask about call 1 now, but about 3."
+    )
+    assert client.post(f"/tasks/{case.task_id}/approve", {"call": 3}).status_code == 202
+    again = client.post(f"/tasks/{case.task_id}/approve", {"call": 3})
+    assert problem(again, 409, "approval_refused")["detail"].startswith("It was approved already")
 
 
 def test_events_hide_what_looks_like_a_secret(client: Client, case: Case) -> None:

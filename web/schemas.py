@@ -821,6 +821,9 @@ class QueuePlace(Answer):
 class CallAskedAbout(Answer):
     """A call of a tool that somebody is to decide."""
 
+    number = fields.Integer(
+        metadata=_about("Names it in `/approve` and `/reject`, as `call`.", example=4)
+    )
     tool = _text(example="delete_file")
     arguments = _json("What the model wrote; what looks like a secret is left out.")
     again = fields.Boolean(
@@ -1028,10 +1031,17 @@ class TaskResult(Proof):
 
 
 class Comment(Arguments):
-    """Why something was decided so."""
+    """Why something was decided so, and of which call."""
 
     MAY_BE_LEFT_OUT = True
 
+    call = _whole(
+        "The `call.number` that was read of an LLM agent's task: refused if it asks about another"
+        " call by now.",
+        null=True,
+        high=2**31 - 1,
+        load_default=None,
+    )
     comment = fields.String(
         allow_none=True,
         load_default=None,

@@ -124,23 +124,28 @@ def logs(session: Session, task_id: str, attempt: int | None) -> None:
     session.show(found, lambda: _log(found))
 
 
+CALL = "The number that `task show` tells of an LLM agent's call: only that one is decided."
+
+
 @task.command(examples=("opscore task approve 0192d3a0-… --comment 'Looks good.'",))
 @click.argument("task_id")
 @click.option("--comment", help="Kept with the decision.")
+@click.option("--call", type=int, help=CALL)
 @asks
-def approve(session: Session, task_id: str, comment: str | None) -> None:
+def approve(session: Session, task_id: str, comment: str | None, call: int | None) -> None:
     """Let a run go on behind an approval."""
-    found = session.client.tasks.approve(task_id, comment)
+    found = session.client.tasks.approve(task_id, comment, call=call)
     session.show(found, lambda: output.say(f"Approved; run {found['runId']} goes on."))
 
 
 @task.command(examples=("opscore task reject 0192d3a0-… --comment 'Not like this.'",))
 @click.argument("task_id")
 @click.option("--comment", help="Kept with the decision.")
+@click.option("--call", type=int, help=CALL)
 @asks
-def reject(session: Session, task_id: str, comment: str | None) -> None:
+def reject(session: Session, task_id: str, comment: str | None, call: int | None) -> None:
     """Fail an approval."""
-    found = session.client.tasks.reject(task_id, comment)
+    found = session.client.tasks.reject(task_id, comment, call=call)
     session.show(found, lambda: output.say(f"Rejected; see run {found['runId']}."))
 
 
@@ -163,7 +168,8 @@ def _show(task: Mapping[str, Any]) -> None:
     )
     if task["call"]:
         again = ", which may have had its effect already" if task["call"]["again"] else ""
-        output.block(f"approve or reject {task['call']['tool']}{again}", task["call"]["arguments"])
+        what = f"approve or reject {task['call']['tool']}{again}: --call {task['call']['number']}"
+        output.block(what, task["call"]["arguments"])
     if task["attempts"]:
         click.echo("\nAttempts:")
         output.table(task["attempts"], _ATTEMPTS, "")

@@ -7,7 +7,7 @@ wakes it when that has come, and finishes it.
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import func, select
+from sqlalchemy import func, literal_column, select
 from uuid6 import uuid7
 
 from opscore.db import Prepared, Tx, tell
@@ -99,6 +99,9 @@ def begin_wait(tx: Tx, claimed: Claimed, wait: Wait, message: dict[str, Any]) ->
 
 # --- Approvals -----------------------------------------------------------------------------------
 
+_ASKED = """(
+    SELECT max(s.number) FROM agent_steps s WHERE s.task_id = {row}.id AND s.kind = 'asked')"""
+"""Which call of an LLM agent is asked about, by the step that asks; null of an approval."""
 _APPROVE = Prepared(
     f"""
 WITH decided AS (
@@ -106,6 +109,7 @@ WITH decided AS (
     FROM runs r
     WHERE t.id = :task_id AND {still("waiting")} AND t.reason = 'approval' AND t.decision IS NULL
       AND t.woken_at IS NULL AND (t.wake_at IS NULL OR t.wake_at > now())
+      AND (cast(:call AS int) IS NULL OR :call = {_ASKED.format(row="t")})
       AND r.id = t.run_id AND {RUN_ALIVE}
     RETURNING {WOKEN}
 ), told AS (
@@ -122,9 +126,11 @@ SELECT * FROM decided
 
 
 def decide_approval(
-    tx: Tx, task_id: UUID, *, approved: bool, comment: str | None, by: str
+    tx: Tx, task_id: UUID, *, approved: bool, comment: str | None, by: str, call: int | None = None
 ) -> list[Woken]:
     """Record what somebody says of an approval; its visit, to be sent after the commit, ends it.
+
+    With `call` of that call of an LLM agent alone: it may ask about the next one by now.
 
     Raises:
         TaskNotFound
@@ -132,19 +138,21 @@ def decide_approval(
     """
     decision = {"approved": approved, "comment": comment, "principal": by}
     type = "task.approved" if approved else "task.rejected"
-    woken = as_woken(_APPROVE(tx, {"task_id": task_id, "decision": decision, "type": type}))
+    given = {"task_id": task_id, "decision": decision, "type": type, "call": call}
+    woken = as_woken(_APPROVE(tx, given))
     if not woken:
-        raise _why_refused(tx, task_id)
+        raise _why_refused(tx, task_id, call)
     ids: dict[str, Any] = {"run_id": woken[0].run_id, "task_id": task_id}
     tell(tx, "task.approved" if approved else "task.rejected", **ids, by=by)
     return woken
 
 
-def _why_refused(tx: Tx, task_id: UUID) -> OpsCoreError:
+def _why_refused(tx: Tx, task_id: UUID, call: int | None) -> OpsCoreError:
     query = (
         select(
             func.coalesce(Task.item_kind, Task.kind).label("type"),
             *(Task.status, Task.reason, Task.decision, Run.status.label("run_status")),
+            literal_column(_ASKED.format(row="tasks")).label("call"),
         )
         .join(Run, Run.id == Task.run_id)
         .where(Task.id == task_id, Task.kind != "end")
@@ -160,6 +168,8 @@ def _why_refused(tx: Tx, task_id: UUID) -> OpsCoreError:
     if row.status in ("pending", "waiting") and row.reason != Reason.APPROVAL:
         way = "decide it once its status is waiting and its reason approval"
         return ApprovalRefused(f"It is not asked for yet; {way}.")
+    if row.status == "waiting" and call not in (None, row.call):
+        return ApprovalRefused(f"It does not ask about call {call} now, but about {row.call}.")
     if row.status == "waiting":
         return ApprovalRefused("It is too late: its timeoutSeconds have passed, or its run ends.")
     return ApprovalRefused(f"It is over: its status is {row.status}, its run's {row.run_status}.")

@@ -645,13 +645,17 @@ class AsyncTasks(_Resource):
         call = Call.get(path("tasks", task_id, "attempts", str(number)))
         return cast(types.Attempt, await self._client.send(call))
 
-    async def approve(self, task_id: str, comment: str | None = None) -> types.TaskDetail:
-        """Let the run go on behind an approval."""
-        return await self._decide(task_id, "approve", comment)
+    async def approve(
+        self, task_id: str, comment: str | None = None, *, call: int | None = None
+    ) -> types.TaskDetail:
+        """Let the run go on behind an approval; with `call`, decide that call's number alone."""
+        return await self._decide(task_id, "approve", comment, call)
 
-    async def reject(self, task_id: str, comment: str | None = None) -> types.TaskDetail:
-        """Fail an approval."""
-        return await self._decide(task_id, "reject", comment)
+    async def reject(
+        self, task_id: str, comment: str | None = None, *, call: int | None = None
+    ) -> types.TaskDetail:
+        """Fail an approval; with `call`, decide that call's number alone."""
+        return await self._decide(task_id, "reject", comment, call)
 
     async def report_result(self, task_id: str, token: str, result: Any) -> types.Accepted:
         """Complete an attempt, as the agent whose it is; `token` is the attempt's."""
@@ -674,8 +678,11 @@ class AsyncTasks(_Resource):
         call = Call("POST", where, body, repeatable=True)
         return cast(types.Heartbeat, await self._client.send(call))
 
-    async def _decide(self, task_id: str, what: str, comment: str | None) -> types.TaskDetail:
-        call = Call("POST", path("tasks", task_id, what), given(comment=comment))
+    async def _decide(
+        self, task_id: str, what: str, comment: str | None, number: int | None
+    ) -> types.TaskDetail:
+        body = given(comment=comment, call=number)
+        call = Call("POST", path("tasks", task_id, what), body)
         return cast(types.TaskDetail, await self._client.send(call))
 
     async def _report(self, task_id: str, token: str, said: Mapping[str, Any]) -> types.Accepted:

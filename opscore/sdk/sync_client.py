@@ -632,13 +632,17 @@ class Tasks(_Resource):
         call = Call.get(path("tasks", task_id, "attempts", str(number)))
         return cast(types.Attempt, self._client.send(call))
 
-    def approve(self, task_id: str, comment: str | None = None) -> types.TaskDetail:
-        """Let the run go on behind an approval."""
-        return self._decide(task_id, "approve", comment)
+    def approve(
+        self, task_id: str, comment: str | None = None, *, call: int | None = None
+    ) -> types.TaskDetail:
+        """Let the run go on behind an approval; with `call`, decide that call's number alone."""
+        return self._decide(task_id, "approve", comment, call)
 
-    def reject(self, task_id: str, comment: str | None = None) -> types.TaskDetail:
-        """Fail an approval."""
-        return self._decide(task_id, "reject", comment)
+    def reject(
+        self, task_id: str, comment: str | None = None, *, call: int | None = None
+    ) -> types.TaskDetail:
+        """Fail an approval; with `call`, decide that call's number alone."""
+        return self._decide(task_id, "reject", comment, call)
 
     def report_result(self, task_id: str, token: str, result: Any) -> types.Accepted:
         """Complete an attempt, as the agent whose it is; `token` is the attempt's."""
@@ -661,8 +665,11 @@ class Tasks(_Resource):
         call = Call("POST", where, body, repeatable=True)
         return cast(types.Heartbeat, self._client.send(call))
 
-    def _decide(self, task_id: str, what: str, comment: str | None) -> types.TaskDetail:
-        call = Call("POST", path("tasks", task_id, what), given(comment=comment))
+    def _decide(
+        self, task_id: str, what: str, comment: str | None, number: int | None
+    ) -> types.TaskDetail:
+        body = given(comment=comment, call=number)
+        call = Call("POST", path("tasks", task_id, what), body)
         return cast(types.TaskDetail, self._client.send(call))
 
     def _report(self, task_id: str, token: str, said: Mapping[str, Any]) -> types.Accepted:

@@ -202,6 +202,7 @@ class BusyPolicy(TypedDict):
 
 
 class CallAskedAbout(TypedDict):
+    number: int
     tool: str
     arguments: Any
     again: bool
@@ -222,6 +223,7 @@ class CanvasOutline(TypedDict):
 
 
 class Comment(TypedDict):
+    call: NotRequired[int | None]
     comment: NotRequired[str | None]
 
 

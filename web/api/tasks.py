@@ -125,7 +125,7 @@ def get_attempt(task_id: UUID, number: int) -> Any:
 )
 def approve(wanted: dict[str, Any], task_id: UUID) -> Any:
     """Say yes: an approval completes; an LLM agent makes the call it waits with."""
-    return _decide(task_id, True, wanted["comment"])
+    return _decide(task_id, True, **wanted)
 
 
 @blueprint.operation(
@@ -135,12 +135,13 @@ def reject(wanted: dict[str, Any], task_id: UUID) -> Any:
     """Say no: an approval fails as `rejected`, and its `onFailure` decides; an LLM agent is told
     that the call was refused, and goes on.
     """
-    return _decide(task_id, False, wanted["comment"])
+    return _decide(task_id, False, **wanted)
 
 
-def _decide(task_id: UUID, approved: bool, comment: str | None) -> Any:
+def _decide(task_id: UUID, approved: bool, comment: str | None, call: int | None) -> Any:
+    said: dict[str, Any] = {"approved": approved, "comment": comment, "call": call}
     with database().transaction() as tx:
-        woken = decide_approval(tx, task_id, approved=approved, comment=comment, by=principal())
+        woken = decide_approval(tx, task_id, by=principal(), **said)
     dispatcher().wake(woken)
     with database().autocommit() as tx:
         return queries.get_task(tx, task_id), 202
