@@ -303,6 +303,17 @@ def test_a_schema_that_is_never_met_ends_after_the_corrections() -> None:
     assert len(SEEN) == 3
 
 
+def test_what_was_wrong_with_an_answer_is_told_without_its_secrets() -> None:
+    means = Means(environment={"OPENAI_API_KEY": "verysecret"})
+    answer = calls(("final_answer", {"n": "verysecret"}))
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
+    came = outcome(answer, output_schema=schema, means=means)
+    assert isinstance(came, Failed) and came.code == "invalid_answer"
+    assert came.message.endswith(
+        "/n: Does not fit the schema: '[redacted]' is not of type 'integer'."
+    )
+
+
 def test_calls_beside_a_final_answer_are_not_made() -> None:
     both = calls(("pay", {"amount": 1}), ("final_answer", {"n": 3}))
     assert outcome(both, output_schema=OBJECT) == Completed({"n": 3})

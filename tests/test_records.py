@@ -152,6 +152,7 @@ def test_all_tasks_and_runs_below_share_a_budget(database: Database) -> None:
         ("timeout", None, 1),
         ("max_steps", None, 0),
         ("invalid_answer", None, 0),
+        ("output_too_large", None, 0),
         ("model_refused", {"t": {"goal": "Another."}}, 0),
     ],
 )

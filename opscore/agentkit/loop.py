@@ -40,6 +40,7 @@ MAX_CALLS = 32
 SETTLED_BY_RECORD = (
     *("invalid_answer", "empty_answer", "answer_cut"),
     *("max_steps", "max_tokens", "max_cost"),
+    *("invalid_output", "output_too_large"),
 )
 """Codes of failures to which the same record would always lead again."""
 

@@ -11,12 +11,13 @@ from opscore.agentkit.builtin import BUILT_IN, Fetch
 from opscore.agentkit.context import Context
 from opscore.agentkit.function import FunctionAgent
 from opscore.agentkit.llm import KEYS, LLMAgent, Offer, missing_package
-from opscore.agentkit.loop import Job, NeedsApproval, goal_of, work
+from opscore.agentkit.loop import Job, NeedsApproval, Stopped, goal_of, work
 from opscore.agentkit.mcp_config import Server, server_faults
 from opscore.agentkit.memory import Memory, Shelf
 from opscore.agentkit.model import Model
 from opscore.agentkit.providers import Hosted
 from opscore.agentkit.providers import model_of as hosted
+from opscore.agentkit.redaction import redacted
 from opscore.agentkit.scripted import SCRIPTS, Scripted
 from opscore.agentkit.steps import Record
 from opscore.agentkit.tools import AnyTool
@@ -122,6 +123,8 @@ class Attempt:
             except NeedsApproval:
                 self.needs_approval = True
                 return None
+            except Stopped as end:  # what is wrong with an answer names parts of it
+                raise Stopped(end.code, redacted(str(end), self._means.secrets)) from None
 
     @asynccontextmanager
     async def _models(self) -> AsyncIterator[Sequence[Model]]:
