@@ -125,18 +125,19 @@ def add(
     row = _ADD(tx, values).first()
     if row is not None and row.is_new:
         ids = {"run_id": row.run_id, "task_id": task_id, "attempt": attempt}
-        _log(tx, step, {**ids, "agent_id": about.get("agentId")})
+        _log(tx, step, {**ids, "agent_id": about.get("agentId")}, secrets)
     return row is not None
 
 
-def _log(tx: Tx, step: Step, ids: Mapping[str, Any]) -> None:
-    """Log a step; never what was written or answered."""
+def _log(tx: Tx, step: Step, ids: Mapping[str, Any], secrets: Sequence[str]) -> None:
+    """Log a step; never what was written or answered, and a tool's name may be made up."""
     match step:
         case Reply(usage=Usage(into, out)):
             said: dict[str, Any] = {"model": step.model, "calls": len(step.calls)}
             tell(tx, "task.model_replied", **ids, **said, input_tokens=into, output_tokens=out)
         case Result():
-            tell(tx, "task.tool_called", **ids, tool=step.tool, is_error=step.is_error)
+            tool = redacted(step.tool, secrets)
+            tell(tx, "task.tool_called", **ids, tool=tool, is_error=step.is_error)
         case Asked():
             tell(tx, "task.approval_asked", **ids, tool=step.tool)
 

@@ -244,6 +244,17 @@ def test_events_hide_what_looks_like_a_secret(client: Client, case: Case) -> Non
     ]
 
 
+def test_a_name_that_a_model_made_up_is_logged_without_its_secrets(
+    case: Case, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case.add(0, REPLY)
+    with case.database.autocommit() as tx:
+        made_up = Result("call-1", "use verysecret", "There is no such tool.", is_error=True)
+        records.add(tx, case.task_id, 1, 1, made_up, {}, ["verysecret"])
+    logged = "".join(capfd.readouterr())
+    assert "tool='use [redacted]'" in logged and "verysecret" not in logged
+
+
 def test_a_run_is_submitted_with_a_budget(client: Client, database: Database) -> None:
     with database.transaction() as tx:
         add_agent(tx, "writer")
