@@ -550,7 +550,8 @@ def _calls_asked_about(tx: Tx, tasks: Sequence[UUID]) -> dict[UUID, Row]:
         row["task_id"]: {
             **row["data"],
             "number": row["number"],
-            "arguments": redacted(row["data"]["arguments"]),
+            # Of steps that are older, what looks like a secret is all that is known.
+            "arguments": row["data"].get("shown", redacted(row["data"]["arguments"])),
         }
         for row in _rows(tx, statement)
     }

@@ -116,7 +116,7 @@ def add(
         "attempt": attempt,
         "number": number,
         "kind": kind_of(step),
-        "data": dump(step),
+        "data": dump(step) | _shown(step, secrets),
         "model": step.model if isinstance(step, Reply) else None,
         **asdict(usage),
         "type": type,
@@ -127,6 +127,11 @@ def add(
         ids = {"run_id": row.run_id, "task_id": task_id, "attempt": attempt}
         _log(tx, step, {**ids, "agent_id": about.get("agentId")}, secrets)
     return row is not None
+
+
+def _shown(step: Step, secrets: Sequence[str]) -> dict[str, Any]:
+    """Return what is shown of a call to whoever decides it: only the worker knows its secrets."""
+    return {"shown": redacted(step.arguments, secrets)} if isinstance(step, Asked) else {}
 
 
 def _log(tx: Tx, step: Step, ids: Mapping[str, Any], secrets: Sequence[str]) -> None:

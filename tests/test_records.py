@@ -204,13 +204,16 @@ def test_a_task_that_waits_for_approval_shows_the_call_without_its_secrets(
     client: Client, case: Case
 ) -> None:
     case.add(0, REPLY)
-    case.add(1, Asked("call-1", "pay", {"amount": 5, "api_key": "k"}, again=True))
+    asked = Asked("call-1", "pay", {"amount": 5, "api_key": "k", "to": "verysecret"}, again=True)
+    with case.database.autocommit() as tx:
+        assert records.add(tx, case.task_id, 1, 1, asked, {}, ["verysecret"])
+    assert case.steps()[1] == asked
     case.execute(
         "UPDATE tasks SET status = 'waiting', reason = 'approval', lease_expires_at = NULL"
         " WHERE id = :task"
     )
     task = client.get(f"/tasks/{case.task_id}").json
-    arguments = {"amount": 5, "api_key": "[redacted]"}
+    arguments = {"amount": 5, "api_key": "[redacted]", "to": "[redacted]"}
     assert task["call"] == {"number": 1, "tool": "pay", "arguments": arguments, "again": True}
     assert task["waitingFor"] == "waiting for somebody to approve or reject its call of pay"
     (listed,) = client.get("/tasks?reason=approval").json["items"]

@@ -60,7 +60,7 @@ def dump(step: Step) -> dict[str, Any]:
 
 def load(kind: str, data: Mapping[str, Any]) -> Step:
     """Return a step as it was before it was stored."""
-    values = dict(data)
+    values = {name: value for name, value in data.items() if name != "shown"}  # see `records`
     if kind == "reply":
         values["calls"] = tuple(Call(**call) for call in values["calls"])
         values["usage"] = Usage(**values["usage"])
