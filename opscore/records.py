@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from opscore.agentkit.model import Reply, Result, Usage
-from opscore.agentkit.redaction import redacted
+from opscore.agentkit.redaction import MAX_CALL_TEXT, redacted
 from opscore.agentkit.steps import Asked, Began, Budget, Decided, Step, dump, kind_of, load
 from opscore.db import Prepared, Tx, tell
 from opscore.engine.clauses import MINE
@@ -131,7 +131,9 @@ def add(
 
 def _shown(step: Step, secrets: Sequence[str]) -> dict[str, Any]:
     """Return what is shown of a call to whoever decides it: only the worker knows its secrets."""
-    return {"shown": redacted(step.arguments, secrets)} if isinstance(step, Asked) else {}
+    if not isinstance(step, Asked):
+        return {}
+    return {"shown": redacted(step.arguments, secrets, MAX_CALL_TEXT)}
 
 
 def _log(tx: Tx, step: Step, ids: Mapping[str, Any], secrets: Sequence[str]) -> None:

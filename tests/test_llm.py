@@ -565,6 +565,18 @@ def test_it_goes_on_with_what_was_decided(approved: bool, effects: list[str], to
     assert isinstance(result, ToolResult) and result.content == told
 
 
+@pytest.mark.parametrize(
+    "path", ["x" * 4_001, "x" * 4_000 + "; rm -rf /"], ids=["long", "hidden behind the cut"]
+)
+def test_nobody_is_asked_about_what_he_cannot_see(path: str) -> None:
+    record = InMemory()
+    turns = (calls(("delete", {"path": path})), "done")
+    assert outcome(*turns, record=record) == Completed("done")
+    result = SEEN[-1].messages[-1]
+    assert isinstance(result, ToolResult) and result.content.startswith("Not asked for")
+    assert EFFECTS == [] and not any(isinstance(step, Asked) for step in record.steps)
+
+
 def test_two_calls_are_asked_about_one_after_the_other() -> None:
     record = InMemory()
     turns = (calls(("delete", {"path": "/a"}), ("delete", {"path": "/b"})), "done")

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from opscore.agentkit.redaction import HIDDEN, MAX_CHARACTERS, MAX_MEMBERS, MAX_TEXT, redacted
+from opscore.agentkit.redaction import (
+    HIDDEN,
+    MAX_CHARACTERS,
+    MAX_MEMBERS,
+    MAX_TEXT,
+    is_shown_whole,
+    redacted,
+)
 
 SECRET = 's3cret/with "quotes"&more'
 KEY = "sk-proj-" + "aB3" * 12
@@ -137,3 +144,24 @@ def test_a_megabyte_of_noise_takes_no_time(text: str) -> None:
     shown = redacted({"a": [text] * 20, text: text}, ["no-such-secret", SECRET])
     assert monotonic() - began < 2
     assert len(json.dumps(shown)) < 4 * MAX_CHARACTERS
+
+
+@pytest.mark.parametrize(
+    ("value", "is_whole"),
+    [
+        ("x" * 100, True),
+        ("x" * 101, False),
+        ({"x" * 101: 1}, False),
+        ([1] * 20, True),
+        ([1] * 21, False),
+        ({str(n): n for n in range(21)}, False),
+        ([[[[[["deep"]]]]]], True),
+        ([[[[[[["deeper"]]]]]]], False),
+        ([["x" * 100] * 20] * 9, False),
+        (None, True),
+    ],
+)
+def test_what_is_shown_whole_is_shown_as_it_is(value: object, is_whole: bool) -> None:
+    assert is_shown_whole(value, 100) == is_whole
+    if is_whole:
+        assert redacted(value, (), 100) == value

@@ -26,6 +26,7 @@ from opscore.agentkit.model import (
     Result,
     ToolSpec,
 )
+from opscore.agentkit.redaction import MAX_CALL_TEXT, MAX_CHARACTERS, is_shown_whole
 from opscore.agentkit.steps import Asked, Began, Decided, Record, Step, total
 from opscore.agentkit.tools import AnyTool, ToolFault, Unsure, cut
 from opscore.agentkit.window import fitted
@@ -215,6 +216,10 @@ def _correction(reply: Reply, results: Mapping[str, Result], fault: str) -> list
 
 
 UNKNOWN = "It is not known whether this call had its effect."
+TOO_LARGE_TO_SHOW = (
+    "Not asked for: somebody must read all of this call before it is made, and there is too much"
+    f" of it. A text may have {MAX_CALL_TEXT:,} characters, all of them {MAX_CHARACTERS:,}."
+)
 NOT_DONE = "Not done: you gave your final answer at the same time."
 
 
@@ -362,7 +367,14 @@ class _Worker:
         tool = self._job.tools.get(call.tool)
         if tool is None or self._decision(call) is not None:
             return True
-        return not (tool.needs_approval(call.arguments) or self._is_unknown(call))
+        if self._is_unknown(call):
+            return False
+        return not tool.needs_approval(call.arguments) or self._is_too_large_to_show(call)
+
+    @staticmethod
+    def _is_too_large_to_show(call: Call) -> bool:
+        """Whether somebody would decide what he cannot see: it is not asked for."""
+        return not is_shown_whole(call.arguments, MAX_CALL_TEXT)
 
     def _since_reply(self) -> list[Step]:
         newest = max(n for n, step in enumerate(self._steps) if isinstance(step, Reply))
@@ -401,6 +413,9 @@ class _Worker:
         decided = self._decision(call)
         if decided is not None and not decided.approved:
             self._tell(call, self._refusal(call, decided))
+            return
+        if decided is None and tool.needs_approval(call.arguments):
+            self._tell(call, TOO_LARGE_TO_SHOW)
             return
         is_once = tool.is_once(call.arguments)
         if is_once:

@@ -14,6 +14,8 @@ from urllib.parse import quote, quote_plus
 HIDDEN = "[redacted]"
 MAX_TEXT = 500
 """Characters of each text."""
+MAX_CALL_TEXT = 4_000
+"""The same of a call that somebody is to decide."""
 MAX_MEMBERS = 20
 """Of each list and object."""
 MAX_LEVELS = 6
@@ -22,7 +24,7 @@ MAX_CHARACTERS = 16_000
 MIN_SECRET = 6
 """Characters; hiding a shorter one would hide half of all words."""
 _ROOM = 4 * MAX_TEXT
-"""Characters that patterns are run over: a secret may begin before the cut."""
+"""Characters beyond the cut that patterns are run over: a secret may begin before it."""
 _NAMES = (
     r"pass(?:word|wd|phrase)?|secrets?|token|api_?-?key|access_?-?key|private_?-?key|auth"
     r"|authorization|credentials?|(?:set-)?cookie|session_?-?id|signature"
@@ -52,13 +54,32 @@ _NAMED = re.compile(
 _SCHEMES = ("bearer", "basic", "token", "digest")
 
 
-def redacted(value: Any, secrets: Sequence[str] = ()) -> Any:
+def redacted(value: Any, secrets: Sequence[str] = (), longest: int = MAX_TEXT) -> Any:
     """Return JSON with texts shortened, values of secret names and known secrets hidden."""
-    return _Redaction(secrets).of(value, 0)
+    return _Redaction(secrets, longest).of(value, 0)
+
+
+def is_shown_whole(value: Any, longest: int) -> bool:
+    """Say whether nothing of a value would be left out because there is too much of it."""
+    characters = 0
+    values: list[tuple[Any, int]] = [(value, 0)]
+    while values and characters <= MAX_CHARACTERS:
+        one, level = values.pop()
+        if isinstance(one, str):
+            characters += len(one)
+            if len(one) > longest:
+                return False
+        elif isinstance(one, list | tuple | Mapping):
+            if level >= MAX_LEVELS or len(one) > MAX_MEMBERS:
+                return False
+            parts = (*one, *one.values()) if isinstance(one, Mapping) else one
+            values += [(part, level + 1) for part in parts]
+    return characters <= MAX_CHARACTERS
 
 
 class _Redaction:
-    def __init__(self, secrets: Sequence[str]) -> None:
+    def __init__(self, secrets: Sequence[str], longest: int) -> None:
+        self._longest = longest
         spelled = {way for one in secrets if len(one) >= MIN_SECRET for way in _spellings(one)}
         self._secrets = sorted(spelled, key=len, reverse=True)
         self._left = MAX_CHARACTERS
@@ -88,12 +109,13 @@ class _Redaction:
     def text(self, text: str) -> str:
         for secret in self._secrets:  # in all of it: quick, and none is cut in two
             text = text.replace(secret, HIDDEN)
-        shown = _SECRET_TEXT.sub(HIDDEN, text[:_ROOM])
+        room = self._longest + _ROOM
+        shown = _SECRET_TEXT.sub(HIDDEN, text[:room])
         shown = _NAMED.sub(_without_value, shown)
-        if len(text) > _ROOM and len(shown) <= MAX_TEXT:
+        if len(text) > room and len(shown) <= self._longest:
             # So much was hidden that the cut is seen, and perhaps it is in the midst of a secret.
             shown = shown[: shown.rfind(HIDDEN) + len(HIDDEN)] + "…"
-        most = max(0, min(MAX_TEXT, self._left))
+        most = max(0, min(self._longest, self._left))
         self._left -= len(shown)
         return shown if len(shown) <= most else f"{shown[:most]}…"
 
