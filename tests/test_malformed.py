@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,63 @@ def test_what_redis_does_not_keep_is_logged_and_the_worker_goes_on(
     )
     assert stack.finished(run_id).status == "completed" and worker.poll() is None
     redis.delete(SET_ASIDE)
+
+
+@contextmanager
+def stopped(redis: Redis, worker: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Stop `worker`; let it go on, and let Redis have all the memory it wants, afterwards."""
+    os.kill(worker.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        redis.config_set("maxmemory", "0")
+        os.kill(worker.pid, signal.SIGCONT)
+
+
+def test_a_worker_of_a_full_redis_empties_its_queues(
+    worker: subprocess.Popen[bytes], stack: Stack, redis: Redis
+) -> None:
+    with stopped(redis, worker):
+        run_ids = [stack.submit(CHAIN) for _ in range(6)]
+        redis.config_set("maxmemory", "1")
+        os.kill(worker.pid, signal.SIGCONT)
+        wait_until(lambda: redis.llen(AGENTS_QUEUE), says=lambda length: length == 0)
+    for run_id in [*run_ids, stack.submit(CHAIN)]:
+        assert stack.finished(run_id).status == "completed"
+    assert worker.poll() is None and "message.not_noted" in stack.log.read_text()
+
+
+def test_a_worker_that_starts_on_a_full_redis_empties_its_queues(
+    worker: subprocess.Popen[bytes], stack: Stack, redis: Redis
+) -> None:
+    with stopped(redis, worker):
+        run_ids = [stack.submit(CHAIN) for _ in range(6)]
+        redis.config_set("maxmemory", "1")
+        other = stack.start_worker()
+        wait_until(lambda: redis.llen(AGENTS_QUEUE), says=lambda length: length == 0)
+    for run_id in run_ids:
+        assert stack.finished(run_id).status == "completed"
+    other.terminate()
+    assert other.wait(20) == 0 and "broker.full" in stack.log.read_text()
+
+
+def test_what_was_taken_long_ago_is_looked_for_again_when_a_full_redis_has_room() -> None:
+    """Celery as it comes ends the worker."""
+    with RedisServer.temporary() as server, Redis.from_url(server.url) as redis:
+        app = make_app(Settings.from_env(stack_environment("postgresql://h/d", server.url)))
+        app.send_task("any", queue=AGENTS_QUEUE)
+        with app.connection_for_read() as connection:
+            connection.transport.Channel = Channel
+            channel = connection.channel()
+            assert channel.basic_get(AGENTS_QUEUE)
+            redis.zadd("unacked_index", {tag: 0 for tag in redis.hkeys("unacked")})
+            redis.config_set("maxmemory", "1")
+            channel.qos.restore_visible(interval=1)
+            assert redis.llen(AGENTS_QUEUE) == 0
+            redis.config_set("maxmemory", "0")
+            channel.qos.restore_visible(interval=1)
+            assert redis.llen(AGENTS_QUEUE) == 1
+        app.close()
 
 
 def test_a_malformed_broadcast_is_dropped(

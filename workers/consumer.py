@@ -7,6 +7,9 @@ decides.
 
 A queue entry that kombu or Celery cannot read ends a plain worker, at every start if it comes back.
 Here an entry that is no visit is set aside (see `config.SET_ASIDE`), and the worker goes on.
+
+A Redis that is full ends a plain worker, too, so that nobody would be left to empty it. Here what
+was taken is worked on without Redis' note of it.
 """
 
 import json
@@ -25,6 +28,7 @@ from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu.asynchronous import get_event_loop
 from kombu.transport import redis, virtual
 from kombu.utils.json import dumps
+from redis.exceptions import OutOfMemoryError
 
 from opscore import logs
 from opscore.canvas import RUN_TASK
@@ -111,12 +115,13 @@ class QoS(redis.QoS):
         self._telling = RLock()  # a signal handler may acknowledge
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        hub = get_event_loop()
-        if hub is None:
-            return super().append(message, delivery_tag)
         virtual.QoS.append(self, message, delivery_tag)
         self._untold.append((message, delivery_tag))
-        hub.call_soon(hub.call_soon, self._tell_if_open)  # the pool is written to in between
+        hub = get_event_loop()
+        if hub is None:
+            self._tell()
+        else:
+            hub.call_soon(hub.call_soon, self._tell_if_open)  # the pool is written to in between
 
     def _tell_if_open(self) -> None:
         channel: Any = self.channel
@@ -135,7 +140,18 @@ class QoS(redis.QoS):
                     entry = dumps([message._raw, came["exchange"], came["routing_key"]])
                     pipe.zadd(self.unacked_index_key, {tag: time()})
                     pipe.hset(self.unacked_key, tag, entry)
-                pipe.execute()
+                try:
+                    pipe.execute()
+                except OutOfMemoryError as error:
+                    # As if it died right after taking it: the rescue finds what is lost.
+                    log.warning("message.not_noted", error=repr(error)[:300])
+
+    def restore_visible(self, *args: Any, **options: Any) -> None:
+        """Put back what was taken too long ago; with no room for it in Redis, another time."""
+        try:
+            super().restore_visible(*args, **options)
+        except OutOfMemoryError as error:
+            log.warning("broker.full", error=repr(error)[:300])
 
     def ack(self, delivery_tag: str) -> None:
         self._tell()
@@ -177,6 +193,13 @@ class Channel(redis.Channel):
         super().__init__(*args, **options)
         # The queues are looked at in this order: what is to be served first lies in `FIRST`.
         self.priority_steps = sorted(self.priority_steps, reverse=True)
+
+    def _queue_bind(self, *args: Any) -> None:
+        """Tell Redis which queue an exchange feeds, which it knows from earlier, or will later."""
+        try:
+            super()._queue_bind(*args)  # type: ignore[misc]
+        except OutOfMemoryError as error:
+            log.warning("broker.full", error=repr(error)[:300])
 
     def priority(self, n: int) -> int:
         """Return the step of a message's priority; kombu wants the steps in ascending order."""
