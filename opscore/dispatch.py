@@ -20,7 +20,7 @@ from uuid import UUID
 from celery import Celery, Signature
 from kombu.exceptions import KombuError, OperationalError
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from opscore import canvas, engine, graph, logs, tally, tracing
 from opscore.config import FIRST, QUEUES, SERVED_FIRST, TAKEN, Settings, lists_of
@@ -369,6 +369,22 @@ class Dispatcher:
             name: Depth(plain + first, None if taken is None else taken[name], _head(*entries))
             for name, plain, first, *entries in pairs
         }
+
+    def is_full(self) -> bool:
+        """Tell whether the broker answers and yet refuses what is sent, for lack of memory.
+
+        Raises:
+            Unavailable: it did not answer within a second.
+        """
+        try:
+            with self._redis() as redis:
+                memory = redis.info("memory")
+        except ResponseError:  # it may not be asked: no proof
+            return False
+        except RedisError as error:
+            raise Unavailable("Redis does not answer.") from error
+        used = int(memory["used_memory"]) - int(memory.get("mem_not_counted_for_evict", 0))
+        return 0 < int(memory.get("maxmemory", 0)) < used
 
     def is_reachable(self) -> bool:
         """Say whether the broker is worth a try: after a failure it must first answer a ping."""

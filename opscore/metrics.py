@@ -311,9 +311,9 @@ class Scrape:
     """By the values of the labels: how many, or the sum of seconds and how many in each bucket."""
 
 
-def read(tx: Tx, depths: Mapping[str, Depth] | None) -> Scrape:
-    """Return everything; `depths` as for `status.read`, and `tx` one in which nothing was done."""
-    found = status.read(tx, depths)
+def read(tx: Tx, depths: Mapping[str, Depth] | None, is_full: bool = False) -> Scrape:
+    """Return everything; what is given is as for `status.read`."""
+    found = status.read(tx, depths, is_full)
     samples = [
         *_overall(found),
         *_work(tx, found),

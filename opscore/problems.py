@@ -63,6 +63,10 @@ def _broker(status: Row) -> Iterator[Problem]:
         sentence = f"{status['broker_error']} No visit reaches a worker."
         hint = "Start Redis, or see whether REDIS_URL names it; what is accepted meanwhile is kept."
         yield _problem("broker_away", sentence, hint)
+    if status["broker_is_full"]:
+        sentence = "Redis is full (maxmemory), and refuses messages: what is accepted waits."
+        hint = "Start workers, give it more memory, or empty it: `FLUSHALL` loses nothing but time."
+        yield _problem("broker_full", sentence, hint)
 
 
 def _workers(status: Row) -> Iterator[Problem]:

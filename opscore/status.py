@@ -172,15 +172,20 @@ FROM schedules WHERE enabled
 _CLOCK = text("SELECT cast(extract(epoch FROM clock_timestamp()) AS float)")
 
 
-def read(tx: Tx, depths: Mapping[str, Depth] | None) -> Row:
+def read(tx: Tx, depths: Mapping[str, Depth] | None, is_full: bool = False) -> Row:
     """Return the status of everything; `depths` are those of the queues, None if Redis is away.
 
-    `tx` is a transaction in which nothing was done yet; all is as of one moment.
+    `is_full` tells that Redis has no room for more messages. `tx` is a transaction in which nothing
+    was done yet; all is as of one moment.
     """
     for statement in _BEGIN:
         tx.execute(statement)
     database = _database(tx)
-    found: Row = {"database": database, "broker_error": BROKER_ERROR if depths is None else None}
+    found: Row = {
+        "database": database,
+        "broker_error": BROKER_ERROR if depths is None else None,
+        "broker_is_full": is_full,
+    }
     found |= _nothing() if database["is_behind"] else _parts(tx, depths or {})
     found["queues"] = _queues(found["workers"], depths or {})
     lines = found["fleet"]["lines"]

@@ -129,6 +129,18 @@ def test_a_redis_that_is_away_or_frozen_is_told_within_three_seconds(
             check_broker_away(client)
 
 
+def test_a_redis_without_room_for_messages_is_told_until_it_has_some(database_url: str) -> None:
+    with RedisServer.temporary() as server, Redis.from_url(server.url) as redis:
+        settings = Settings.from_env(stack_environment(database_url, server.url))
+        with open_client(settings) as client:
+            work(client)
+            assert codes(status(client)) == []
+            redis.config_set("maxmemory", "1")
+            assert codes(status(client)) == ["broker_full"]
+            redis.config_set("maxmemory", "1gb")
+            assert codes(status(client)) == []
+
+
 def check_broker_away(client: Client) -> None:
     began = time.monotonic()
     found = status(client)

@@ -22,6 +22,8 @@ TIMEOUT_SECONDS = 1.0
 Answer = Mapping[str, str]
 """Part -> `ok`, or what is the matter with it."""
 
+Queues = tuple[Mapping[str, Depth] | None, bool]
+"""How long each is, None if the broker does not answer; and whether it has no room for more."""
 
 T = TypeVar("T")
 
@@ -74,16 +76,18 @@ class Readiness:
             ),
             Probe(lambda: _ask_broker(dispatcher), {"broker": "down"}, "broker"),
         )
-        self._depths: Probe[Mapping[str, Depth] | None] = Probe(dispatcher.depths, None, "queues")
+        self._queues: Probe[Queues] = Probe(
+            lambda: (dispatcher.depths(), dispatcher.is_full()), (None, False), "queues"
+        )
 
     def check(self) -> dict[str, str]:
         """Ask all parts at once; return every part's answer."""
         asked = [(probe, probe.start()) for probe in self._probes]
         return {part: said for probe, run in asked for part, said in probe.answer(run).items()}
 
-    def depths(self) -> Mapping[str, Depth] | None:
-        """Ask the broker how long each queue is; None if it does not answer."""
-        return self._depths.answer(self._depths.start())
+    def queues(self) -> Queues:
+        """Ask the broker how long each queue is."""
+        return self._queues.answer(self._queues.start())
 
     def close(self) -> None:
         self._database.close()

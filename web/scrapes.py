@@ -24,9 +24,9 @@ class Scrapes:
         self._probe: Probe[Scrape | None] = Probe(self._read, None, "metrics")
 
     def _read(self) -> Scrape:
-        depths = self._readiness.depths()
+        queues = self._readiness.queues()
         with self._database.transaction() as tx:
-            return metrics.read(tx, depths)
+            return metrics.read(tx, *queues)
 
     def read(self) -> Scrape:
         """Return everything there is to tell.

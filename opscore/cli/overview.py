@@ -76,7 +76,7 @@ def _parts(found: Mapping[str, Any]) -> Iterator[Check]:
     for name, codes, said in (
         ("database", {"database_behind", "database_ahead"}, _database),
         ("clocks", {"clock_skew"}, _clocks),
-        ("redis", {"broker_away"}, _queues),
+        ("redis", {"broker_away", "broker_full"}, _queues),
         ("workers", {"no_workers", "queue_without_workers", "database_behind"}, _workers),
         ("keeper", {"keeper_silent", "no_workers", "database_behind"}, _keeper),
         ("schedules", {"schedules_late", "database_behind"}, _schedules),

@@ -16,6 +16,6 @@ def get_status() -> Any:
 
     Asks no worker: it costs the same however many there are, and however busy.
     """
-    depths = parts().readiness.depths()
+    queues = parts().readiness.queues()
     with database().transaction() as tx:
-        return status.read(tx, depths)
+        return status.read(tx, *queues)
