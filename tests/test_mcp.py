@@ -545,7 +545,7 @@ def test_all_faults_of_the_file_are_told_at_once_with_their_places(tmp_path: Pat
     more: 1
     servers:
       both: {command: x, url: "https://a.example"}
-      neither: {enabled: true}
+      neither: {enabled: true, comand: x}
       a__b: {command: x}
       text: 7
       wrong: {command: [x], args: y, env: [], timeoutSeconds: 0, enabled: 3, approval: [1]}
@@ -561,6 +561,8 @@ def test_all_faults_of_the_file_are_told_at_once_with_their_places(tmp_path: Pat
         "more: is not known here; known are servers",
         "servers.both: must have either command or url",
         "servers.neither: must have either command or url",
+        "servers.neither.comand: is not known here; known are command, args, env, enabled, "
+        "timeoutSeconds, approval, once, url, headers",
         "servers.a__b: a name must be 1 to 32 letters, digits, '-', and single '_' between them",
         "servers.text: must be an object",
         "servers.wrong.enabled: must be true or false",

@@ -15,7 +15,7 @@ server's process gets what `env` names, and of the worker's own no more than PAT
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -142,6 +142,7 @@ class _Reader:
             return None
         if ("command" in given) == ("url" in given):
             self._fault(at, "must have either command or url")
+            self._unknown(at, given, dict.fromkeys(_OF_COMMAND + _OF_URL))
             return None
         self._unknown(at, given, _OF_COMMAND if "command" in given else _OF_URL)
         used: dict[str, str] = {}
@@ -163,7 +164,7 @@ class _Reader:
     def _fault(self, at: str, sentence: str) -> None:
         self.faults.append(f"{at}: {sentence}")
 
-    def _unknown(self, at: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    def _unknown(self, at: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
         for key in given:
             if key not in known:
                 place = f"{at}.{key}".removeprefix(".")
