@@ -685,7 +685,8 @@ def test_every_faulty_module_is_named_at_once(folder: Path) -> None:
     assert "module leaves cannot be imported: SystemExit" in text
     assert "No module named 'not_installed_anywhere'" in text
     assert "module plain declares no agent" in text
-    assert "module broken cannot be imported: SyntaxError" in text
+    assert "module broken cannot be imported: SyntaxError" in text and "broken.py:1)" in text
+    assert "frozen" not in text
     assert "module declares: @agent('no spaces') has a bad id" in text
     assert "there is no module missing" in text
     assert "a module's name, not a file's: a.plain" in text

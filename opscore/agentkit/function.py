@@ -237,9 +237,17 @@ def _import_fault(name: str, error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and _leads_to(error.name, name):
         way_out = f" (a module's name, not a file's: {_as_module(name)})" if _is_path(name) else ""
         return f"there is no module {name}{way_out}; looked on the Python path and in {Path.cwd()}"
-    where = traceback.extract_tb(error.__traceback__)[-1]
     what = f"{type(error).__name__}: {error}"
-    return f"module {name} cannot be imported: {what} ({where.filename}:{where.lineno})"
+    if isinstance(error, SyntaxError):  # its traceback ends in Python's own importing
+        what, place = f"SyntaxError: {error.msg}", f"{error.filename}:{error.lineno}"
+    else:
+        where = next(
+            frame
+            for frame in reversed(traceback.extract_tb(error.__traceback__))
+            if not frame.filename.startswith("<frozen ")
+        )
+        place = f"{where.filename}:{where.lineno}"
+    return f"module {name} cannot be imported: {what} ({place})"
 
 
 def _leads_to(missing: str, name: str) -> bool:
