@@ -59,7 +59,8 @@ class Notes:
 def every_note(celery_session_app: Celery) -> Notes:
     notes = Notes()
 
-    @celery_session_app.task(bind=True, name=canvas.RUN_TASK)
+    # Not shared: else every app that is made later in this process would have it, too.
+    @celery_session_app.task(bind=True, name=canvas.RUN_TASK, shared=False)
     def visit(self: Any, task_id: str, generation: int) -> None:
         task = UUID(task_id)
         with notes.lock:

@@ -255,7 +255,7 @@ def test_a_name_that_a_model_made_up_is_logged_without_its_secrets(
         made_up = Result("call-1", "use verysecret", "There is no such tool.", is_error=True)
         records.add(tx, case.task_id, 1, 1, made_up, {}, ["verysecret"])
     logged = "".join(capfd.readouterr())
-    assert "tool='use [redacted]'" in logged and "verysecret" not in logged
+    assert "use [redacted]" in logged and "verysecret" not in logged
 
 
 def test_a_run_is_submitted_with_a_budget(client: Client, database: Database) -> None:

@@ -469,7 +469,7 @@ def test_nothing_starts_after_a_cancel_in_the_middle_of_a_trip(
     stack: Stack, tasks: list[dict[str, Any]]
 ) -> None:
     for one in tasks:
-        one["parameters"] = {"seconds": 0.005}
+        one["parameters"] = {"seconds": 0.02}
     run_id = submit(stack, *tasks)
     wait_until(lambda: completed(stack, run_id), says=lambda n: n >= 15)
     cancel(stack, run_id)
