@@ -378,7 +378,7 @@ class Dispatcher:
         """
         try:
             with self._redis() as redis:
-                memory = redis.info("memory")
+                memory = redis.info(section="memory")
         except ResponseError:  # it may not be asked: no proof
             return False
         except RedisError as error:
