@@ -159,13 +159,11 @@ def _check_free(tx: Tx, agent_id: str, *, is_ours: bool) -> None:
         raise InvalidRequest({"/agentId": [f"This is the id of {whose}; choose another one."]})
 
 
-def find_definition(tx: Tx, agent_id: str, version: int | None = None) -> Any | None:
-    """Return `version`, `definition` and `digest` of an LLM agent defined over the API; the newest
-    by default. None if there is none.
+def find_definition(tx: Tx, agent_id: str) -> Any | None:
+    """Return `version`, `definition` and `digest` of the newest version of an LLM agent defined
+    over the API; None if there is none.
     """
     query = select(AgentDefinition).where(AgentDefinition.agent_id == agent_id)
-    if version is not None:
-        query = query.where(AgentDefinition.version == version)
     return tx.execute(query.order_by(AgentDefinition.version.desc()).limit(1)).one_or_none()
 
 
